@@ -1,0 +1,248 @@
+"""Block-wise quantized arrays: codes, one scale a block, and the two functions between."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from optax_lowmem._codebooks import Codebook, get_codebook
+
+# Below the smallest normal number XLA's CPU backend flushes to zero, and a reciprocal overflows.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_SCALE_BLOCK = 256  # double quantization: block of the scales, as in bitsandbytes
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("codes", "scales", "offset"),
+  meta_fields=("codebook", "block", "extent", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+  r"""An array held as codes and one scale a block, a pytree of its arrays.
+
+  The value is ``codebook.decode(code) * scale (+ offset)``.
+
+  A block covers `block[0]` consecutive indices of axis ``-len(block)`` and all of the axes after
+  it; axes before it are independent. So blocks are contiguous runs in row-major order, the last one
+  of a row may be shorter, and rank is kept: every axis of `scales` is an axis of the array, which
+  therefore can be sharded as the array is.
+
+  Invariants, with ``k = len(block)``, the number of axes that blocks lie along:
+
+  - ``extent == shape[-k:]``;
+  - ``codes.shape == shape`` for 8-bit codebooks; 4-bit codes lie two a byte, the first in the high
+    half: ``codes.shape == (*shape[:-k], ceil(prod(extent) / 2), 1, …, 1)``;
+  - ``scales.shape == (*shape[:-k], ceil(extent[0] / block[0]), 1, …, 1)``, float32; or, double
+    quantized, a `QuantizedArray` over the flattened scales;
+  - leading axes may be added or removed by `jax.vmap`, `jax.lax.scan`, stacking or indexing of all
+    leaves: no leading size is a static field.
+
+  Attributes:
+    codes: uint8.
+    scales: largest magnitude of each block: a jax.Array, or a `QuantizedArray` of them.
+    offset: `None`, or a scalar added to every value (of doubly quantized scales: their mean).
+    codebook: what the codes mean.
+    block: extent of a block along the last ``len(block)`` axes; ``block[1:] == extent[1:]``.
+    extent: sizes of those axes.
+    dtype: dtype of the array that was quantized, and of `dequantize()`.
+  """
+
+  codes: jax.Array
+  scales: Any
+  offset: jax.Array | None
+  codebook: Codebook
+  block: tuple[int, ...]
+  extent: tuple[int, ...]
+  dtype: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the array that was quantized."""
+    return (*self.codes.shape[: -len(self.block)], *self.extent)
+
+  @property
+  def ndim(self) -> int:
+    """Rank of the array that was quantized."""
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    """Number of elements of the array that was quantized."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes held: codes, scales and offset."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+  def dequantize(self, dtype: Any = None) -> jax.Array:
+    """Returns the values as an array of `shape`, in `dtype` (default: the original dtype)."""
+    return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+
+
+def quantize(
+  x: jax.Array,
+  codebook: str | Codebook = "dynamic",
+  block_size: int = 256,
+  double_quantize: bool = False,
+) -> QuantizedArray:
+  r"""Quantizes an array in blocks along its last axis.
+
+  Each block of `block_size` consecutive elements is divided by its largest magnitude
+  :math:`s`, and every quotient is replaced by the nearest value of the codebook:
+
+  .. math::
+    c_i = \arg\min_c |q_c - x_i / s|, \quad s = \max_i |x_i|, \quad \hat x_i = q_{c_i} s.
+
+  The last block of a row may be shorter. Non-finite elements are stored as zero and do not touch
+  their neighbours.
+
+  Args:
+    x: floating array of rank 1 or more.
+    codebook: a name: `"dynamic"`, `"dynamic_unsigned"` (bitsandbytes' 8-bit maps, code for code),
+      `"linear"`, `"log8"`, `"log8_unsigned"` (8 bits), `"nf4"`, `"fp4"` (4 bits).
+    block_size: elements a block; a positive even number.
+    double_quantize: also quantize the scales: their mean is subtracted and the rest held in 8-bit
+      `dynamic` codes with one float32 scale for 256 of them (Dettmers et al, 2023). The scales are
+      taken in row-major order, so that the bits are those of bitsandbytes.
+
+  Returns:
+    A `QuantizedArray` of `x`'s shape and dtype.
+
+  Raises:
+    TypeError: if `x` is not floating.
+    ValueError: for an unknown codebook, a bad block size, rank 0, or (if `x` is concrete) negative
+      elements under an unsigned codebook.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_lowmem as lowmem
+    >>> q = lowmem.quantize(jnp.array([[0.5, -1.0, 0.25, 0.0]]), "linear", block_size=4)
+    >>> q.codes
+    Array([[192,   1, 160, 128]], dtype=uint8)
+    >>> q.scales, q.nbytes
+    (Array([[1.]], dtype=float32), 8)
+
+  References:
+    Dettmers et al, `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2021
+
+    Dettmers et al, `QLoRA: Efficient Finetuning of Quantized LLMs
+    <https://arxiv.org/abs/2305.14314>`_, 2023
+  """
+  book, block_size = get_codebook(codebook), check_block_size(block_size)
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"`x` must be a floating array, got {x.dtype}. Cast it first.")
+  if x.ndim == 0:
+    raise ValueError("`x` must have at least one axis, got a scalar. Reshape it to (1,).")
+  if not book.signed and not isinstance(x, Tracer) and bool((x < 0).any()):
+    raise ValueError(
+      f"`x` has negative elements, and `codebook` {book.name!r} is unsigned. Use a signed "
+      "codebook such as 'dynamic' or 'log8'."
+    )
+  q = encode(x, book, (block_size,))
+  if not double_quantize:
+    return q
+  scales = jnp.asarray(q.scales).reshape(-1)
+  offset = scales.mean()
+  nested = encode(scales - offset, get_codebook("dynamic"), (_SCALE_BLOCK,))
+  return dataclasses.replace(q, scales=dataclasses.replace(nested, offset=offset))
+
+
+# Compiled also when called outside `jit`: op by op, the temporaries would be several times `x`.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def encode(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
+  """Quantizes `x` in blocks of extent `block` along its last axes; see `QuantizedArray`."""
+  lead, n = _merge(x.shape, block)
+  ones = (1,) * (len(block) - 1)
+  blocks = _split(x.astype(jnp.float32).reshape(*lead, n), math.prod(block))
+  blocks = jnp.where(jnp.isfinite(blocks), blocks, 0.0)
+  if not codebook.signed:
+    blocks = jnp.maximum(blocks, 0.0)
+  scales = jnp.abs(blocks).max(axis=-1, keepdims=True, initial=0.0)
+  scales = jnp.where(scales < _TINY, 0.0, scales)
+  codes = codebook.encode(jnp.where(scales > 0.0, blocks / scales, 0.0))
+  codes = _join(codes, n)
+  if codebook.bits == 4:
+    codes = _pack(codes)
+    codes = codes.reshape(*codes.shape, *ones)
+  return QuantizedArray(
+    codes=codes if codebook.bits == 4 else codes.reshape(x.shape),
+    scales=scales.reshape(*scales.shape[:-1], *ones),
+    offset=None,
+    codebook=codebook,
+    block=block,
+    extent=x.shape[len(lead) :],
+    dtype=x.dtype,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
+  scales = q.scales
+  if isinstance(scales, QuantizedArray):
+    scales = scales.dequantize()
+  lead, n = _merge(q.shape, q.block)
+  codes = q.codes
+  if q.codebook.bits == 4:
+    codes = _unpack(codes.reshape(*lead, -(-n // 2)))[..., :n]
+  blocks = _split(codes.reshape(*lead, n), math.prod(q.block))
+  values = q.codebook.decode(blocks) * scales.reshape(*blocks.shape[:-1], 1)
+  values = _join(values, n).reshape(q.shape)
+  if q.offset is not None:
+    values = values + q.offset[..., None]
+  return values.astype(dtype)
+
+
+def check_block_size(block_size: int) -> int:
+  """Returns `block_size` as an int, or raises if it is not a positive even number."""
+  try:
+    size = operator.index(block_size)
+  except TypeError:
+    size = 0
+  if size < 2 or size % 2:
+    raise ValueError(
+      f"`block_size` must be a positive multiple of 2, got {block_size!r}. Typical: 64 or 256."
+    )
+  return size
+
+
+def _merge(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+  """The leading axes, and the size of the axes that blocks lie along, merged into one."""
+  split = len(shape) - len(block)
+  return shape[:split], math.prod(shape[split:])
+
+
+def _split(x: jax.Array, length: int) -> jax.Array:
+  """(…, n) -> (…, ceil(n / length), length), the last block padded with zeros."""
+  ragged = -x.shape[-1] % length
+  if ragged:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, ragged)])
+  return x.reshape(*x.shape[:-1], x.shape[-1] // length, length)
+
+
+def _join(blocks: jax.Array, n: int) -> jax.Array:
+  """(…, blocks, length) -> (…, n), without the padding."""
+  *lead, count, length = blocks.shape
+  return blocks.reshape(*lead, count * length)[..., :n]
+
+
+def _pack(codes: jax.Array) -> jax.Array:
+  """Two 4-bit codes a byte along the last axis, the first in the high half."""
+  if codes.shape[-1] % 2:
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+  pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+  return (pairs[..., 0] << 4) | pairs[..., 1]
+
+
+def _unpack(packed: jax.Array) -> jax.Array:
+  pairs = jnp.stack([packed >> 4, packed & 15], axis=-1)
+  return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])

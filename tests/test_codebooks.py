@@ -1,0 +1,87 @@
+"""Codebooks: what the codes mean, and that encoding finds the right one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from optax_lowmem._codebooks import _CODEBOOKS, get_codebook
+
+NEAREST = ["dynamic", "dynamic_unsigned", "nf4", "fp4"]
+
+
+@pytest.mark.parametrize("name", _CODEBOOKS)
+def test_every_value_encodes_to_itself(name):
+  book = get_codebook(name)
+  assert book.values.shape == (2**book.bits,)
+  again = book.decode(book.encode(jnp.asarray(book.values)))
+  np.testing.assert_array_equal(again, book.values)
+
+
+@pytest.mark.parametrize("name", _CODEBOOKS)
+def test_holds_the_ends_and_zero(name):
+  book = get_codebook(name)
+  assert 1.0 in book.values
+  if name != "log8_unsigned":
+    assert 0.0 in book.values
+  if book.signed and name != "dynamic":
+    assert -1.0 in book.values
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_finds_the_nearest_value_at_every_threshold(name):
+  """Encoding is monotone, so agreeing on both sides of each midpoint is agreeing everywhere."""
+  book = get_codebook(name)
+  values = np.unique(book.values).astype(np.float64)
+  middle = (values[1:] + values[:-1]) / 2
+  down = up = middle.astype(np.float32)
+  x = [down]
+  for _ in range(4):
+    down, up = np.nextafter(down, np.float32(-2)), np.nextafter(up, np.float32(2))
+    x += [down, up]
+  x = np.concatenate([*x, values.astype(np.float32)]).clip(values[0], 1)
+  expected = values[np.searchsorted(middle, x.astype(np.float64))]
+  for encode in (book.encode, jax.jit(book.encode)):
+    np.testing.assert_array_equal(book.values[np.asarray(encode(x))], expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["log8", "log8_unsigned"])
+def test_log_codes_have_the_same_relative_error_at_every_magnitude(name):
+  book = get_codebook(name)
+  x = np.exp2(np.random.default_rng(0).uniform(-12, 0, 100_000)).astype(np.float32)
+  y = np.asarray(book.decode(book.encode(jnp.asarray(x))))
+  worst = 1 / (2 * book.per_octave)
+  assert np.abs(y / x - 1).max() <= worst * 1.001
+  for octave in range(12):
+    part = (x >= 2.0 ** (-octave - 1)) & (x < 2.0**-octave)
+    assert 0.3 * worst < np.abs(y / x - 1)[part].mean() < 0.6 * worst
+
+
+def test_unsigned_log_codes_never_make_zero_of_a_positive_value():
+  book = get_codebook("log8_unsigned")
+  x = np.float32([1e-38, 1e-30, 1e-20, 1e-10, 1e-5, 1.0])
+  assert (np.asarray(book.decode(book.encode(jnp.asarray(x)))) > 0).all()
+
+
+@pytest.mark.parametrize("name", _CODEBOOKS)
+def test_encoding_is_monotone(name):
+  book = get_codebook(name)
+  x = np.linspace(-1 if book.signed else 0, 1, 20_001, dtype=np.float32)
+  assert (np.diff(book.values[np.asarray(book.encode(x))]) >= 0).all()
+
+
+def test_maps_are_those_of_bitsandbytes():
+  golden = np.load(GOLDEN / "a_blockwise.npz")
+  np.testing.assert_array_equal(get_codebook("dynamic").values, golden["map/signed"])
+  np.testing.assert_array_equal(get_codebook("dynamic_unsigned").values, golden["map/unsigned"])
+  four = np.load(GOLDEN / "b_4bit.npz")
+  np.testing.assert_array_equal(get_codebook("nf4").values, four["code/nf4"])
+  np.testing.assert_array_equal(get_codebook("fp4").values, four["code/fp4"])
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+  with pytest.raises(ValueError, match=r"`codebook` 'dynamik' is unknown. Did you mean 'dynamic'"):
+    get_codebook("dynamik")
+  with pytest.raises(ValueError, match="Known: dynamic, dynamic_unsigned, fp4"):
+    get_codebook("zzz")
