@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _ONE = 0x3F800000  # bits of the float32 1.0
-_SIGN = -0x80000000  # sign bit of a float32, as int32
+_SIGN = -(2**31)  # sign bit of a float32, as int32
 _OCTAVE = 1 << 23  # float32 bit patterns per factor of two
 
 
@@ -78,12 +78,13 @@ class Log(Codebook):
     return round(_OCTAVE / self.per_octave)
 
   def encode(self, r: jax.Array) -> jax.Array:
-    below_one = _ONE - jax.lax.bitcast_convert_type(jnp.abs(r), jnp.int32)
+    pattern = jax.lax.bitcast_convert_type(r, jnp.int32)
+    below_one = _ONE - (pattern & ~_SIGN)
     # In float32 the quotient is off by 1 part in 2^24, and codes lie some 2^20 patterns apart.
     k = jnp.round(below_one.astype(jnp.float32) * (1 / self._step)).astype(jnp.int32)
     magnitude = jnp.maximum(self._top - k, 0)
-    if self.signed:
-      magnitude = jnp.where(r < 0, magnitude + self._top + 1, magnitude)
+    if self.signed:  # by the sign bit, so that -0.0 keeps its code
+      magnitude = jnp.where(pattern < 0, magnitude + self._top + 1, magnitude)
     return magnitude.astype(jnp.uint8)
 
   def decode(self, codes: jax.Array) -> jax.Array:

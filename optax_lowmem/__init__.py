@@ -1,0 +1,35 @@
+"""Low-memory training for JAX: optimizer state in few bits, as plain optax.
+
+>>> import optax_lowmem as lowmem
+>>> tx = lowmem.adamw(3e-4)  # instead of optax.adamw(3e-4): a quarter of the state
+
+NF4 weights and LoRA for Flax are in `optax_lowmem.nn`, which needs flax and is imported by itself.
+"""
+
+from optax_lowmem._aliases import adam, adamw, create, lion, sgd
+from optax_lowmem._blocks import QuantizedArray, quantize
+from optax_lowmem._memory import state_bytes
+from optax_lowmem._quantized import quantized
+from optax_lowmem._storage import Blockwise, Dense, Storage
+
+__version__ = "0.1.0"
+
+__all__ = [
+  # Optimizers: optax's, in few bits.
+  "adam",
+  "adamw",
+  "create",
+  "lion",
+  "sgd",
+  # Any other transformation.
+  "quantized",
+  # How a moment is held.
+  "Blockwise",
+  "Dense",
+  "Storage",
+  # Arrays.
+  "QuantizedArray",
+  "quantize",
+  # Memory.
+  "state_bytes",
+]

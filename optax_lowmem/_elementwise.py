@@ -1,0 +1,225 @@
+"""The proof that a rule is elementwise, and the rule cut up leaf by leaf.
+
+Tiling a rule that reduces over a leaf would be silently wrong, so elementwise is proved, never
+assumed. The rule is traced once, on abstract arrays of the true shapes (so that a mask that looks
+at names or ranks sees the real tree). Every equation of the jaxpr then inherits the leaf that its
+inputs belong to:
+
+- equations that belong to no leaf (step counts, schedules, bias corrections) are run once a step;
+- equations of one leaf must be elementwise primitives, and mix that leaf's arrays only with values
+  that are the same for every element; they can then be run on any tile of the leaf;
+- anything else refutes the claim, and the caller runs the rule on whole arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+import jax.numpy as jnp
+
+# Primitives whose every output element depends on just the same element of each operand.
+_ELEMENTWISE = frozenset(
+  """
+  abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
+  copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
+  le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
+  rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+  stop_gradient sub tan tanh xor
+  """.split()
+)
+# Primitives that only wrap a jaxpr, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+    "remat": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+}  # fmt: skip
+
+
+class NotElementwise(Exception):
+  """The rule cannot be run tile by tile; the message says which part of it refuses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ref:
+  """A value of the program.
+
+  `owner` is the index of the leaf it belongs to, or None. A value without owner is `uniform` if it
+  is the same everywhere; it is then kept as a scalar, whatever its shape.
+  """
+
+  index: int
+  aval: Any
+  owner: int | None
+  uniform: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+  primitive: Any
+  params: dict[str, Any]
+  inputs: tuple[_Ref, ...]
+  outputs: tuple[_Ref, ...]
+  on_scalars: bool  # elementwise on uniform values: one element is enough
+
+
+class Program:
+  """A function that was proved elementwise, ready to be run leaf by leaf.
+
+  Attributes:
+    out_tree: structure of the function's result.
+    owners: for each flat result, the leaf it belongs to, or None.
+  """
+
+  def __init__(self, fn: Callable[..., Any], args: Sequence[Any], owners: Sequence[int | None]):
+    """Traces `fn(*args)` and proves it.
+
+    Args:
+      fn: the function, of flat arguments, returning any pytree.
+      args: a `jax.ShapeDtypeStruct` for every argument.
+      owners: for every argument the leaf it belongs to, or None.
+
+    Raises:
+      NotElementwise: if the proof fails.
+    """
+    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    self.out_tree = jax.tree.structure(out_shape)
+    self._count = 0
+    self._constants: list[tuple[_Ref, Any]] = []
+    self._ops: dict[int | None, list[_Op]] = {}  # by owner
+    self._inputs = [
+      self._ref(var.aval, owner, owner is None and not var.aval.shape)
+      for var, owner in zip(closed.jaxpr.invars, owners, strict=True)
+    ]
+    if closed.effects:
+      raise NotElementwise(f"it has side effects: {closed.effects}")
+    constants = [self._constant(value) for value in closed.consts]
+    self._outputs = self._walk(closed.jaxpr, constants, self._inputs)
+    self.owners = [ref.owner for ref in self._outputs]
+
+  def run_shared(self, args: Sequence[Any]) -> dict[int, Any]:
+    """Runs the part that belongs to no leaf; returns the environment for `run_leaf`.
+
+    Args:
+      args: the arguments without owner; what stands at the others' places is ignored.
+    """
+    env = {ref.index: value for ref, value in self._constants}
+    env |= {r.index: v for r, v in zip(self._inputs, args, strict=True) if r.owner is None}
+    for op in self._ops.get(None, ()):
+      _bind(op, env)
+    return env
+
+  def run_leaf(self, leaf: int, env: dict[int, Any], args: Sequence[Any]) -> dict[int, jax.Array]:
+    """Runs the part of one leaf, on all of it or on a tile of any shape.
+
+    Args:
+      leaf: the index of the leaf.
+      env: what `run_shared` returned.
+      args: the leaf's arguments, in order, all of one shape.
+
+    Returns:
+      By position, the flat results that belong to the leaf, and those that are uniform.
+    """
+    env = dict(env)
+    env.update(zip((r.index for r in self._inputs if r.owner == leaf), args, strict=True))
+    shape = args[0].shape
+    for op in self._ops.get(leaf, ()):
+      _bind(op, env, shape)
+    return {
+      position: _full(ref, env[ref.index], shape) if ref.uniform else env[ref.index]
+      for position, ref in enumerate(self._outputs)
+      if ref.owner == leaf or ref.uniform
+    }
+
+  def shared_result(self, position: int, env: dict[int, Any]) -> jax.Array:
+    """The flat result at `position`, which belongs to no leaf."""
+    ref = self._outputs[position]
+    return _full(ref, env[ref.index], ref.aval.shape) if ref.uniform else env[ref.index]
+
+  def is_uniform(self, position: int) -> bool:
+    """Whether the flat result at `position` is the same everywhere."""
+    return self._outputs[position].uniform
+
+  def uniform_value(self, position: int, env: dict[int, Any]) -> jax.Array:
+    """The scalar that fills a uniform result."""
+    ref = self._outputs[position]
+    return _full(ref, env[ref.index], ())
+
+  def _ref(self, aval: Any, owner: int | None, uniform: bool) -> _Ref:
+    self._count += 1
+    return _Ref(self._count, aval, owner, uniform)
+
+  def _constant(self, value: Any) -> _Ref:
+    ref = self._ref(jax.typeof(value), None, not jnp.shape(value))
+    self._constants.append((ref, value))
+    return ref
+
+  def _walk(self, jaxpr: Any, constants: Sequence[_Ref], inputs: Sequence[_Ref]) -> list[_Ref]:
+    """Appends the operations of `jaxpr`, calls inlined; returns the refs of its results."""
+    refs: dict[Any, _Ref] = dict(zip(jaxpr.constvars, constants, strict=True))
+    refs.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom):
+      return self._constant(atom.val) if isinstance(atom, jec.Literal) else refs[atom]
+
+    for eqn in jaxpr.eqns:
+      operands = [read(atom) for atom in eqn.invars]
+      name = eqn.primitive.name
+      if name in _CALLS:
+        inner = eqn.params[_CALLS[name]]
+        inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+        results = self._walk(inner, [self._constant(c) for c in consts], operands)
+      else:
+        results = self._append(eqn, operands)
+      refs.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def _append(self, eqn: Any, operands: list[_Ref]) -> list[_Ref]:
+    name = eqn.primitive.name
+    leaves = {ref.owner for ref in operands} - {None}
+    if len(leaves) > 1:
+      raise NotElementwise(f"{name!r} mixes two leaves")
+    owner = leaves.pop() if leaves else None
+    elementwise = name in _ELEMENTWISE
+    if name == "broadcast_in_dim":
+      (operand, *_), aval = operands, eqn.outvars[0].aval
+      if operand.uniform or (owner is not None and operand.aval.shape == aval.shape):
+        return [dataclasses.replace(operand, aval=aval)]  # the same value, spread
+    if owner is None:
+      on_scalars = elementwise and all(ref.uniform for ref in operands)
+      uniform = on_scalars or not any(var.aval.shape for var in eqn.outvars)
+    else:
+      on_scalars = uniform = False
+      if not elementwise:
+        raise NotElementwise(f"{name!r} is not elementwise")
+      if not all(ref.owner is not None or ref.uniform for ref in operands):
+        raise NotElementwise(f"{name!r} reads an array that belongs to no leaf")
+    outputs = tuple(self._ref(var.aval, owner, uniform) for var in eqn.outvars)
+    op = _Op(eqn.primitive, eqn.params, tuple(operands), outputs, on_scalars)
+    self._ops.setdefault(owner, []).append(op)
+    return list(outputs)
+
+
+def _full(ref: _Ref, value: Any, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.broadcast_to(jnp.asarray(value, ref.aval.dtype), shape)
+
+
+def _bind(op: _Op, env: dict[int, Any], shape: tuple[int, ...] | None = None) -> None:
+  """Evaluates one operation; `shape` is the tile's, or None for one that belongs to no leaf."""
+  values = []
+  for ref in op.inputs:
+    value = env[ref.index]
+    if ref.uniform:
+      spread = () if op.on_scalars else ref.aval.shape if shape is None else shape
+      value = _full(ref, value, spread)
+    values.append(value)
+  params = op.params
+  if params.get("sharding") is not None and (op.on_scalars or shape is not None):
+    params = params | {"sharding": None}  # that of the whole array, not of an element or a tile
+  results = op.primitive.bind(*values, **params)
+  if not op.primitive.multiple_results:
+    results = [results]
+  env.update(zip((ref.index for ref in op.outputs), results, strict=True))

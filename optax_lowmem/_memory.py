@@ -1,0 +1,42 @@
+"""Where the bytes of a tree are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+
+def state_bytes(tree: Any) -> dict[str, int]:
+  """Counts the bytes of a tree's arrays by the memory they live in.
+
+  Every array counts with the bytes it holds over all devices together: a sharded array once, one
+  that is replicated over n devices n times. Shapes without data (`jax.eval_shape`) count as they
+  would on one device.
+
+  Args:
+    tree: any pytree of arrays, `QuantizedArray`s included: optimizer state, parameters, ….
+
+  Returns:
+    ``{"device": bytes, "pinned_host": bytes}``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_lowmem as lowmem
+    >>> params = jnp.zeros((64, 64))
+    >>> lowmem.state_bytes(lowmem.adam(1e-3, bits=32).init(params))
+    {'device': 32772, 'pinned_host': 0}
+    >>> lowmem.state_bytes(lowmem.adam(1e-3, bits=8).init(params))
+    {'device': 8708, 'pinned_host': 0}
+  """
+  count = {"device": 0, "pinned_host": 0}
+  for leaf in jax.tree.leaves(tree):
+    if not hasattr(leaf, "dtype"):
+      continue
+    size, kind = math.prod(leaf.shape), "device"
+    if isinstance(leaf, jax.Array):
+      size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * len(leaf.sharding.device_set)
+      if leaf.sharding.memory_kind == "pinned_host":
+        kind = "pinned_host"
+    count[kind] += size * leaf.dtype.itemsize
+  return count

@@ -1,0 +1,226 @@
+"""`quantized`: any optax transformation, its moments held in few bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from optax_lowmem._blocks import QuantizedArray, check_block_size, encode
+from optax_lowmem._boxes import unbox_quantized
+from optax_lowmem._elementwise import NotElementwise, Program
+from optax_lowmem._engine import update_stored
+from optax_lowmem._moments import Place, codebook_of, field_of, places
+from optax_lowmem._storage import Blockwise, Storage, check_min_size
+
+_BITS = (32, 8)
+
+
+def quantized(
+  inner: optax.GradientTransformation,
+  bits: int = 8,
+  *,
+  storage: Mapping[str, Storage] | None = None,
+  block_size: int | None = None,
+  min_size: int = 4096,
+  quantize_mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Holds the moments of any optax transformation in few bits.
+
+  The state is `inner`'s own, except that its moments are `QuantizedArray`\ s. An update decodes
+  them, runs `inner`, and encodes them again:
+
+  .. math::
+    s_t, u_t = \mathrm{inner}(g_t, \mathrm{load}(\hat s_{t-1}), p_t), \qquad
+    \hat s_t = \mathrm{store}(s_t).
+
+  If `inner` is *elementwise* (Adam, Lion, momentum, weight decay, schedules, masks, and chains of
+  them), which is proved from its jaxpr, this is done a tile at a time and only one tile is ever in
+  float32. A transformation that reduces over an array (a norm, a trust ratio) is run on whole
+  decoded arrays instead: the result is right, the peak is not lower. Put such a one outside:
+  ``optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(3e-4))``.
+
+  What is held in few bits: `mu` and `nu` of the Adam family, Lion's `mu`, the `trace` of momentum,
+  the `nu` of RMSProp and the sums of Adagrad; first moments as `"log8"`, second moments as
+  `"log8_unsigned"`, in blocks of 64. Everything else (counts, copies of the parameters, fields of
+  transformations not listed) stays as it is, and can be given a storage by name.
+
+  The arithmetic is in float32 whatever the dtype of parameters and gradients; updates come back
+  in the wider of these two dtypes. A non-finite gradient element makes its own update non-finite,
+  as in optax; its stored moments keep their last values and its neighbours' are untouched.
+
+  Args:
+    inner: the transformation.
+    bits: 8, or 32: `inner` itself, with float32 state.
+    storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`.
+    block_size: elements a scale; 64 by default. 8 bits cost 1 + 4 / `block_size` bytes a moment.
+    min_size: moments of smaller arrays stay in float32.
+    quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
+      function of the parameters that returns one. False keeps a parameter's moments in float32.
+
+  Returns:
+    The transformation.
+
+  Raises:
+    ValueError: for bad `bits`, `block_size` or `min_size`; from `init` if `storage` names a field
+      that the state does not have.
+    TypeError: from `init`, for parameters that are not floating.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
+    >>> params = {"w": jnp.zeros((64, 64)), "b": jnp.zeros(64)}
+    >>> tx = lowmem.quantized(optax.adabelief(1e-3))
+    >>> state = tx.init(params)
+    >>> type(optax.tree.get(state, "mu")["w"]).__name__
+    'QuantizedArray'
+    >>> updates, state = tx.update(params, state, params)
+
+  References:
+    Dettmers et al, `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2021
+  """
+  if bits not in _BITS:
+    raise ValueError(f"`bits` must be one of {_BITS}, got {bits!r}.")
+  check_min_size(min_size)
+  block_size = check_block_size(64 if block_size is None else block_size)
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    _check_floating(params)
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.float32) for p in leaves]
+    shaped = jax.eval_shape(inner.init, treedef.unflatten(shapes))
+    moments = places(shaped, params)
+    allowed = _broadcast_mask(quantize_mask, params)
+    _check_fields(storage, {field_of(m) for m in moments if m.owner is not None})
+
+    def storage_of(moment):
+      if moment.owner is None or not allowed[moment.owner]:
+        return None
+      field = field_of(moment)
+      if field and storage and field in storage:
+        return storage[field]
+      codebook = codebook_of(shaped, moment) if bits < 32 else None
+      return Blockwise(codebook, block_size, min_size) if codebook else None
+
+    storages = [storage_of(m) for m in moments]
+    return unbox_quantized(_initial(inner.init, leaves, treedef, moments, storages))
+
+  def update(updates, state, params=None, **extra_args):
+    args = updates, state, params, extra_args
+    # Outside `jit`, retracing the rule and recompiling its loops each step would take seconds.
+    run = compiled if bits < 32 and _is_concrete(args) else run_update
+    return run(*args)
+
+  def run_update(updates, state, params, extra_args):
+    return update_stored(inner.update, updates, state, params, extra_args)
+
+  compiled = jax.jit(run_update)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _initial(
+  init: Callable[[Any], Any],
+  leaves: Sequence[Any],
+  treedef: Any,
+  moments: Sequence[Place],
+  storages: Sequence[Storage | None],
+) -> Any:
+  """The state that `init` makes of the parameters; moments that start uniform are never dense."""
+
+  def flat_init(*leaves):
+    return init(treedef.unflatten(leaves))
+
+  def in_float32(p):
+    return jnp.asarray(p, jnp.float32)
+
+  def store(value, storage):
+    return value if storage is None else storage.store(value)
+
+  shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.float32) for p in leaves]
+  try:
+    program = Program(flat_init, shapes, range(len(leaves)))
+  except NotElementwise:  # drawn at random, say
+    flat, out_tree = jax.tree.flatten(flat_init(*map(in_float32, leaves)))
+    return out_tree.unflatten(map(store, flat, storages))
+  env = program.run_shared(shapes)
+  state = []
+  for k, (moment, storage) in enumerate(zip(moments, storages, strict=True)):
+    owner = program.owners[k]
+    if owner is not None:
+      leaf = leaves[owner]
+      value = store(program.run_leaf(owner, env, [in_float32(leaf)])[k], storage)
+    elif moment.owner is not None and program.is_uniform(k):
+      value = _full_like(leaves[moment.owner], program.uniform_value(k, env), storage)
+    else:
+      value = store(program.shared_result(k, env), storage)
+    state.append(value)
+  return program.out_tree.unflatten(state)
+
+
+def _full_like(leaf: Any, value: jax.Array, storage: Storage | None) -> Any:
+  """A moment of `leaf`'s shape (and sharding) that is `value` everywhere, stored."""
+
+  def full():
+    return jnp.full_like(leaf, value, dtype=value.dtype)
+
+  if storage is None:
+    return full()
+  stored = jax.eval_shape(lambda: storage.store(full()))
+  if not isinstance(stored, QuantizedArray):
+    return storage.store(full())
+  one = encode(value.reshape(1), stored.codebook, (1,))
+  code = one.codes if stored.codebook.bits == 8 else one.codes >> 4 | one.codes
+  scales = jnp.broadcast_to(one.scales.reshape(()), stored.scales.shape)
+  if stored.codes.shape == jnp.shape(leaf):
+    codes = jnp.full_like(leaf, code.reshape(()), dtype=jnp.uint8)
+  else:
+    codes = jnp.full(stored.codes.shape, code.reshape(()), jnp.uint8)
+  return dataclasses.replace(stored, codes=codes, scales=scales)
+
+
+def _check_floating(params: Any) -> None:
+  for path, p in jax.tree_util.tree_flatten_with_path(params)[0]:
+    dtype = jnp.result_type(p)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+        f"parameter {jax.tree_util.keystr(path) or '()'} has dtype {dtype}, but optimizer state "
+        "needs floating parameters. Leave it out with `optax.masked` or `optax.partition`."
+      )
+
+
+def _broadcast_mask(mask: Any, params: Any) -> list[bool]:
+  """`quantize_mask` for every parameter."""
+  if mask is None:
+    return [True] * len(jax.tree.leaves(params))
+  if callable(mask):
+    mask = mask(params)
+  try:
+    full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), mask, params)
+  except ValueError as error:
+    raise ValueError(
+      "`quantize_mask` must have the structure of the parameters or a prefix of it, got "
+      f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}."
+    ) from error
+  return [bool(m) for m in jax.tree.leaves(full)]
+
+
+def _check_fields(storage: Mapping[str, Storage] | None, fields: set[str | None]) -> None:
+  known = sorted(f for f in fields if f)
+  for name in storage or {}:
+    # A tree without parameters has no fields: optax probes transformations with such a one.
+    if known and name not in known:
+      raise ValueError(f"`storage` names the field {name!r}; this state has {', '.join(known)}.")
+
+
+def _is_concrete(tree: Any) -> bool:
+  return all(
+    isinstance(x, jax.Array | np.ndarray | float | int) and not isinstance(x, Tracer)
+    for x in jax.tree.leaves(tree)
+  )
