@@ -55,47 +55,55 @@ class Log(Codebook):
   r"""Codes that are even in the logarithm, read off the bits of a float32.
 
   The bit pattern of a positive float32 is already a piecewise-linear logarithm: adding
-  :math:`2^{23}` to it doubles the value. With :math:`n` codes a factor of two, code
-  :math:`\mathrm{top} - k` stands for the float32 whose pattern lies :math:`k \, 2^{23} / n` below
-  that of 1.0. So 1.0 is represented exactly, the relative error is the same at every magnitude
-  (at most :math:`1/(2n)`), and encoding is a subtraction, a product and a rounding.
+  :math:`2^{23}` to it doubles the value. Code :math:`\mathrm{top} - k` stands for the float32 whose
+  pattern lies :math:`d_k` below that of 1.0, where
+
+  .. math::
+    d_k = 2^{23} \max(k / a, \; n + (k - an) / b)
+
+  with :math:`a` codes a factor of two for the first :math:`n` factors of two, and :math:`b` below.
+  So 1.0 is represented exactly, and the relative error is at most :math:`1/2a`, or :math:`1/2b` far
+  below the largest of a block, where reach matters more. Encoding is two products, a minimum and
+  a rounding.
 
   Unsigned books have no zero: a positive value never becomes zero, it is raised to the smallest
-  code, `2**(-255/n)`. Signed books hold sign and magnitude; magnitude 0 is zero.
+  code. Signed books hold sign and magnitude; magnitude 0 is zero.
 
   Attributes:
-    per_octave: codes per factor of two.
+    fine: a, codes per factor of two near 1; a power of two, as are the others.
+    octaves: n, how many factors of two down they reach.
+    coarse: b, codes per factor of two below.
   """
 
-  per_octave: int
+  fine: int
+  octaves: int
+  coarse: int
 
   @property
   def _top(self) -> int:
     return 2 ** (self.bits - self.signed) - 1
 
-  @property
-  def _step(self) -> int:
-    return round(_OCTAVE / self.per_octave)
-
   def encode(self, r: jax.Array) -> jax.Array:
     pattern = jax.lax.bitcast_convert_type(r, jnp.int32)
-    below_one = _ONE - (pattern & ~_SIGN)
-    # In float32 the quotient is off by 1 part in 2^24, and codes lie some 2^20 patterns apart.
-    k = jnp.round(below_one.astype(jnp.float32) * (1 / self._step)).astype(jnp.int32)
-    magnitude = jnp.maximum(self._top - k, 0)
+    # In float32 the pattern is off by 1 part in 2^24, and codes lie some 2^19 patterns apart.
+    below_one = (_ONE - (pattern & ~_SIGN)).astype(jnp.float32)
+    k = jnp.minimum(
+      below_one * (self.fine / _OCTAVE),
+      below_one * (self.coarse / _OCTAVE) + self.octaves * (self.fine - self.coarse),
+    )
+    magnitude = self._top - jnp.minimum(jnp.round(k), self._top).astype(jnp.int32)
     if self.signed:  # by the sign bit, so that -0.0 keeps its code
       magnitude = jnp.where(pattern < 0, magnitude + self._top + 1, magnitude)
     return magnitude.astype(jnp.uint8)
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    # Arithmetic, not a table: three integer instructions that vectorize everywhere.
-    magnitude = codes.astype(jnp.int32)
-    if not self.signed:
-      return jax.lax.bitcast_convert_type(_ONE - (self._top - magnitude) * self._step, jnp.float32)
-    negative = magnitude > self._top
-    magnitude = magnitude & self._top
-    pattern = _ONE - (self._top - magnitude) * self._step
-    pattern = jnp.where(magnitude == 0, 0, pattern) | jnp.where(negative, _SIGN, 0)
+    # Arithmetic, not a table: a handful of integer instructions that vectorize everywhere.
+    magnitude = codes.astype(jnp.int32) & self._top
+    k = self._top - magnitude
+    reach = self.octaves * _OCTAVE + (k - self.octaves * self.fine) * (_OCTAVE // self.coarse)
+    pattern = _ONE - jnp.maximum(k * (_OCTAVE // self.fine), reach)
+    if self.signed:
+      pattern = jnp.where(magnitude == 0, 0, pattern) | jnp.where(codes > self._top, _SIGN, 0)
     return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
 
@@ -222,10 +230,10 @@ _FP4 = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
 _CODEBOOKS: dict[str, Codebook] = {
   book.name: book
   for book in (
-    # 10 codes an octave reach 12.6 octaves: |m| down to 1.6e-4 of its block's largest.
-    Log("log8", 8, True, per_octave=10),
-    # 8 codes an octave reach 31.9 octaves of v, 4.8 decades of sqrt(v).
-    Log("log8_unsigned", 8, False, per_octave=8),
+    # Reach 13.7 octaves: |m| down to 7e-5 of its block's largest, then zero.
+    Log("log8", 8, True, fine=16, octaves=6, coarse=4),
+    # Reach 33.7 octaves of v, 5 decades of sqrt(v).
+    Log("log8_unsigned", 8, False, fine=16, octaves=10, coarse=4),
     Dynamic("dynamic", 8, True),
     Dynamic("dynamic_unsigned", 8, False),
     Linear("linear", 8, True),

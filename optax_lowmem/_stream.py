@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,21 +49,35 @@ def map_tiles(
   rows, columns, unit = grid
   sources = [_view(a, rows, columns) for a in reads]
   state = [_view(a, rows, columns) for a in writes]
-  for count, start, extent in _segments(rows, columns, unit, tile):
-    # The tiles of `writes` are cut one step ahead, after the last ones were pasted, and carried:
-    # cut and paste in one step, XLA would fuse the cut into several readers, could then not order
-    # them before the paste, and would copy all of it every step (4 B/param of temporaries, 20 times
-    # the time).
-    def cut(state, i, start=start, extent=extent):
-      return [_cut(a, start(i), extent) for a in state]
 
-    def body(i, carry, start=start, extent=extent, cut=cut):
-      state, tiles = carry
-      new = fn([_cut(a, start(i), extent) for a in sources], tiles)
-      state = [_paste(a, t, start(i)) for a, t in zip(state, new, strict=True)]
-      return state, cut(state, i + 1)
+  def cut(arrays, segment, i):
+    return [_cut(a, segment.start(i), segment.extent) for a in arrays]
 
-    state, _ = jax.lax.fori_loop(0, count, body, (state, cut(state, 0)))
+  def paste(state, new, segment, i):
+    return [_paste(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
+
+  # The tiles of `writes` are cut one step ahead, after the last ones were pasted, and carried: cut
+  # and paste in one step, XLA would fuse the cut into several readers, could then not order them
+  # before the paste, and would copy all of it every step (4 B/param of temporaries, 20 times the
+  # time). A last odd tile is cut by the loop before it for the same reason.
+  first, *rest = _segments(rows, columns, unit, tile)
+  last = rest[0] if rest and rest[0].count == 1 else None
+
+  def loop(segment, state, last=None):
+    def ahead(state, i):
+      return cut(state, segment, i), cut(state, last, 0) if last else []
+
+    def body(i, carry):
+      state, (tiles, _) = carry
+      state = paste(state, fn(cut(sources, segment, i), tiles), segment, i)
+      return state, ahead(state, i + 1)
+
+    state, (_, odd) = jax.lax.fori_loop(0, segment.count, body, (state, ahead(state, 0)))
+    return paste(state, fn(cut(sources, last, 0), odd), last, 0) if last else state
+
+  state = loop(first, state, last)
+  if rest and not last:
+    state = loop(rest[0], state)
   return [_restore(a, like) for a, like in zip(state, writes, strict=True)]
 
 
@@ -89,21 +103,31 @@ def _grid(shape: tuple[int, ...], arrays: Sequence[QuantizedArray]) -> tuple[int
   return size // n, n, unit
 
 
-def _segments(rows: int, columns: int, unit: int, tile: int):
-  """Covers a matrix by tiles: yields (number of tiles, start of tile i, extent of each)."""
+class _Segment(NamedTuple):
+  """A part of a matrix, cut into `count` tiles of one extent, tile i at `start(i)`."""
+
+  count: int
+  start: Callable[[Any], tuple[Any, Any]]
+  extent: tuple[int, int]
+
+
+def _segments(rows: int, columns: int, unit: int, tile: int) -> list[_Segment]:
+  """Covers a matrix by tiles: one segment, or two where a remainder is left."""
   if columns <= tile:
     height = tile // columns
     full = rows // height
-    if full:
-      yield full, lambda i: (i * height, 0), (height, columns)
-    if rows % height:
-      yield 1, lambda i: (full * height, 0), (rows % height, columns)
-    return
-  width = _width(columns, unit, tile)
-  full = columns // width
-  yield rows * full, lambda i: (i // full, i % full * width), (1, width)
-  if columns % width:
-    yield rows, lambda i: (i, full * width), (1, columns % width)
+    found = [
+      _Segment(full, lambda i: (i * height, 0), (height, columns)),
+      _Segment(1, lambda i: (full * height, 0), (rows % height, columns)),
+    ]
+  else:
+    width = _width(columns, unit, tile)
+    full = columns // width
+    found = [
+      _Segment(rows * full, lambda i: (i // full, i % full * width), (1, width)),
+      _Segment(rows, lambda i: (i, full * width), (1, columns % width)),
+    ]
+  return [segment for segment in found if segment.count and min(segment.extent)]
 
 
 def _width(columns: int, unit: int, tile: int) -> int:

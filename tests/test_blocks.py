@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
 import optax_lowmem as lowmem
+from conftest import GOLDEN
 from optax_lowmem._blocks import encode
 from optax_lowmem._codebooks import _CODEBOOKS, get_codebook
 

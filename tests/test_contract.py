@@ -281,7 +281,7 @@ def test_eager_jit_vmap_and_scan_agree(name):
 
   def one(params, grads):
     state = tx.init(params)
-    updates, state = tx.update(grads, state, params)
+    _, state = tx.update(grads, state, params)
     return tx.update(grads, state, params)
 
   vmapped = jax.jit(jax.vmap(one))(params, grads)

@@ -1,0 +1,128 @@
+"""`quantized` beyond the contract: rules on whole arrays, storages by field, trajectories."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_lowmem as lowmem
+from conftest import GOLDEN
+from optax_lowmem._moments import is_quantized
+
+
+def params():
+  return {"w": jax.random.normal(jax.random.key(0), (300, 128)), "b": jnp.ones(5)}
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+    optax.lamb(1e-2),
+    optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(0)), optax.adam(1e-2)),
+  ],
+)
+def test_rules_that_are_not_elementwise_run_on_whole_arrays(inner):
+  """Never tiled: a norm over a tile would be silently wrong."""
+  tx, p = lowmem.quantized(inner), params()
+  ours, exact = tx.init(p), inner.init(p)
+  assert sum(map(is_quantized, jax.tree.leaves(ours, is_leaf=is_quantized))) == 2
+  for t in range(3):
+    g = jax.tree.map(lambda x, t=t: jax.random.normal(jax.random.key(t), x.shape), p)
+    u, ours = jax.jit(tx.update)(g, ours, p)
+    v, exact = jax.jit(inner.update)(g, exact, p)
+    difference = np.abs(np.asarray(u["w"] - v["w"])).mean()
+    assert difference <= 0.03 * np.abs(np.asarray(v["w"])).mean()
+    np.testing.assert_allclose(u["b"], v["b"], rtol=2e-3)
+
+
+def test_a_storage_for_a_field():
+  dynamic = {
+    "mu": lowmem.Blockwise("dynamic", 256),
+    "nu": lowmem.Dense(jnp.bfloat16),
+  }
+  state = lowmem.quantized(optax.adam(1e-3), storage=dynamic).init(params())
+  mu, nu = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+  assert mu["w"].codebook.name == "dynamic"
+  assert mu["b"].dtype == jnp.float32
+  assert nu["w"].dtype == jnp.bfloat16
+  with pytest.raises(ValueError, match="names the field 'v'; this state has mu, nu"):
+    lowmem.quantized(optax.adam(1e-3), storage={"v": lowmem.Dense()}).init(params())
+
+
+def test_a_field_that_is_not_known_is_left_alone_and_can_be_given_a_storage():
+  """The `z` of schedule-free is a copy of the parameters: 8 bits would ruin it."""
+  tx = lowmem.quantized(optax.contrib.schedule_free_adamw(1e-2, warmup_steps=2))
+  state = tx.init(params())
+  np.testing.assert_array_equal(state.z["w"], params()["w"])
+  given = lowmem.quantized(optax.adan(1e-3), storage={"m": lowmem.Blockwise("log8")})
+  assert is_quantized(optax.tree.get(given.init(params()), "m")["w"])
+
+
+def test_state_that_starts_above_zero():
+  """Adagrad's accumulator starts at 0.1: what is stored is that, not zero."""
+  state = lowmem.quantized(optax.adagrad(1e-2)).init(params())
+  sums = optax.tree.get(state, "sum_of_squares")["w"]
+  assert is_quantized(sums)
+  np.testing.assert_allclose(sums.dequantize(), 0.1, rtol=1e-6)
+
+
+def test_updates_are_as_wide_as_the_wider_of_gradient_and_parameter():
+  tx = lowmem.adamw(1e-3)
+  p = params()
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), p)
+  for g, q, dtype in [(half, p, jnp.float32), (p, half, jnp.float32), (half, half, jnp.bfloat16)]:
+    u, _ = jax.jit(tx.update)(g, tx.init(q), q)
+    assert {x.dtype for x in jax.tree.leaves(u)} == {jnp.dtype(dtype)}
+
+
+def test_extra_arguments_reach_the_rule():
+  def update(updates, state, params=None, *, value, **_):
+    del params
+    return jax.tree.map(lambda g: g * value, updates), state
+
+  scale = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+  tx = lowmem.quantized(optax.chain(optax.scale_by_adam(), scale))
+  p = params()
+  u1, _ = jax.jit(tx.update)(p, tx.init(p), p, value=jnp.float32(1))
+  u2, _ = tx.update(p, tx.init(p), p, value=2.0)
+  chex.assert_trees_all_close(u2, jax.tree.map(lambda u: 2 * u, u1), rtol=1e-6)
+
+
+def test_eager_steps_trace_the_rule_once():
+  """Outside `jit`, too: retracing and recompiling the loops would take seconds a step."""
+  adam, traces = optax.adam(1e-3), []
+
+  def update(*args, **kwargs):
+    traces.append(1)
+    return adam.update(*args, **kwargs)
+
+  tx, p = lowmem.quantized(optax.GradientTransformation(adam.init, update)), params()
+  state = tx.init(p)
+  for _ in range(4):
+    _, state = tx.update(p, state, p)
+  assert len(traces) == 1
+
+
+CASES = {
+  "AdamW8bit": ("e2_bnb_adamw8bit", lambda: lowmem.adamw(1e-3, weight_decay=0.01, min_size=0)),
+  "Lion8bit": ("f1_bnb_lion8bit", lambda: lowmem.lion(1e-4, weight_decay=0.01, min_size=0)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stays_closer_to_float32_than_bitsandbytes(case):
+  """20 steps of the same gradients; mean distance from each one's own float32."""
+  file, make = CASES[case]
+  golden = np.load(GOLDEN / f"{file}.npz")
+  for name in ("w", "tail"):
+    tx, p = make(), jnp.asarray(golden[f"p0/{name}"])
+    state, step = tx.init(p), jax.jit(tx.update)
+    for g in golden[f"g/{name}"]:
+      u, state = step(jnp.asarray(g, jnp.float32), state, p)
+      p = optax.apply_updates(p, u)
+    exact = golden[f"{case.removesuffix('8bit')}/cpu/{name}/p20"]
+    theirs = np.abs(golden[f"{case}/exact/{name}/p20"] - exact).mean()
+    assert np.abs(np.asarray(p) - exact).mean() <= theirs
