@@ -1,0 +1,34 @@
+"""4-bit linear layers and LoRA adapters for Flax NNX.
+
+>>> import optax
+>>> from flax import nnx as flax_nnx
+>>> from optax_lowmem import nn
+>>> rngs = flax_nnx.Rngs(0)
+>>> layers = [flax_nnx.Linear(64, 32, rngs=rngs), flax_nnx.Linear(32, 4, rngs=rngs)]
+>>> model = flax_nnx.Sequential(*layers)
+>>> model = nn.quantize_model(model, targets=r"layers\\.0")
+>>> model = nn.add_lora(model, rank=8, alpha=16, targets=r"layers\\.0", rngs=rngs)
+>>> optimizer = flax_nnx.Optimizer(model, optax.adamw(1e-3), wrt=flax_nnx.LoRAParam)
+>>> sorted(flax_nnx.state(model, flax_nnx.LoRAParam)["layers"][0])
+['lora_a', 'lora_b']
+"""
+
+from optax_lowmem.nn._lora import LoRALinear as LoRALinear
+from optax_lowmem.nn._nf4 import NF4Linear as NF4Linear
+from optax_lowmem.nn._nf4 import QuantizedWeight as QuantizedWeight
+from optax_lowmem.nn._peft import load_peft as load_peft
+from optax_lowmem.nn._peft import save_peft as save_peft
+from optax_lowmem.nn._surgery import add_lora as add_lora
+from optax_lowmem.nn._surgery import merge_lora as merge_lora
+from optax_lowmem.nn._surgery import quantize_model as quantize_model
+
+__all__ = [
+  "LoRALinear",
+  "NF4Linear",
+  "QuantizedWeight",
+  "add_lora",
+  "load_peft",
+  "merge_lora",
+  "quantize_model",
+  "save_peft",
+]

@@ -1,0 +1,142 @@
+"""Where the modules of a model are, what they are called, and how a name is looked up."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from optax_lowmem.nn._lora import LoRALinear
+from optax_lowmem.nn._nf4 import NF4Linear
+
+
+class Place(NamedTuple):
+  """A module, its dotted path, and every (holder, key) in the model that refers to it."""
+
+  path: str
+  module: Any  # an nnx.Module; Any, because NNX types its attributes as nothing
+  holders: list[tuple[Any, Any]]
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+  if isinstance(node, dict):
+    yield from node.items()
+  elif isinstance(node, (list, tuple, nnx.List)):
+    yield from enumerate(node)
+  elif isinstance(node, nnx.Pytree):
+    yield from vars(node).items()
+
+
+def places(model: nnx.Module) -> list[Place]:
+  """Every module below `model`, in the order of its attributes.
+
+  The base of a `LoRALinear` goes by the path of the `LoRALinear` itself: an adapter does not
+  change what a layer is called.
+  """
+  found: dict[int, Place] = {}
+  seen: set[int] = {id(model)}
+
+  def walk(node: Any, path: tuple[str, ...]) -> None:
+    for key, child in _children(node):
+      if not isinstance(child, (dict, list, tuple, nnx.Pytree)):
+        continue
+      below = path if isinstance(node, LoRALinear) else (*path, str(key))
+      if isinstance(child, nnx.Module):
+        place = found.setdefault(id(child), Place(".".join(below), child, []))
+        place.holders.append((node, key))
+      if id(child) not in seen:
+        seen.add(id(child))
+        walk(child, below)
+
+  walk(model, ())
+  return list(found.values())
+
+
+def replace(place: Place, new: nnx.Module) -> None:
+  """Puts `new` wherever the module of `place` is held."""
+  for holder, key in place.holders:
+    if isinstance(holder, (dict, list, nnx.List)):
+      holder[key] = new
+    else:
+      setattr(holder, key, new)
+
+
+def check_replaceable(chosen: Sequence[Place]) -> None:
+  for place in chosen:
+    if any(isinstance(holder, tuple) for holder, _ in place.holders):
+      raise ValueError(
+        f"`{place.path}` is held in a tuple, which cannot be changed in place. "
+        "Hold it in an `nnx.List` instead."
+      )
+
+
+def is_linear(module: Any) -> bool:
+  """Whether a module is a plain linear layer: subclasses that compute something else are not."""
+  return isinstance(module, nnx.Linear) and type(module).__call__ is nnx.Linear.__call__
+
+
+def adaptable(everything: Sequence[Place]) -> list[Place]:
+  """The linear layers as a user sees them: the base under a `LoRALinear` is not one."""
+  bases = {id(p.module.base) for p in everything if isinstance(p.module, LoRALinear)}
+  return [
+    place
+    for place in everything
+    if (is_linear(place.module) or isinstance(place.module, (NF4Linear, LoRALinear)))
+    and id(place.module) not in bases
+  ]
+
+
+def patterns(argument: str, regex: str | Sequence[str]) -> list[re.Pattern[str]]:
+  given = [regex] if isinstance(regex, str) else list(regex)
+  if not given:
+    raise ValueError(f"`{argument}` is empty. Name the modules, for example 'q_proj|v_proj'.")
+  compiled = []
+  for pattern in given:
+    try:
+      compiled.append(re.compile(pattern))
+    except (re.error, TypeError) as error:
+      raise ValueError(
+        f"`{argument}` must be a regular expression or a list of them, got {pattern!r}: {error}."
+      ) from error
+  return compiled
+
+
+def matches(pattern: re.Pattern[str], path: str) -> bool:
+  return bool(pattern.fullmatch(path) or pattern.fullmatch(path.rpartition(".")[2]))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+  """A sentence with the known names that look like `name`, or nothing."""
+  close = difflib.get_close_matches(name, known, n=3)
+  return f" Nearest: {', '.join(close)}." if close else ""
+
+
+def listing(paths: Sequence[str]) -> str:
+  """Paths for an error message, with layer numbers folded into a star."""
+  folded = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in paths)
+  return ", ".join(folded) or "none"
+
+
+def choose(
+  argument: str, targets: str | Sequence[str], everything: Sequence[Place], possible: list[Place]
+) -> list[Place]:
+  """The possible places that match; each pattern must match at least one."""
+  chosen: dict[str, Place] = {}
+  for pattern in patterns(argument, targets):
+    matched = [place for place in possible if matches(pattern, place.path)]
+    if not matched:
+      paths = [place.path for place in possible]
+      lasts = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+      other = [place for place in everything if matches(pattern, place.path)]
+      wrong = "".join(f" `{place.path}` is a {type(place.module).__name__}." for place in other[:3])
+      raise ValueError(
+        f"`{argument}` {pattern.pattern!r} matches no module that can be changed."
+        f"{wrong}{nearest(pattern.pattern, [*lasts, *paths])} "
+        f"Available modules: {listing(paths)}."
+      )
+    chosen.update((place.path, place) for place in matched)
+  check_replaceable(list(chosen.values()))
+  return list(chosen.values())

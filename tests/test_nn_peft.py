@@ -1,0 +1,276 @@
+"""Adapters in PEFT's files: read as PEFT means them, written as PEFT reads them."""
+
+import json
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from optax_lowmem import nn
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "peft"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LINEARS = {
+  "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+  "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+def read(path):
+  return safetensors.numpy.load_file(path)
+
+
+BASE = read(GOLDEN / "base" / "model.safetensors")
+
+
+def linear(weight):
+  """An nnx.Linear with a PyTorch weight (..., out, in)."""
+  *_, o, i = weight.shape
+  kernel = jnp.asarray(weight.swapaxes(-1, -2))
+  return nnx.Linear(i, o, use_bias=False, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0))
+
+
+def tiny_llama(stacked):
+  """The linear layers of `base`, under the names they have in PyTorch."""
+
+  def layer(get):
+    return nnx.Dict(
+      {
+        part: nnx.Dict({name: linear(get(f"{part}.{name}.weight")) for name in names})
+        for part, names in LINEARS.items()
+      }
+    )
+
+  weights = [lambda name, i=i: BASE[f"model.layers.{i}.{name}"] for i in range(2)]
+  if stacked:
+    layers = layer(lambda name: np.stack([get(name) for get in weights]))
+  else:
+    layers = nnx.List([layer(get) for get in weights])
+  embed = nnx.Embed(128, 64, rngs=nnx.Rngs(0))
+  return nnx.Dict(
+    model=nnx.Dict(layers=layers, embed_tokens=embed), lm_head=linear(BASE["lm_head.weight"])
+  )
+
+
+def weights_of(model, stacked):
+  """{PyTorch name: (out, in)} of the linear layers in `model.layers`."""
+  out = {}
+  for i in range(2):
+    for part, names in LINEARS.items():
+      for name in names:
+        layers = model["model"].layers
+        module = layers[part][name] if stacked else layers[i][part][name]
+        kernel = np.asarray(module.kernel[...])
+        out[f"model.layers.{i}.{part}.{name}.weight"] = (kernel[i] if stacked else kernel).T
+  return out
+
+
+def snapshot(model):
+  _, state = nnx.split(model)
+  flat = nnx.to_flat_state(state)
+  return {path: np.asarray(value.get_value()).tobytes() for path, value in flat}
+
+
+stacked_or_not = pytest.mark.parametrize("stacked", [False, True])
+
+
+@stacked_or_not
+@pytest.mark.parametrize("name", ["lora", "rslora"])
+def test_loaded_and_merged_is_what_peft_merges(name, stacked):
+  model = tiny_llama(stacked)
+  assert nn.load_peft(model, GOLDEN / name) is model
+  q = (
+    model["model"].layers.self_attn.q_proj if stacked else model["model"].layers[0].self_attn.q_proj
+  )
+  assert q.scale == (8.0 if name == "rslora" else 4.0) and q.dropout is None
+  merged = weights_of(nn.merge_lora(model), stacked)
+  want = read(GOLDEN / name / "merged.safetensors")
+  for key, value in merged.items():
+    assert np.abs(value - BASE[key]).max() > 1e-3  # the adapter does something
+    np.testing.assert_allclose(value, want[key], rtol=0, atol=1e-6)
+
+
+@stacked_or_not
+@pytest.mark.parametrize("name", ["lora", "rslora"])
+def test_saved_again_is_the_same_file(name, stacked, tmp_path):
+  model = nn.load_peft(tiny_llama(stacked), GOLDEN / name, rngs=nnx.Rngs(0))
+  assert (
+    nn.save_peft(model, tmp_path / "new" / "dir", base_model="base") == tmp_path / "new" / "dir"
+  )
+  written = tmp_path / "new" / "dir"
+  assert sorted(path.name for path in written.iterdir()) == [CONFIG, WEIGHTS]
+  got, want = read(written / WEIGHTS), read(GOLDEN / name / WEIGHTS)
+  assert got.keys() == want.keys()
+  for key in want:
+    assert got[key].dtype == np.float32
+    np.testing.assert_array_equal(got[key], want[key])
+  with safetensors.safe_open(written / WEIGHTS, framework="np") as file:
+    assert file.metadata() == {"format": "pt"}
+  got, want = (json.loads((d / CONFIG).read_text()) for d in (written, GOLDEN / name))
+  assert sorted(got.pop("target_modules")) == sorted(want["target_modules"])
+  assert got == {key: want[key] for key in got}
+  minimal = {
+        "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
+        "bias", "fan_in_fan_out", "inference_mode", "use_rslora",
+    }  # fmt: skip
+  assert minimal <= got.keys()
+
+
+def test_loads_onto_a_4_bit_base():
+  model = nn.load_peft(nn.quantize_model(tiny_llama(True)), GOLDEN / "lora")
+  q = model["model"].layers.self_attn.q_proj
+  assert isinstance(q.base, nn.NF4Linear)
+  tensors = read(GOLDEN / "lora" / WEIGHTS)
+  name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+  np.testing.assert_array_equal(q.lora_a[...][1], tensors[name + "A.weight"].T)
+  np.testing.assert_array_equal(q.lora_b[...][1], tensors[name + "B.weight"].T)
+
+
+def test_half_precision_adapters_are_read(tmp_path):
+  shutil.copy(GOLDEN / "lora" / CONFIG, tmp_path)
+  tensors = {k: v.astype(jnp.bfloat16) for k, v in read(GOLDEN / "lora" / WEIGHTS).items()}
+  safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS)
+  model = nn.load_peft(tiny_llama(False), tmp_path)
+  name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+  a = model["model"].layers[1].self_attn.q_proj.lora_a[...]
+  assert a.dtype == jnp.float32
+  np.testing.assert_array_equal(a, tensors[name].astype(np.float32).T)
+
+
+@stacked_or_not
+def test_values_go_into_adapters_that_are_there(stacked):
+  model = nn.add_lora(tiny_llama(stacked), 4, 16, ".*_proj", dropout=0.1, rngs=nnx.Rngs(0))
+  layers = model["model"].layers
+  lora = layers.self_attn.q_proj if stacked else layers[0].self_attn.q_proj
+  nn.load_peft(model, GOLDEN / "lora")
+  assert (layers.self_attn.q_proj if stacked else layers[0].self_attn.q_proj) is lora
+  assert lora.dropout.rate == 0.1
+  merged = weights_of(nn.merge_lora(model), stacked)
+  want = read(GOLDEN / "lora" / "merged.safetensors")
+  for key, value in merged.items():
+    np.testing.assert_allclose(value, want[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("rank", "alpha", "targets", "words"),
+  [
+    (8, 32, ".*_proj", "shape"),
+    (4, 8, ".*_proj", "scale 4.*2"),
+    (4, 16, ".*", "lacks `lm_head`"),
+  ],
+)
+def test_adapters_that_do_not_agree_are_refused(rank, alpha, targets, words):
+  model = nn.add_lora(tiny_llama(True), rank, alpha, targets, rngs=nnx.Rngs(0))
+  before = snapshot(model)
+  with pytest.raises(ValueError, match=words):
+    nn.load_peft(model, GOLDEN / "lora")
+  assert snapshot(model) == before
+
+
+def edit(tmp_path, tensors=None, **config):
+  """A copy of the golden adapter, changed."""
+  old = json.loads((GOLDEN / "lora" / CONFIG).read_text())
+  (tmp_path / CONFIG).write_text(json.dumps(old | config))
+  values = read(GOLDEN / "lora" / WEIGHTS)
+  safetensors.numpy.save_file(values if tensors is None else tensors(values), tmp_path / WEIGHTS)
+  return tmp_path
+
+
+def without(part):
+  return lambda tensors: {k: v for k, v in tensors.items() if part not in k}
+
+
+def renamed(old, new):
+  return lambda tensors: {k.replace(old, new): v for k, v in tensors.items()}
+
+
+def wider(tensors):
+  key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+  return tensors | {key: np.ones((4, 65), np.float32)}
+
+
+@stacked_or_not
+@pytest.mark.parametrize(
+  ("make", "words"),
+  [
+    (lambda tmp: GOLDEN / "dora", "DoRA"),
+    (lambda tmp: GOLDEN / "lora_embed_head", "base_layer"),
+    (lambda tmp: GOLDEN / "lora_modules_to_save", "modules_to_save"),
+    (lambda tmp: GOLDEN / "lora_pattern", "_pattern"),
+    (lambda tmp: edit(tmp, bias="all"), "bias"),
+    (lambda tmp: edit(tmp, init_lora_weights="pissa"), "init_lora_weights"),
+    (lambda tmp: edit(tmp, some_new_feature=True), "some_new_feature"),
+    (lambda tmp: edit(tmp, peft_type="IA3"), "LoRA"),
+    (lambda tmp: edit(tmp, r=0), "sets r to 0"),
+    (lambda tmp: edit(tmp, r=8), "shape"),
+    (lambda tmp: edit(tmp, lora_alpha=None), "lora_alpha"),
+    (lambda tmp: edit(tmp, wider), r"\(4, 65\).*layers.1.mlp.up_proj"),
+    (lambda tmp: edit(tmp, without("1.mlp.up_proj.lora_B")), r"lacks .*up_proj\.lora_B"),
+    (lambda tmp: edit(tmp, without("1.mlp.up_proj")), "lacks `model.layers.1.mlp.up_proj`"),
+    (lambda tmp: edit(tmp, renamed("up_proj", "upp")), "does not have.*Nearest: .*up_proj"),
+    (lambda tmp: edit(tmp, renamed("layers.1", "layers.7")), r"layers\.7"),
+    (lambda tmp: edit(tmp, renamed("base_model.model.", "")), "Names of plain LoRA"),
+    (lambda tmp: edit(tmp, lambda t: t | {"x.lora_embedding_A": np.ones(2)}), "embeddings"),
+  ],
+)
+def test_what_cannot_be_loaded_is_refused_and_nothing_is_changed(make, words, stacked, tmp_path):
+  model = tiny_llama(stacked)
+  before = snapshot(model)
+  with pytest.raises(ValueError, match=words):
+    nn.load_peft(model, make(tmp_path))
+  assert snapshot(model) == before
+
+
+def test_broken_or_missing_files(tmp_path):
+  model = tiny_llama(False)
+  with pytest.raises(FileNotFoundError, match=CONFIG):
+    nn.load_peft(model, tmp_path)
+  (tmp_path / CONFIG).write_text("{")
+  with pytest.raises(ValueError, match="JSON"):
+    nn.load_peft(model, tmp_path)
+  shutil.copy(GOLDEN / "lora" / CONFIG, tmp_path)
+  with pytest.raises(FileNotFoundError, match=WEIGHTS):
+    nn.load_peft(model, tmp_path)
+  (tmp_path / WEIGHTS).write_bytes((GOLDEN / "lora" / WEIGHTS).read_bytes()[:-100])
+  with pytest.raises(ValueError, match="not a whole safetensors file"):
+    nn.load_peft(model, tmp_path)
+
+
+def test_an_adapter_is_never_overwritten_unasked(tmp_path):
+  model = nn.load_peft(tiny_llama(True), GOLDEN / "lora")
+  nn.save_peft(model, tmp_path)
+  (tmp_path / "notes.txt").write_text("mine")
+  before = (tmp_path / WEIGHTS).read_bytes()
+  q = model["model"].layers.self_attn.q_proj
+  q.lora_b[...] = q.lora_b[...] + 1
+  with pytest.raises(FileExistsError, match="overwrite=True"):
+    nn.save_peft(model, tmp_path)
+  assert (tmp_path / WEIGHTS).read_bytes() == before
+  nn.save_peft(model, tmp_path, overwrite=True)
+  assert (tmp_path / WEIGHTS).read_bytes() != before
+  assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS, "notes.txt"]
+
+
+def test_target_modules_name_no_layer_too_many(tmp_path):
+  model = nn.add_lora(tiny_llama(False), 4, 8, r".*layers\.1\..*q_proj", rngs=nnx.Rngs(0))
+  nn.save_peft(model, tmp_path)
+  config = json.loads((tmp_path / CONFIG).read_text())
+  assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="no LoRALinear"):
+    nn.save_peft(tiny_llama(False), tmp_path)
+  model = nn.add_lora(tiny_llama(False), 4, 8, "q_proj", rngs=nnx.Rngs(0))
+  nn.add_lora(model, 2, 8, "v_proj", rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="different"):
+    nn.save_peft(model, tmp_path)
+  model = nn.add_lora(tiny_llama(True), 4, 8, "q_proj", rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="`stack`"):
+    nn.save_peft(model, tmp_path, stack="blocks")
+  assert not list(tmp_path.iterdir())
