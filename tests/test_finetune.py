@@ -1,0 +1,386 @@
+"""The QLoRA script, run end to end on a tiny random model."""
+
+import doctest
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import data
+import finetune
+import optax_lowmem as lowmem
+import report
+from arguments import Settings
+from chat import ChatTokenizer
+from llama import load_llama
+from optax_lowmem import nn as lowmem_nn
+
+SCRIPT = Path(finetune.__file__)
+LAYERS, WIDTH, INNER, HEADS, GROUPS = 2, 64, 128, 4, 2
+
+
+def save_model(folder, tied=True):
+  """A Hugging Face directory with random weights and a tokenizer of 300 tokens."""
+  folder.mkdir()
+  backend = Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  backend.train_from_iterator(["the cat sat on the mat and the dog ran"] * 9, trainer)
+  backend.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+  vocabulary = backend.get_vocab_size()
+  config = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": vocabulary,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": tied,
+    "hidden_act": "silu",
+  }
+  (folder / "config.json").write_text(json.dumps(config))
+  rng = np.random.default_rng(0)
+  kv = WIDTH * GROUPS // HEADS
+  shapes = {"model.embed_tokens": (vocabulary, WIDTH), "model.norm": (WIDTH,)}
+  if not tied:
+    shapes["lm_head"] = (vocabulary, WIDTH)
+  for i in range(LAYERS):
+    layer = {
+      "input_layernorm": (WIDTH,),
+      "post_attention_layernorm": (WIDTH,),
+      "self_attn.q_proj": (WIDTH, WIDTH),
+      "self_attn.k_proj": (kv, WIDTH),
+      "self_attn.v_proj": (kv, WIDTH),
+      "self_attn.o_proj": (WIDTH, WIDTH),
+      "mlp.gate_proj": (INNER, WIDTH),
+      "mlp.up_proj": (INNER, WIDTH),
+      "mlp.down_proj": (WIDTH, INNER),
+    }
+    shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+  weights = {
+    f"{name}.weight": np.ones(shape, np.float32)
+    if len(shape) == 1
+    else (rng.normal(size=shape) / shape[-1] ** 0.5).astype(np.float32)
+    for name, shape in shapes.items()
+  }
+  save_file(weights, str(folder / "model.safetensors"))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("qlora")
+  save_model(folder / "model")
+  rows = [{"instruction": f"say {i}", "output": f"the cat sat on {i}"} for i in range(60)]
+  (folder / "rows.json").write_text(json.dumps(rows))
+  return folder
+
+
+def arguments(files, out, *more):
+  """A small run; what `more` gives comes last and so wins."""
+  given = f"--model {files}/model --data {files}/rows.json --seq-len 32 --batch-size 4"
+  return [*given.split(), "--eval-batches", "1", "--steps", "8", "--out", str(out), *more]
+
+
+def adapter(folder):
+  return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def records(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+  return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+def test_a_whole_run(files, tmp_path, capsys):
+  out = tmp_path / "out"
+  assert finetune.main(arguments(files, out, "--lr", "3e-3", "--eval-every", "4")) == 0
+  printed = capsys.readouterr().out
+
+  steps = [r for r in records(out) if "loss" in r]
+  held_out = [r for r in records(out) if "held_out_loss" in r]
+  assert [r["step"] for r in steps] == list(range(1, 9))
+  assert [r["step"] for r in held_out] == [0, 4, 8]
+  assert held_out[-1]["held_out_loss"] < 0.9 * held_out[0]["held_out_loss"]
+
+  summary = json.loads((out / "summary.json").read_text())
+  assert summary["held_out_loss"] == [held_out[0]["held_out_loss"], held_out[-1]["held_out_loss"]]
+  assert len(summary["samples"]) == 2
+  for sample in summary["samples"]:
+    assert sample["prompt"].startswith("user\nsay ") and sample["prompt"].endswith("assistant\n")
+    assert sample["data"].startswith("the cat sat on") and sample["before"] != sample["data"]
+  assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+  for words in ("NF4", "LoRA adapters", "adamw_8bit", "tokens/s", "MiB", "Sample 2", "Held-out"):
+    assert words in printed
+
+  # The saved adapter on a freshly loaded model gives the held-out loss that was printed.
+  model = lowmem_nn.load_peft(load_llama(files / "model", "nf4"), out / "adapter")
+  tokenizer = ChatTokenizer.from_model(files / "model")
+  rows = data.load(files / "rows.json", tokenizer, 32).split()[1]
+  batch = data.pad(rows, 3, 32, tokenizer.pad_id)
+  logits = model(batch.inputs)
+  each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+  loss = float(each[batch.learned].mean())
+  assert loss == pytest.approx(summary["held_out_loss"][1], rel=1e-4)
+
+
+def test_the_byte_table_counts_the_real_arrays(files, tmp_path):
+  settings = Settings(model=str(files / "model"), dtype="float32", seq_len=32, rank=64)
+  tx, _ = finetune.optimizer(settings)
+  model = finetune.adapted(load_llama(files / "model", "nf4"), settings)
+  _, state, frozen = finetune.split(model, tx.init)
+  four, dense, lora, optimizer = report.byte_parts(frozen, state.lora, state.opt_state, "x")
+  linears = LAYERS * (WIDTH * (2 * WIDTH + WIDTH) + 3 * WIDTH * INNER)
+  assert four.parameters == linears and four.usual == 2 * linears
+  # A layer's and a matrix's share of 8-bit scales of scales, 4 bytes each, is what is beyond 4.125.
+  assert 4.125 / 8 * linears < four.here < 4.125 / 8 * linears + 7 * LAYERS * 4 * 6
+  assert dense.here == 4 * dense.parameters == 2 * dense.usual
+  assert lora.here == lora.usual == 4 * lora.parameters
+  assert optimizer.usual == pytest.approx(8 * lora.parameters, rel=1e-3)
+  assert optimizer.here == sum(lowmem.state_bytes(state.opt_state).values())
+  assert optimizer.here < 0.27 * optimizer.usual
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_the_same(files, tmp_path):
+  """With dropout, accumulation and a schedule, over an epoch's end."""
+  options = "--dropout 0.2 --grad-accum 2 --steps 10 --warmup 2 --rank 64 --batch-size 3".split()
+  assert finetune.main(arguments(files, tmp_path / "a", *options)) == 0
+  assert finetune.main(arguments(files, tmp_path / "b", *options, "--stop-after", "4")) == 0
+  assert not same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+  assert finetune.main(["--resume", str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
+  assert same(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
+  state = [load_file(tmp_path / run / "state.safetensors") for run in "ac"]
+  assert same(*state) and any(a.dtype == np.uint8 for a in state[0].values())
+
+  timeless = [
+    [{k: v for k, v in r.items() if k != "seconds"} for r in records(tmp_path / run)]
+    for run in "ac"
+  ]
+  assert timeless[0] == timeless[1]
+
+
+def test_the_same_command_gives_the_same_adapter_and_the_seed_matters(files, tmp_path):
+  short = ["--steps", "2", "--optim", "lion_8bit", "--quantize", "none", "--schedule", "constant"]
+  for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+    assert finetune.main(arguments(files, tmp_path / name, *short, "--seed", seed)) == 0
+  assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+  assert not same(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
+
+
+@pytest.fixture(scope="module")
+def pieces(files):
+  """What a step needs: graph, optimizer, state, frozen weights and a batch of two parts."""
+  s = Settings(model=str(files / "model"), dtype="float32", seq_len=32, rank=4)
+  model = finetune.adapted(load_llama(files / "model", "nf4"), s)
+  # B starts at zero, where the gradient of A vanishes.
+  bump = lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)  # noqa: E731
+  nnx.update(model, jax.tree.map(bump, nnx.state(model, nnx.LoRAParam)))
+  tx = optax.sgd(1.0)
+  graph, state, frozen = finetune.split(model, tx.init)
+  tokenizer = ChatTokenizer.from_model(files / "model")
+  rows = data.load(files / "rows.json", tokenizer, 32).rows
+  return graph, tx, state, frozen, data.Batches(rows, 4, 2, 32, tokenizer.pad_id, 0).at(0)
+
+
+class TestStep:
+  """The step's arithmetic against the plain way to write it."""
+
+  def plain(self, graph, state, frozen, batch):
+    flat = data.Batch(*(x.reshape(-1, *x.shape[2:]) for x in batch))
+
+    def loss(lora):
+      logits = finetune.merged(graph, state._replace(lora=lora), frozen)(flat.inputs)
+      each = optax.softmax_cross_entropy_with_integer_labels(logits, flat.targets)
+      return (each * flat.learned).sum() / flat.learned.sum()
+
+    return jax.jit(jax.value_and_grad(loss))(state.lora)
+
+  def test_loss_and_gradient(self, pieces):
+    graph, tx, state, frozen, batch = pieces
+    loss, grads = self.plain(graph, state, frozen, batch)
+    new, measured = jax.jit(partial(finetune.train_step, graph, tx))(state, frozen, batch)
+    assert float(measured["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(measured["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    stepped = jax.tree.map(lambda old, new: old - new, state.lora, new.lora)
+    for got, want in zip(jax.tree.leaves(stepped), jax.tree.leaves(grads), strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(abs(want).max()))
+
+  @pytest.mark.parametrize("chunk", [1, 5, 32, 1000])
+  def test_chunks_of_the_head(self, pieces, chunk):
+    graph, _, state, frozen, batch = pieces
+    part = data.Batch(*(jnp.asarray(x[0]) for x in batch))
+    model = finetune.merged(graph, state, frozen)
+    hidden = jax.random.normal(jax.random.key(0), (4, 32, WIDTH))
+
+    def plain(hidden):
+      each = optax.softmax_cross_entropy_with_integer_labels(model.head(hidden), part.targets)
+      return (each * part.learned).sum() / 7
+
+    want, slope = jax.value_and_grad(plain)(hidden)
+    head = jax.jit(
+      lambda hidden: finetune.head_loss(
+        model, hidden, part, divisor=7.0, with_gradient=True, chunk=chunk
+      )
+    )
+    got, gradient = head(hidden)
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+
+  def test_schedules(self):
+    for name, last in (("constant", 1e-3), ("linear", 1e-5), ("cosine", 0.0)):
+      _, schedule = finetune.optimizer(Settings(steps=100, warmup=4, lr=1e-3, schedule=name))
+      rates = [float(schedule(i)) for i in range(100)]
+      assert rates[0] == pytest.approx(2e-4) and rates[4] == pytest.approx(1e-3)
+      assert max(rates) == pytest.approx(1e-3) and rates[99] == pytest.approx(last, abs=2e-6)
+
+
+def refused(argv, capsys):
+  """The error of a run that must be refused with status 2, as one sentence on one line."""
+  with pytest.raises(SystemExit) as exit:
+    finetune.main(argv)
+  error = capsys.readouterr().err
+  assert exit.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+  return error
+
+
+class TestBadInput:
+  @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+      ("--optim adamw_8bits", "adamw_8bit"),
+      ("--targets q_project", "matches no module that can be changed"),
+      ("--targets [q", "regular expression"),
+      ("--steps 0", "--steps must be at least 1, got 0"),
+      ("--batch-size -1", "--batch-size must be at least 1, got -1"),
+      ("--grad-accum 0", "--grad-accum must be at least 1"),
+      ("--seq-len 1", "--seq-len must be at least 2"),
+      ("--rank 0", "--rank must be at least 1"),
+      ("--alpha nan", "--alpha must be a positive number, got nan"),
+      ("--lr 0", "--lr must be a positive number"),
+      ("--dropout 1", "--dropout must be at least 0 and less than 1"),
+      ("--warmup 8", "--warmup must be at least 0 and less than --steps 8"),
+      ("--max-grad-norm -1", "--max-grad-norm must be 0 or a positive number"),
+      ("--seq-len 300", "more than the 256 positions"),
+      ("--model nowhere", "--model nowhere: there is no such file"),
+      ("--data nowhere", "--data nowhere: there is no such file"),
+      ("--resume nowhere", "there is no run in that folder"),
+    ],
+  )
+  def test_refused_before_anything_is_written(self, files, tmp_path, capsys, options, message):
+    assert message in refused(arguments(files, tmp_path / "out", *options.split()), capsys)
+    assert not (tmp_path / "out").exists()
+
+  def test_unknown_schedule_lists_the_known(self, files, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+      finetune.main(arguments(files, tmp_path / "out", "--schedule", "square"))
+    assert "constant" in capsys.readouterr().err
+
+  def test_out_is_never_overwritten(self, files, tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("mine")
+    error = refused(arguments(files, tmp_path), capsys)
+    assert f"--out {tmp_path} exists and is not empty" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+    assert "exists" in refused(arguments(files, tmp_path / "precious.txt"), capsys)
+
+  def test_malformed_data_names_file_and_line(self, files, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"oops": 1}\n')
+    error = refused(arguments(files, tmp_path / "o", "--data", f"{tmp_path}/bad.jsonl"), capsys)
+    assert "bad.jsonl, line 2: expected the keys 'messages'" in error
+
+  def test_lm_head_stays_frozen(self, tmp_path, files, capsys):
+    save_model(tmp_path / "m", tied=False)
+    options = ["--model", f"{tmp_path}/m", "--targets", ".*_proj|lm_head"]
+    assert "matches lm_head too" in refused(arguments(files, tmp_path / "o", *options), capsys)
+
+  def test_a_resumed_run_is_not_changed_unnoticed(self, files, tmp_path, capsys):
+    assert finetune.main(arguments(files, tmp_path / "a", "--stop-after", "1")) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    resume = ["--resume", str(tmp_path / "a")]
+    assert "--rank 8 contradicts the run" in refused([*resume, "--rank", "8"], capsys)
+    (tmp_path / "rows.json").write_text((files / "rows.json").read_text() + " ")
+    other = [*resume, "--data", f"{tmp_path}/rows.json"]
+    assert "is not the data of the run" in refused(other, capsys)
+    assert "all 1 steps are done" in refused([*resume, "--steps", "1"], capsys)
+    (tmp_path / "a" / "state.safetensors").write_bytes(b"half")
+    assert "is not a complete training state" in refused(resume, capsys)
+    (tmp_path / "a" / "state.safetensors").write_bytes(before[tmp_path / "a" / "state.safetensors"])
+    assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+
+  def test_divergence_ends_the_run_with_a_sentence(self, files, tmp_path, capsys):
+    options = ["--lr", "1e30", "--max-grad-norm", "0", "--warmup", "0"]
+    assert finetune.main(arguments(files, tmp_path / "out", *options)) == 1
+    assert "Try a lower --lr" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_dry_run_reads_no_weights(files, tmp_path, capsys):
+  folder = save_model(tmp_path / "model")
+  weights = load_file(folder / "model.safetensors")
+  save_file({k: v * np.nan for k, v in weights.items()}, str(folder / "model.safetensors"))
+  options = ["--model", str(folder), "--data", "nowhere.json"]
+  assert "no such file" in refused(arguments(files, tmp_path / "out", *options), capsys)
+  assert finetune.main(["--model", str(folder), "--seq-len", "32", "--dry-run"]) == 0
+  printed = capsys.readouterr().out
+  assert "model.layers.self_attn.q_proj.lora_a" in printed and "(2, 64, 16)" in printed
+  assert "temporaries of a training step" in printed and "4-bit base weights" in printed
+  # The same weights are refused where they are needed.
+  options = ["--model", str(folder)]
+  assert "holds NaN" in refused(arguments(files, tmp_path / "out", *options), capsys)
+
+
+def test_ctrl_c_saves_the_adapter_and_says_where(files, tmp_path):
+  out = tmp_path / "out"
+  command = [sys.executable, str(SCRIPT), *arguments(files, out, "--steps", "100000")]
+  root = str(Path(lowmem.__file__).parents[1])
+  with subprocess.Popen(
+    command,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=os.environ | {"PYTHONPATH": root},
+    cwd=tmp_path,
+  ) as process:
+    deadline = time.monotonic() + 240
+    while not (out / "metrics.jsonl").exists() or len(records(out)) < 4:
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+  assert process.returncode == 130
+  assert f"The adapter so far is in {out / 'adapter'}" in printed and "Traceback" not in printed
+  last = [r for r in records(out) if "loss" in r][-1]["step"]
+  assert f"Stopped after step {last}" in printed
+  assert all(np.isfinite(x).all() for x in adapter(out).values())
+  assert finetune.main(["--resume", str(out), "--stop-after", str(last + 1)]) == 0
+  assert [r for r in records(out) if "loss" in r][-1]["step"] == last + 1
+
+
+def test_doctests_of_the_example():
+  result = doctest.testmod(report)
+  assert result.attempted >= 2 and result.failed == 0
