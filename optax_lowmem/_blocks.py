@@ -198,7 +198,9 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
   values = q.codebook.decode(blocks) * scales.reshape(*blocks.shape[:-1], 1)
   values = _join(values, n).reshape(q.shape)
   if q.offset is not None:
-    values = values + q.offset[..., None]
+    # The product is to be rounded before the sum, as in bitsandbytes. Without something between
+    # them XLA contracts the two, and one value in twenty differs by an ulp.
+    values = jnp.maximum(values, jnp.finfo(jnp.float32).min) + q.offset[..., None]
   return values.astype(dtype)
 
 

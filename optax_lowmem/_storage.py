@@ -59,7 +59,8 @@ class Blockwise:
 
   Blocks lie along the last axis. Where that axis does not divide, a block grows, to about
   twice `block_size` at most; where it is shorter than a block, as in the factors of LoRA, a block
-  covers several rows. So there is never more than one scale for `block_size` elements, whatever the shape.
+  covers several rows. So there is never more than one scale for `block_size` elements, whatever
+  the shape.
 
   Storing is idempotent for every codebook but the signed `"dynamic"`:
   ``store(load(s)) == s``, bit for bit.
