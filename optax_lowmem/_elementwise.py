@@ -168,8 +168,8 @@ class Program:
     for eqn in jaxpr.eqns:
       operands = [read(atom) for atom in eqn.invars]
       name = eqn.primitive.name
-      if name in _CALLS:
-        inner = eqn.params[_CALLS[name]]
+      inner = eqn.params.get(_CALLS.get(name, ""))
+      if inner is not None:
         inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
         results = self._walk(inner, [self._constant(c) for c in consts], operands)
       else:

@@ -18,10 +18,8 @@ from optax_lowmem._stream import map_tiles
 def update_stored(
   update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
-  """Runs `update(grads, state, params, **extra_args)` on a state that holds `QuantizedArray`s."""
+  """Runs `update(grads, state, params, **extra_args)` in float32 on a state that is stored."""
   out_tree = jax.tree.structure((grads, state), is_leaf=is_quantized)
-  if not any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized))):
-    return _on_whole_arrays(update, grads, state, params, extra_args)
   grads, state, params = unbox(grads), unbox(state), unbox(params)
   try:
     new = _by_tiles(update, grads, state, params, extra_args)
@@ -30,11 +28,22 @@ def update_stored(
   return out_tree.unflatten(jax.tree.leaves(new, is_leaf=is_quantized))
 
 
+def update_dense(
+  update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+  """Runs `update` on a state that is held as the rule made it, from float32 parameters."""
+  updates, state = update(_to_float32(grads), state, _to_float32(params), **extra_args)
+  return _as_updates(updates, grads, params), state
+
+
 def _by_tiles(update, grads, state, params, extra_args):
   """Decodes, updates and encodes a tile at a time; raises NotElementwise if that were wrong."""
   leaves, treedef = jax.tree.flatten((grads, state, params), is_leaf=is_quantized)
   owners = [place.owner for place in places((grads, state, params), grads)]
-  dense = jax.tree.leaves((_shapes(grads, True), _shapes(state), _shapes(params, True)))
+  dense = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype if owner is None else jnp.float32)
+    for x, owner in zip(leaves, owners, strict=True)
+  ]
 
   def flat_update(*flat):
     grads, state, params = treedef.unflatten(flat)
@@ -75,12 +84,16 @@ def _by_tiles(update, grads, state, params, extra_args):
 
 def _on_whole_arrays(update, grads, state, params, extra_args):
   """Decodes everything, updates, encodes everything: right for any transformation."""
-  dense = jax.tree.map(lambda x: _decode(x, x.dtype), state, is_leaf=is_quantized)
-  updates, new = update(_to_float32(grads), dense, _to_float32(params), **extra_args)
+  dense = jax.tree.map(_decode_half, state, is_leaf=is_quantized)
+  updates, new = update_dense(update, grads, dense, params, extra_args)
+  return updates, jax.tree.map(_encode_like, state, new, dense, is_leaf=is_quantized)
+
+
+def _as_updates(updates: Any, grads: Any, params: Any) -> Any:
+  """`updates` in the dtypes of `_update_dtypes`."""
   flat, treedef = jax.tree.flatten(updates)
   dtypes = _update_dtypes(grads, params)
-  updates = treedef.unflatten([u.astype(d) for u, d in zip(flat, dtypes, strict=True)])
-  return updates, jax.tree.map(_encode_like, state, new, dense, is_leaf=is_quantized)
+  return treedef.unflatten([u.astype(d) for u, d in zip(flat, dtypes, strict=True)])
 
 
 def _update_dtypes(grads: Any, params: Any) -> list[Any]:
@@ -90,15 +103,6 @@ def _update_dtypes(grads: Any, params: Any) -> list[Any]:
     return dtypes
   params = jax.tree.leaves(params)
   return [jnp.promote_types(d, p.dtype) for d, p in zip(dtypes, params, strict=True)]
-
-
-def _shapes(tree: Any, in_float32: bool = False) -> Any:
-  """What the rule sees: dense arrays, gradients and parameters in float32."""
-
-  def shape(x):
-    return jax.ShapeDtypeStruct(x.shape, jnp.float32 if in_float32 else x.dtype)
-
-  return jax.tree.map(shape, tree, is_leaf=is_quantized)
 
 
 def _to_float32(tree: Any) -> Any:
@@ -112,6 +116,12 @@ def _to_float32(tree: Any) -> Any:
 
 def _decode(stored: Any, dtype: Any) -> jax.Array:
   return stored.dequantize(dtype) if is_quantized(stored) else stored.astype(dtype)
+
+
+def _decode_half(stored: Any) -> jax.Array:
+  """Quantized and half-precision arrays in float32, others as they are."""
+  half = stored.dtype in (jnp.bfloat16, jnp.float16)
+  return _decode(stored, jnp.float32 if half else stored.dtype)
 
 
 def _encode_like(stored: Any, value: jax.Array, old: jax.Array) -> Any:

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from optax_lowmem._blocks import QuantizedArray, check_block_size, encode
 from optax_lowmem._boxes import unbox_quantized
 from optax_lowmem._elementwise import NotElementwise, Program
-from optax_lowmem._engine import update_stored
+from optax_lowmem._engine import update_dense, update_stored
 from optax_lowmem._moments import Place, codebook_of, field_of, places
 from optax_lowmem._storage import Blockwise, Storage, check_min_size
 
@@ -58,7 +58,8 @@ def quantized(
   Args:
     inner: the transformation.
     bits: 8, or 32: `inner` itself, with float32 state.
-    storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`.
+    storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`. What
+      its `store` returns must be an array or a `QuantizedArray`.
     block_size: elements a scale; 64 by default. 8 bits cost 1 + 4 / `block_size` bytes a moment.
     min_size: moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
@@ -114,12 +115,13 @@ def quantized(
 
   def update(updates, state, params=None, **extra_args):
     args = updates, state, params, extra_args
+    if bits == 32 and not storage:
+      return update_dense(inner.update, *args)
     # Outside `jit`, retracing the rule and recompiling its loops each step would take seconds.
-    run = compiled if bits < 32 and _is_concrete(args) else run_update
-    return run(*args)
+    return (compiled if _is_concrete(args) else run_update)(*args)
 
-  def run_update(updates, state, params, extra_args):
-    return update_stored(inner.update, updates, state, params, extra_args)
+  def run_update(*args):
+    return update_stored(inner.update, *args)
 
   compiled = jax.jit(run_update)
   return optax.GradientTransformationExtraArgs(init, update)

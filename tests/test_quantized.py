@@ -52,6 +52,19 @@ def test_a_storage_for_a_field():
     lowmem.quantized(optax.adam(1e-3), storage={"v": lowmem.Dense()}).init(params())
 
 
+def test_moments_held_in_bf16_are_still_computed_in_float32():
+  tx = lowmem.quantized(optax.adam(1e-3), 32, storage={"mu": lowmem.Dense(jnp.bfloat16)})
+  p = params()
+  g, state = jax.tree.map(lambda x: x * 1e-3, p), tx.init(p)
+  mu = jnp.zeros_like(p["w"])
+  for _ in range(5):
+    _, state = jax.jit(tx.update)(g, state, p)
+    mu = (0.9 * mu + 0.1 * g["w"]).astype(jnp.bfloat16).astype(jnp.float32)
+  held = optax.tree.get(state, "mu")["w"]
+  assert held.dtype == jnp.bfloat16
+  assert float((held.astype(jnp.float32) != mu).mean()) < 1e-3  # but for a tie broken by an ulp
+
+
 def test_a_field_that_is_not_known_is_left_alone_and_can_be_given_a_storage():
   """The `z` of schedule-free is a copy of the parameters: 8 bits would ruin it."""
   tx = lowmem.quantized(optax.contrib.schedule_free_adamw(1e-2, warmup_steps=2))
