@@ -20,12 +20,33 @@ def update_stored(
 ) -> tuple[Any, Any]:
   """Runs `update(grads, state, params, **extra_args)` in float32 on a state that is stored."""
   out_tree = jax.tree.structure((grads, state), is_leaf=is_quantized)
-  grads, state, params = unbox(grads), unbox(state), unbox(params)
-  try:
-    new = _by_tiles(update, grads, state, params, extra_args)
-  except NotElementwise:
-    new = _on_whole_arrays(update, grads, state, params, extra_args)
+
+  def run(*args):
+    try:
+      return _by_tiles(update, *args)
+    except NotElementwise:
+      return _on_whole_arrays(update, *args)
+
+  args = unbox(grads), unbox(state), unbox(params), extra_args
+  new = _with_automatic_sharding(run, args, like=args[:2])
   return out_tree.unflatten(jax.tree.leaves(new, is_leaf=is_quantized))
+
+
+def _with_automatic_sharding(run: Callable[..., Any], args: Any, like: Any) -> Any:
+  """Calls `run`; under a mesh of explicit axes, lets the compiler lay out what is inside.
+
+  A flat view of a sharded array has no explicit sharding. The results are sharded as `like`.
+  """
+  leaves = jax.tree.leaves(like)
+  meshes = (jax.typeof(x).sharding.mesh for x in leaves)
+  explicit = [m for m in meshes if jax.sharding.AxisType.Explicit in m.axis_types]
+  if not explicit:
+    return run(*args)
+
+  def sharding(x):  # scalars are on no mesh yet
+    return jax.sharding.NamedSharding(explicit[0], jax.typeof(x).sharding.spec)
+
+  return jax.sharding.auto_axes(run, out_sharding=jax.tree.map(sharding, like))(*args)
 
 
 def update_dense(

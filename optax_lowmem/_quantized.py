@@ -169,14 +169,11 @@ def _initial(
 def _full_like(leaf: Any, value: jax.Array, storage: Storage | None) -> Any:
   """A moment of `leaf`'s shape (and sharding) that is `value` everywhere, stored."""
 
-  def full():
-    return jnp.full_like(leaf, value, dtype=value.dtype)
-
   if storage is None:
-    return full()
-  stored = jax.eval_shape(lambda: storage.store(full()))
+    return jnp.full_like(leaf, value, dtype=value.dtype)
+  stored = jax.eval_shape(storage.store, jax.ShapeDtypeStruct(jnp.shape(leaf), value.dtype))
   if not isinstance(stored, QuantizedArray):
-    return storage.store(full())
+    return storage.store(jnp.full_like(leaf, value, dtype=value.dtype))
   one = encode(value.reshape(1), stored.codebook, (1,))
   code = one.codes if stored.codebook.bits == 8 else one.codes >> 4 | one.codes
   scales = jnp.broadcast_to(one.scales.reshape(()), stored.scales.shape)
