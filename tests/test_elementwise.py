@@ -61,7 +61,7 @@ NOT_ELEMENTWISE = {
   "lars": optax.lars(1e-3),
   "novograd": optax.novograd(1e-3),
   "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=2),
-  "noise": optax.noisy_sgd(1e-3),
+  "noise": optax.add_noise(0.01, 0.55, jax.random.key(0)),
   "centralize": optax.chain(optax.centralize(), optax.sgd(1e-3)),
 }
 
