@@ -70,9 +70,9 @@ class Log(Codebook):
   code. Signed books hold sign and magnitude; magnitude 0 is zero.
 
   Attributes:
-    fine: a, codes per factor of two near 1; a power of two, as are the others.
+    fine: a, codes per factor of two near 1; a power of two.
     octaves: n, how many factors of two down they reach.
-    coarse: b, codes per factor of two below.
+    coarse: b, codes per factor of two below; a power of two.
   """
 
   fine: int

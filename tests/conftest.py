@@ -7,6 +7,5 @@ import pathlib
 os.environ.setdefault(
   "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 )
-os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "standard")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -131,13 +131,14 @@ def test_storing_what_was_loaded_changes_nothing(name):
     chex.assert_trees_all_equal(encode(q.dequantize(), q.codebook, q.block), q)
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in REGISTRY if n not in ("lion", "sgd")])
 def test_positive_second_moments_stay_positive(name):
   grads = jax.tree.map(lambda g: g * jnp.exp2(20 * jax.nn.tanh(g)), tree(1))
   _, state, _ = run(make(name), tree(0), 2, grads=grads)
-  for field in ("nu", "sum_of_squares"):
-    for q in quantized_leaves(optax.tree.get_all_with_path(state, field)):
-      assert float(q.dequantize().min()) > 0
+  second = quantized_leaves(optax.tree.get_all_with_path(state, "nu"))
+  assert len(second) == 3
+  for q in second:
+    assert float(q.dequantize().min()) > 0
 
 
 @every

@@ -53,7 +53,7 @@ def _low_rank_forward(x, a, b):
 
 def _low_rank_backward(residuals, g):
   # Derived by JAX, the gradient of A is written ((g B^T)^T x)^T, which XLA's CPU backend computes
-  # three times slower than x^T (g B^T): a quarter of a whole QLoRA step of a 135M model.
+  # three times slower than x^T (g B^T): a fifth of a whole QLoRA step of a 135M model.
   x, low, a, b = residuals
   d = g @ b.T
   batch = tuple(range(x.ndim - 1))
