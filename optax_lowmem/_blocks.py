@@ -16,6 +16,7 @@ from optax_lowmem._codebooks import Codebook, get_codebook
 
 # Below the smallest normal number XLA's CPU backend flushes to zero, and a reciprocal overflows.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+_EXPONENT = 0x7F800000  # the bits of a float32 that are all set if it is not finite
 _SCALE_BLOCK = 256  # double quantization: block of the scales, as in bitsandbytes
 
 
@@ -28,7 +29,8 @@ _SCALE_BLOCK = 256  # double quantization: block of the scales, as in bitsandbyt
 class QuantizedArray:
   r"""An array held as codes and one scale a block, a pytree of its arrays.
 
-  The value is ``codebook.decode(code) * scale (+ offset)``.
+  The value is ``codebook.decode_blocks(code, scale) (+ offset)``: the codebook's value times the
+  scale, or for logarithmic codes, the number that lies some codes below the scale.
 
   A block covers `block[0]` consecutive indices of axis ``-len(block)`` and all of the axes after
   it; axes before it are independent. So blocks are contiguous runs in row-major order, the last one
@@ -161,16 +163,19 @@ def quantize(
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def encode(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
   """Quantizes `x` in blocks of extent `block` along its last axes; see `QuantizedArray`."""
+  return encode_finite(jnp.where(is_finite(x), x, 0.0), codebook, block)
+
+
+def encode_finite(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
+  """`encode` for an `x` that is known to be finite."""
   lead, n = _merge(x.shape, block)
   ones = (1,) * (len(block) - 1)
   blocks = _split(x.astype(jnp.float32).reshape(*lead, n), math.prod(block))
-  blocks = jnp.where(jnp.isfinite(blocks), blocks, 0.0)
   if not codebook.signed:
     blocks = jnp.maximum(blocks, 0.0)
-  scales = jnp.abs(blocks).max(axis=-1, keepdims=True, initial=0.0)
-  scales = jnp.where(scales < _TINY, 0.0, scales)
-  codes = codebook.encode(jnp.where(scales > 0.0, blocks / scales, 0.0))
-  codes = _join(codes, n)
+  scales = _largest(blocks)
+  scales = jnp.where(scales < _TINY, 0.0, jnp.maximum(scales, codebook.smallest_scale))
+  codes = _join(codebook.encode_blocks(blocks, scales), n)
   if codebook.bits == 4:
     codes = _pack(codes)
     codes = codes.reshape(*codes.shape, *ones)
@@ -185,6 +190,24 @@ def encode(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> Quantize
   )
 
 
+def is_finite(x: jax.Array) -> jax.Array:
+  """`jnp.isfinite`, by the bits of a float32: an eighth of the time on a CPU."""
+  if x.dtype != jnp.float32:
+    return jnp.isfinite(x)
+  return (jax.lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT) != _EXPONENT
+
+
+def _largest(blocks: jax.Array) -> jax.Array:
+  """The largest magnitude of each block, (…, length) -> (…, 1), of finite float32 values."""
+  # Patterns of magnitudes are in the order of the magnitudes. Maxima of integers vectorize, those
+  # of floats do not; halving first leaves XLA a loop over whole vectors: 5 ms, not 39, for 2^24.
+  pattern = jax.lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+  while pattern.shape[-1] % 2 == 0 and pattern.shape[-1] > 16:
+    half = pattern.shape[-1] // 2
+    pattern = jnp.maximum(pattern[..., :half], pattern[..., half:])
+  return jax.lax.bitcast_convert_type(pattern.max(axis=-1, keepdims=True, initial=0), jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
   scales = q.scales
@@ -195,7 +218,7 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
   if q.codebook.bits == 4:
     codes = _unpack(codes.reshape(*lead, -(-n // 2)))[..., :n]
   blocks = _split(codes.reshape(*lead, n), math.prod(q.block))
-  values = q.codebook.decode(blocks) * scales.reshape(*blocks.shape[:-1], 1)
+  values = q.codebook.decode_blocks(blocks, scales.reshape(*blocks.shape[:-1], 1))
   values = _join(values, n).reshape(q.shape)
   if q.offset is not None:
     # The product is to be rounded before the sum, as in bitsandbytes. Without something between

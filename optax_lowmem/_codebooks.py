@@ -11,14 +11,15 @@ import abc
 import dataclasses
 import difflib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ONE = 0x3F800000  # bits of the float32 1.0
 _SIGN = -(2**31)  # sign bit of a float32, as int32
-_OCTAVE = 1 << 23  # float32 bit patterns per factor of two
+# Below the smallest normal number XLA's CPU backend flushes to zero, and a reciprocal overflows.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,19 @@ class Codebook(abc.ABC):
     """Returns the float32 values of uint8 codes below `2**bits`."""
 
   @property
+  def smallest_scale(self) -> float:
+    """The smallest scale but zero; that of a block is raised to it."""
+    return _TINY
+
+  def encode_blocks(self, blocks: jax.Array, scales: jax.Array) -> jax.Array:
+    """Returns the uint8 codes of finite values, each at most its scale in magnitude."""
+    return self.encode(jnp.where(scales > 0.0, blocks / scales, 0.0))
+
+  def decode_blocks(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """Returns the float32 values of uint8 codes under `scales`, which broadcast."""
+    return self.decode(codes) * scales
+
+  @property
   def values(self) -> np.ndarray:
     """The value of every code, in code order: float32 of shape (2**bits,)."""
     with jax.ensure_compile_time_eval():
@@ -56,21 +70,21 @@ class Log(Codebook):
 
   The bit pattern of a positive float32 is already a piecewise-linear logarithm: adding
   :math:`2^{23}` to it doubles the value. Code :math:`\mathrm{top} - k` stands for the float32 whose
-  pattern lies :math:`d_k` below that of 1.0, where
+  pattern lies :math:`d_k` below that of the scale, where
 
   .. math::
     d_k = 2^{23} \max(k / a, \; n + (k - an) / b)
 
   with :math:`a` codes a factor of two for the first :math:`n` factors of two, and :math:`b` below.
-  So 1.0 is represented exactly, and the relative error is at most :math:`1/2a`, or :math:`1/2b` far
-  below the largest of a block, where reach matters more. Encoding is two products, a minimum and
-  a rounding.
+  So the scale itself is represented exactly, and the relative error is at most :math:`1/2a`, or
+  :math:`1/2b` far below the largest of a block, where reach matters more. Both ways are a few
+  integer additions and shifts: no division, no table.
 
   Unsigned books have no zero: a positive value never becomes zero, it is raised to the smallest
   code. Signed books hold sign and magnitude; magnitude 0 is zero.
 
   Attributes:
-    fine: a, codes per factor of two near 1; a power of two.
+    fine: a, codes per factor of two near the scale; a power of two.
     octaves: n, how many factors of two down they reach.
     coarse: b, codes per factor of two below; a power of two.
   """
@@ -83,28 +97,48 @@ class Log(Codebook):
   def _top(self) -> int:
     return 2 ** (self.bits - self.signed) - 1
 
-  def encode(self, r: jax.Array) -> jax.Array:
-    pattern = jax.lax.bitcast_convert_type(r, jnp.int32)
-    # In float32 the pattern is off by 1 part in 2^24, and codes lie some 2^19 patterns apart.
-    below_one = (_ONE - (pattern & ~_SIGN)).astype(jnp.float32)
+  @property
+  def _steps(self) -> tuple[int, int, int]:
+    """The two steps as powers of two of the pattern, and what makes both meet."""
+    shifts = (23 - (n.bit_length() - 1) for n in (self.fine, self.coarse))
+    return *shifts, self.octaves * (self.fine - self.coarse)
+
+  @property
+  def smallest_scale(self) -> float:
+    # Every code must stand for a normal number: a code that is flushed to zero would be lost.
+    below = (self._top - self.octaves * self.fine) / self.coarse + self.octaves
+    return _TINY * 2.0 ** math.ceil(max(below, self._top / self.fine))
+
+  def encode_blocks(self, blocks: jax.Array, scales: jax.Array) -> jax.Array:
+    pattern = jax.lax.bitcast_convert_type(blocks, jnp.int32)
+    distance = jax.lax.bitcast_convert_type(scales, jnp.int32) - (pattern & ~_SIGN)
+    fine, coarse, gap = self._steps
     k = jnp.minimum(
-      below_one * (self.fine / _OCTAVE),
-      below_one * (self.coarse / _OCTAVE) + self.octaves * (self.fine - self.coarse),
+      (distance + (1 << fine >> 1)) >> fine, ((distance + (1 << coarse >> 1)) >> coarse) + gap
     )
-    magnitude = self._top - jnp.minimum(jnp.round(k), self._top).astype(jnp.int32)
+    code = self._top - jnp.minimum(k, self._top)
     if self.signed:  # by the sign bit, so that -0.0 keeps its code
-      magnitude = jnp.where(pattern < 0, magnitude + self._top + 1, magnitude)
-    return magnitude.astype(jnp.uint8)
+      code = code | ((pattern >> (32 - self.bits)) & (self._top + 1))
+    return code.astype(jnp.uint8)
+
+  def decode_blocks(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    codes = codes.astype(jnp.int32)
+    magnitude = codes & self._top
+    k = self._top - magnitude
+    fine, coarse, gap = self._steps
+    distance = jnp.maximum(k << fine, (k - gap) << coarse)
+    # The maximum is for a block of zeros, whose scale is zero.
+    pattern = jnp.maximum(jax.lax.bitcast_convert_type(scales, jnp.int32) - distance, 0)
+    if self.signed:
+      sign = (codes << (32 - self.bits)) & _SIGN
+      pattern = jnp.where(magnitude == 0, 0, pattern) | sign
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+
+  def encode(self, r: jax.Array) -> jax.Array:
+    return self.encode_blocks(r, jnp.float32(1.0))
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    # Arithmetic, not a table: a handful of integer instructions that vectorize everywhere.
-    magnitude = codes.astype(jnp.int32) & self._top
-    k = self._top - magnitude
-    reach = self.octaves * _OCTAVE + (k - self.octaves * self.fine) * (_OCTAVE // self.coarse)
-    pattern = _ONE - jnp.maximum(k * (_OCTAVE // self.fine), reach)
-    if self.signed:
-      pattern = jnp.where(magnitude == 0, 0, pattern) | jnp.where(codes > self._top, _SIGN, 0)
-    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+    return self.decode_blocks(codes, jnp.float32(1.0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ inputs belong to:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,27 +112,53 @@ class Program:
       _bind(op, env)
     return env
 
-  def run_leaf(self, leaf: int, env: dict[int, Any], args: Sequence[Any]) -> dict[int, jax.Array]:
-    """Runs the part of one leaf, on all of it or on a tile of any shape.
+  def run_leaf(
+    self,
+    leaf: int,
+    env: dict[int, Any],
+    args: Mapping[int, jax.Array],
+    results: Iterable[int],
+    given: Mapping[int, jax.Array] | None = None,
+  ) -> dict[int, jax.Array]:
+    """Computes results of one leaf, on all of it or on a tile of any shape.
 
     Args:
       leaf: the index of the leaf.
       env: what `run_shared` returned.
-      args: the leaf's arguments, in order, all of one shape.
+      args: by position, the leaf's arguments that are needed, all of one shape.
+      results: positions of the wanted flat results; they belong to the leaf or are uniform.
+      given: by position, results that are taken as they are instead of being computed, also where
+        other results are made of them.
 
     Returns:
-      By position, the flat results that belong to the leaf, and those that are uniform.
+      The results by position.
     """
-    env = dict(env)
-    env.update(zip((r.index for r in self._inputs if r.owner == leaf), args, strict=True))
-    shape = args[0].shape
-    for op in self._ops.get(leaf, ()):
+    env, wanted = dict(env), list(results)
+    env.update((self._inputs[k].index, x) for k, x in args.items())
+    env.update((self._outputs[k].index, x) for k, x in (given or {}).items())
+    shape = next(iter(args.values())).shape
+    for op in self._needed(leaf, wanted, given or {})[0]:
       _bind(op, env, shape)
-    return {
-      position: _full(ref, env[ref.index], shape) if ref.uniform else env[ref.index]
-      for position, ref in enumerate(self._outputs)
-      if ref.owner == leaf or ref.uniform
-    }
+    refs = ((k, self._outputs[k]) for k in wanted)
+    return {k: _full(r, env[r.index], shape) if r.uniform else env[r.index] for k, r in refs}
+
+  def arguments_of(self, leaf: int, results: Iterable[int], given: Iterable[int]) -> set[int]:
+    """Positions of the leaf's arguments that `results` are made of, where `given` are known."""
+    return self._needed(leaf, results, given)[1]
+
+  def _needed(
+    self, leaf: int, results: Iterable[int], given: Iterable[int]
+  ) -> tuple[list[_Op], set[int]]:
+    """The operations of a leaf behind `results`, in order, and the arguments they start from."""
+    known = {self._outputs[k].index for k in given}
+    needed = {self._outputs[k].index for k in results} - known
+    ops = []
+    for op in reversed(self._ops.get(leaf, ())):
+      if needed & {ref.index for ref in op.outputs}:
+        ops.append(op)
+        needed |= {ref.index for ref in op.inputs} - known
+    arguments = {k for k, ref in enumerate(self._inputs) if ref.index in needed}
+    return ops[::-1], {k for k in arguments if self._inputs[k].owner == leaf}
 
   def shared_result(self, position: int, env: dict[int, Any]) -> jax.Array:
     """The flat result at `position`, which belongs to no leaf."""
@@ -142,6 +168,11 @@ class Program:
   def is_uniform(self, position: int) -> bool:
     """Whether the flat result at `position` is the same everywhere."""
     return self._outputs[position].uniform
+
+  def returns_argument(self, position: int) -> int | None:
+    """The position of the argument that the flat result at `position` is, if it is one."""
+    index = self._outputs[position].index
+    return next((k for k, ref in enumerate(self._inputs) if ref.index == index), None)
 
   def uniform_value(self, position: int, env: dict[int, Any]) -> jax.Array:
     """The scalar that fills a uniform result."""

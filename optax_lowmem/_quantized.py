@@ -157,7 +157,7 @@ def _initial(
     owner = program.owners[k]
     if owner is not None:
       leaf = leaves[owner]
-      value = store(program.run_leaf(owner, env, [in_float32(leaf)])[k], storage)
+      value = store(program.run_leaf(owner, env, {owner: in_float32(leaf)}, [k])[k], storage)
     elif moment.owner is not None and program.is_uniform(k):
       value = _full_like(leaves[moment.owner], program.uniform_value(k, env), storage)
     else:

@@ -12,9 +12,13 @@ import jax.numpy as jnp
 
 from optax_lowmem._blocks import QuantizedArray
 
-# Elements a tile. 8-bit AdamW of a 4096 x 4096 leaf on two cores takes 83 ms and 0.03 B/param of
-# temporaries with 2^15, 73 ms and 0.11 B/param with 2^17, which is more than is promised.
-TILE = 1 << 15
+# An array of more elements than this is walked in tiles. Below it, the temporaries of a whole array
+# are a few hundred KiB, and a loop for each of 300 leaves would take longer to compile.
+_WHOLE = 1 << 18
+# Tiles are as large as the promise of 0.1 B/param of temporaries allows, because each costs some
+# ten launches: the moments of a 32nd of the array are held twice (0.07 B/param for two in 8 bits),
+# or of a 128th, if the float32 update is, too (0.05).
+_SMALLEST = 1 << 15
 
 Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales
 
@@ -23,7 +27,7 @@ def map_tiles(
   fn: Callable[[list[Any], list[Any]], Sequence[Any]],
   reads: Sequence[Tile],
   writes: Sequence[Tile],
-  tile: int = TILE,
+  tile: int | None = None,
 ) -> list[Any]:
   """Returns `fn(reads, writes)`, computed a tile at a time.
 
@@ -35,7 +39,7 @@ def map_tiles(
       element of a result may depend on the elements of its block only.
     reads: arrays that are only read; all arrays have one logical shape.
     writes: arrays that are read and replaced.
-    tile: elements a tile.
+    tile: elements a tile; by default, what keeps the temporaries below 0.1 bytes an element.
 
   Returns:
     The replaced `writes`.
@@ -43,7 +47,11 @@ def map_tiles(
   arrays = [*reads, *writes]
   shape = arrays[0].shape
   grid = _grid(shape, [a for a in arrays if isinstance(a, QuantizedArray)])
-  if math.prod(shape) <= tile or grid is None:
+  size = math.prod(shape)
+  if tile is None:
+    dense = any(not isinstance(a, QuantizedArray) for a in writes)
+    tile = _WHOLE if size <= _WHOLE else max(_SMALLEST, size // (128 if dense else 32))
+  if size <= tile or grid is None:
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
   sources = [_view(a, rows, columns) for a in reads]

@@ -87,7 +87,8 @@ def test_layout(name, shape, block):
   for start in range(0, n, length):
     part = slice(start, start + length)
     scale[:, part] = rows[:, part].max(-1, keepdims=True)
-  expected = np.asarray(book.decode(book.encode(jnp.asarray(rows / scale)))) * scale
+  codes = book.encode_blocks(jnp.asarray(rows), jnp.asarray(scale))
+  expected = np.asarray(book.decode_blocks(codes, jnp.asarray(scale)))
   np.testing.assert_array_equal(q.dequantize(), expected.reshape(shape))
 
 
@@ -119,13 +120,18 @@ def test_a_bad_element_does_not_touch_its_neighbours(name, bad):
   assert np.isfinite(poisoned).all()
 
 
-@pytest.mark.parametrize("scale", [1e-34, 1e-30, 1e-10, 1.0, 1e10, 1e37])
+@pytest.mark.parametrize("scale", [2.0**-100, 1e-30, 1e-10, 1.0, 1e10, 1e37])
 def test_relative_error_does_not_depend_on_the_scale(scale):
-  x = jax.random.normal(jax.random.key(3), (16, 64))
-  reference = np.asarray(lowmem.quantize(x, "log8", 64).dequantize())
-  scaled = np.asarray(lowmem.quantize(x * scale, "log8", 64).dequantize(), np.float64)
-  assert np.abs(scaled / scale - reference).max() < 0.08 * np.abs(reference).max()
-  assert np.abs(scaled / scale / reference - 1).mean() < 1e-3
+  x = jax.random.normal(jax.random.key(3), (256, 64))
+
+  def errors(x):
+    return np.abs(np.asarray(lowmem.quantize(x, "log8", 64).dequantize() / x) - 1)
+
+  ours, reference = errors(x * scale), errors(x)
+  np.testing.assert_allclose(ours.mean(), reference.mean(), rtol=0.05)
+  np.testing.assert_allclose(ours.max(), reference.max(), rtol=0.05)
+  if scale == 2.0**-100:  # patterns only move
+    np.testing.assert_array_equal(ours, reference)
 
 
 def test_vmap_scan_and_indexing_need_no_special_care():

@@ -79,12 +79,13 @@ def test_elementwise_rules_are_accepted_and_run_leaf_by_leaf(name):
   expected = jax.tree.leaves(update(*values))
   env = program.run_shared(values)
   for leaf in range(3):
-    mine = [v for v, owner in zip(values, owners, strict=True) if owner == leaf]
+    mine = {k: v for k, v in enumerate(values) if owners[k] == leaf}
+    results = [k for k, owner in enumerate(program.owners) if owner == leaf]
     # On the whole leaf, and on its elements one row at a time, flattened.
-    whole = program.run_leaf(leaf, env, mine)
-    flat = [v.reshape(-1) for v in mine]
+    whole = program.run_leaf(leaf, env, mine, results)
     halves = [
-      program.run_leaf(leaf, env, [f[part] for f in flat]) for part in (slice(0, 2), slice(2, None))
+      program.run_leaf(leaf, env, {k: v.reshape(-1)[part] for k, v in mine.items()}, results)
+      for part in (slice(0, 2), slice(2, None))
     ]
     for position, owner in enumerate(program.owners):
       if owner == leaf:
@@ -127,3 +128,22 @@ def test_leaves_that_mix_are_refused():
   shape = jax.ShapeDtypeStruct((3,), jnp.float32)
   with pytest.raises(NotElementwise, match="'add' mixes two leaves"):
     Program(lambda a, b: [a + b, b], [shape, shape], [0, 1])
+
+
+def test_results_are_made_of_given_ones():
+  """An update made of the new moments needs neither the old ones nor the gradient."""
+  program, _, leaves, owners = prove(optax.scale_by_adam())
+  grad, mu, nu, _ = (k for k, owner in enumerate(owners) if owner == 0)  # and the parameter
+  assert program.arguments_of(0, [grad], ()) == {grad, mu, nu}
+  assert program.arguments_of(0, [grad], [mu, nu]) == set()
+  one = jnp.ones(leaves[grad].shape)
+  env = program.run_shared([jnp.zeros(x.shape, x.dtype) for x in leaves])
+  update = program.run_leaf(0, env, {grad: one}, [grad], given={mu: 0.2 * one, nu: 0.004 * one})
+  np.testing.assert_allclose(update[grad], (0.2 / 0.1) / np.sqrt(0.004 / 0.001), rtol=1e-5)
+
+
+def test_arguments_that_are_handed_through_are_known():
+  program = Program(
+    lambda g, old: (g - old, g, old), [jax.ShapeDtypeStruct((2, 3), jnp.float32)] * 2, [0, 0]
+  )
+  assert [program.returns_argument(k) for k in range(3)] == [None, 0, 1]
