@@ -6,7 +6,7 @@
 NF4 weights and LoRA for Flax are in `optax_lowmem.nn`, which needs flax and is imported by itself.
 """
 
-from optax_lowmem._aliases import adam, adamw, create, lion, sgd
+from optax_lowmem._aliases import adagrad, adam, adamw, ademamix, create, lion, rmsprop, sgd
 from optax_lowmem._blocks import QuantizedArray, quantize
 from optax_lowmem._memory import state_bytes
 from optax_lowmem._quantized import quantized
@@ -16,10 +16,13 @@ __version__ = "0.1.0"
 
 __all__ = [
   # Optimizers: optax's, in few bits.
+  "adagrad",
   "adam",
   "adamw",
+  "ademamix",
   "create",
   "lion",
+  "rmsprop",
   "sgd",
   # Any other transformation.
   "quantized",

@@ -5,21 +5,22 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import optax
+import optax.contrib
 
 from optax_lowmem._quantized import quantized
 
 _DOC = """{summary}
 
-  `optax.{name}` with its moments held in `bits` bits: the same arguments, the same rule, the same
-  structure of state. {state}
+{what}
 
   Args:
-    *args, **kwargs: those of `optax.{name}`.
-    bits: 8, or 32 for float32 moments, which gives optax's results bit for bit.
+    *args, **kwargs: those of `{home}.{name}`.
+    bits: 8 or 4; or 32 for float32 moments, which gives optax's results bit for bit.
     block_size: elements that share a scale, 64 by default.
     min_size: the moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
@@ -77,43 +78,78 @@ def _in_few_bits(
   optimizer.__name__ = optimizer.__qualname__ = name
   optimizer.__module__ = __name__
   optimizer.__signature__ = signature  # type: ignore[attr-defined]
-  optimizer.__doc__ = _DOC.format(name=name, summary=summary, state=state, example=example)
+  home = "optax.contrib" if rule.__module__.startswith("optax.contrib") else "optax"
+  what = (
+    f"`{home}.{name}` with its moments held in `bits` bits: the same arguments, the same rule, the "
+    f"same structure of state. {state}"
+  )
+  what = textwrap.indent(textwrap.fill(what, 98), "  ")
+  optimizer.__doc__ = _DOC.format(home=home, name=name, summary=summary, what=what, example=example)
   return optimizer
 
 
-_TWO = "At 8 bits state takes 2.125 bytes a parameter, against 8 in float32."
-_ONE = "At 8 bits state takes 1.0625 bytes a parameter, against 4 in float32."
+def _state(moments: int) -> str:
+  """What `moments` moments cost with one float32 scale for 64 elements."""
+  eight, four = moments * (1 + 4 / 64), moments * (1 / 2 + 4 / 64)
+  return (
+    f"At 8 bits state takes {eight:g} bytes a parameter, at 4 bits {four:g}, against {4 * moments} "
+    "in float32."
+  )
 
-adam = _in_few_bits(optax.adam, "Adam (Kingma and Ba, 2014).", _TWO, "1e-3")
+
+adagrad = _in_few_bits(optax.adagrad, "Adagrad (Duchi et al, 2011).", _state(1), "1e-2")
+adam = _in_few_bits(optax.adam, "Adam (Kingma and Ba, 2014).", _state(2), "1e-3")
 adamw = _in_few_bits(
-  optax.adamw, "Adam with decoupled weight decay (Loshchilov and Hutter, 2019).", _TWO, "1e-3"
+  optax.adamw, "Adam with decoupled weight decay (Loshchilov and Hutter, 2019).", _state(2), "1e-3"
 )
-lion = _in_few_bits(optax.lion, "Lion, sign of a moment (Chen et al, 2023).", _ONE, "1e-4")
+ademamix = _in_few_bits(
+  optax.contrib.ademamix,
+  "AdEMAMix, Adam with a fast and a slow first moment (Pagliardini et al, 2024).",
+  _state(3),
+  "1e-3",
+)
+lion = _in_few_bits(optax.lion, "Lion, sign of a moment (Chen et al, 2023).", _state(1), "1e-4")
+rmsprop = _in_few_bits(
+  optax.rmsprop,
+  "RMSProp, with momentum if asked for (Tieleman and Hinton, 2012).",
+  _state(1) + " With momentum it takes twice that. With ``centered=True`` both averages stay in "
+  "float32, 8 bytes a parameter: rounded, a variance that is their difference could turn negative.",
+  "1e-3",
+)
 sgd = _in_few_bits(
   optax.sgd,
   "Gradient descent, with momentum if asked for (Sutskever et al, 2013).",
-  _ONE + " Without momentum there is no state, and `bits` changes nothing.",
+  _state(1) + " Without momentum there is no state, and `bits` changes nothing.",
   "1e-2, momentum=0.9",
 )
 
-# What Hugging Face's trainer and bitsandbytes call them.
-_NAMES: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-  "adam": functools.partial(adam, bits=32),
-  "adam_8bit": adam,
-  "adam8bit": adam,
-  "adamw": functools.partial(adamw, bits=32),
-  "adamw_torch": functools.partial(adamw, bits=32),
-  "adamw_8bit": adamw,
-  "adamw8bit": adamw,
-  "adamw_bnb_8bit": adamw,
-  "lion": functools.partial(lion, bits=32),
-  "lion_32bit": functools.partial(lion, bits=32),
-  "lion_8bit": lion,
-  "lion8bit": lion,
-  "sgd": functools.partial(sgd, bits=32),
-  "sgd_8bit": functools.partial(sgd, momentum=0.9),
-  "sgd8bit": functools.partial(sgd, momentum=0.9),
-}
+_Make = Callable[..., optax.GradientTransformationExtraArgs]
+
+
+def _names() -> dict[str, _Make]:
+  """What Hugging Face's trainer, bitsandbytes and torchao call them."""
+  known: dict[str, _Make] = {}
+  for rule in (adagrad, adam, adamw, ademamix, lion, rmsprop, sgd):
+    known[rule.__name__] = functools.partial(rule, bits=32)
+    for bits in (32, 8, 4):
+      # Who asks gradient descent for a number of bits means the bits of a momentum.
+      given = {"bits": bits, "momentum": 0.9} if rule is sgd else {"bits": bits}
+      for name in (f"{rule.__name__}_{bits}bit", f"{rule.__name__}{bits}bit"):
+        known[name] = functools.partial(rule, **given)
+  also = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
+    "adamw_torch_4bit": "adamw_4bit",
+    "rmsprop_bnb": "rmsprop",
+    "rmsprop_bnb_32bit": "rmsprop",
+    "rmsprop_bnb_8bit": "rmsprop_8bit",
+  }
+  return known | {name: known[same] for name, same in also.items()}
+
+
+_NAMES = _names()
 
 
 def create(
@@ -121,9 +157,10 @@ def create(
 ) -> optax.GradientTransformationExtraArgs:
   """Makes an optimizer from the name that Hugging Face's trainer or bitsandbytes gives it.
 
-  The names say how many bits: `"adamw_8bit"` is ``adamw(learning_rate, bits=8)``, `"adamw_torch"`
-  is ``adamw(learning_rate, bits=32)``. The defaults of all other arguments are optax's
-  (`"sgd_8bit"` has a momentum of 0.9, without which it would have no state).
+  The names say how many bits: `"adamw_8bit"` is ``adamw(learning_rate, bits=8)``, `"adamw"` and
+  `"adamw_torch"` are ``adamw(learning_rate, bits=32)``. The defaults of all other arguments are
+  optax's, which are not always PyTorch's (`"sgd_8bit"` has a momentum of 0.9, without which it
+  would have no state).
 
   Args:
     name: the name; upper or lower case.
@@ -134,7 +171,8 @@ def create(
     The transformation.
 
   Raises:
-    ValueError: if the name is not known; lists those that are.
+    ValueError: if the name is not known; lists those that are. Names that begin with `paged` are
+      not known: state in host memory is not there yet.
 
   Examples:
     >>> import optax_lowmem as lowmem
@@ -144,11 +182,22 @@ def create(
       ...
     ValueError: optimizer name 'adamw_8bits' is unknown. Did you mean 'adamw_8bit'? Known: ...
   """
-  make = _NAMES.get(str(name).lower())
+  asked = str(name).lower()
+  make = _NAMES.get(asked)
   if make is None:
-    near = difflib.get_close_matches(str(name).lower(), _NAMES, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-      f"optimizer name {name!r} is unknown. {hint}Known: {', '.join(sorted(_NAMES))}."
+      f"optimizer name {name!r} {_reason(asked)} Known: {', '.join(sorted(_NAMES))}."
     )
   return make(learning_rate, **kwargs)
+
+
+def _reason(asked: str) -> str:
+  """Why a name is refused, and what to ask for instead."""
+  on_device = asked.removeprefix("paged").lstrip("_")
+  if asked.startswith("paged") and on_device in _NAMES:
+    return (
+      "asks for state in host memory, which is not there yet. "
+      f"{on_device!r} is the same with state on the device."
+    )
+  near = difflib.get_close_matches(asked, _NAMES, n=1, cutoff=0.5)
+  return "is unknown." + (f" Did you mean {near[0]!r}?" if near else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 import jax
@@ -10,17 +11,53 @@ import jax.numpy as jnp
 
 from optax_lowmem._blocks import QuantizedArray
 
-# Codebook of each moment, by the state's class and field. First moments and other signed averages
-# need a sign and a zero; second moments must never become zero, or the update explodes. A field
-# that is not listed is left alone: it may be a copy of the parameters, which 8 bits cannot hold.
-_KINDS: dict[str, dict[str, str]] = {
-  "ScaleByAdamState": {"mu": "log8", "nu": "log8_unsigned"},
-  "ScaleByAmsgradState": {"mu": "log8", "nu": "log8_unsigned", "nu_max": "log8_unsigned"},
-  "ScaleByBeliefState": {"mu": "log8", "nu": "log8_unsigned"},
-  "ScaleByLionState": {"mu": "log8"},
-  "ScaleByRmsState": {"nu": "log8_unsigned"},
-  "ScaleByRssState": {"sum_of_squares": "log8_unsigned"},
-  "TraceState": {"trace": "log8"},
+
+class Kind(enum.Enum):
+  """What a moment needs of the form it is held in."""
+
+  FIRST = "signed average"  # a sign and a zero
+  SECOND = "positive"  # no sign; what is positive must never become zero, or the update explodes
+
+
+# The moments of optax, by the state's class and field. A field that is not listed is left alone.
+# Left out on purpose, and told in docs/transformations.md:
+# - copies of the parameters (`z`, `x0`, `params0`, `init_params`), which few bits cannot hold;
+# - sums that place the parameters at every step (MADGRAD, COCOB): rounding them moves parameters;
+# - `mu` and `nu` of ScaleByRStdDevState: rounded, `nu - mu ** 2` may turn negative;
+# - state that multiplies itself (Rprop's step sizes): 4 bits are coarser than its factor 1.2.
+_KINDS: dict[str, dict[str, Kind]] = {
+  "DAdaptAdamWState": {
+    "exp_avg": Kind.FIRST,
+    "exp_avg_sq": Kind.SECOND,
+    "grad_sum": Kind.FIRST,
+  },
+  "EmaState": {"ema": Kind.FIRST},
+  "FactoredState": {"v": Kind.SECOND},  # of the arrays that are not factored
+  "MomoAdamState": {"exp_avg": Kind.FIRST, "exp_avg_sq": Kind.SECOND},
+  "MomoState": {"exp_avg": Kind.FIRST},
+  "MuonState": {"mu": Kind.FIRST},
+  "ProdigyState": {"exp_avg": Kind.FIRST, "exp_avg_sq": Kind.SECOND, "grad_sum": Kind.FIRST},
+  "ScaleByAdaDeltaState": {"e_g": Kind.SECOND, "e_x": Kind.SECOND},
+  "ScaleByAdamState": {"mu": Kind.FIRST, "nu": Kind.SECOND},
+  "ScaleByAdanState": {
+    "m": Kind.FIRST,
+    "v": Kind.FIRST,  # average of differences of gradients
+    "n": Kind.SECOND,
+    "g": Kind.FIRST,  # the last gradient
+  },
+  "ScaleByAdemamixState": {"m1": Kind.FIRST, "m2": Kind.FIRST, "nu": Kind.SECOND},
+  "ScaleByAmsgradState": {"mu": Kind.FIRST, "nu": Kind.SECOND, "nu_max": Kind.SECOND},
+  "ScaleByBeliefState": {"mu": Kind.FIRST, "nu": Kind.SECOND},
+  "ScaleByLionState": {"mu": Kind.FIRST},
+  "ScaleByNovogradState": {"mu": Kind.FIRST},  # `nu` is one number a parameter
+  "ScaleByOptimisticGradientState": {"previous_gradient": Kind.FIRST},
+  "ScaleByRmsState": {"nu": Kind.SECOND},
+  "ScaleByRmsWithCountState": {"nu": Kind.SECOND},
+  "ScaleByRssState": {"sum_of_squares": Kind.SECOND},
+  "ScaleBySM3State": {"nu": Kind.FIRST},  # momentum, in spite of its name; `mu` is factored
+  "ScaleBySimplifiedAdEMAMixState": {"m": Kind.FIRST, "n": Kind.SECOND},
+  "SophiaState": {"mu": Kind.FIRST, "nu": Kind.FIRST},  # a Hessian's diagonal has a sign
+  "TraceState": {"trace": Kind.FIRST},
 }
 
 
@@ -71,8 +108,8 @@ def field_of(place: Place) -> str | None:
   return None
 
 
-def codebook_of(state: Any, place: Place) -> str | None:
-  """The codebook that suits a moment, or None if it is not known to be one."""
+def kind_of(state: Any, place: Place) -> Kind | None:
+  """What kind of moment stands at `place`, or None if it is not known to be one."""
   field = field_of(place)
   if place.owner is None or field is None:
     return None
