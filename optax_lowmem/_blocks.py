@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from optax_lowmem._codebooks import Codebook, get_codebook
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _EXPONENT = 0x7F800000  # the bits of a float32 that are all set if it is not finite
 _SCALE_BLOCK = 256  # double quantization: block of the scales, as in bitsandbytes
+_in_kernel = contextvars.ContextVar("in_kernel", default=False)
 
 
 @functools.partial(
@@ -41,7 +45,10 @@ class QuantizedArray:
 
   - ``extent == shape[-k:]``;
   - ``codes.shape == shape`` for 8-bit codebooks; 4-bit codes lie two a byte, the first in the high
-    half: ``codes.shape == (*shape[:-k], ceil(prod(extent) / 2), 1, …, 1)``;
+    half: ``codes.shape == (*shape[:-k], bytes, 1, …, 1)``. For `nf4` and `fp4` they are neighbours,
+    as in bitsandbytes, and ``bytes == ceil(prod(extent) / 2)``; for this library's own, which are
+    for optimizer state, they lie half a block apart, the last block is filled up with zeros, and
+    ``bytes == ceil(extent[0] / block[0]) * ceil(prod(block) / 2)``;
   - ``scales.shape == (*shape[:-k], ceil(extent[0] / block[0]), 1, …, 1)``, float32; or, double
     quantized, a `QuantizedArray` over the flattened scales;
   - leading axes may be added or removed by `jax.vmap`, `jax.lax.scan`, stacking or indexing of all
@@ -169,25 +176,65 @@ def encode(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> Quantize
 def encode_finite(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
   """`encode` for an `x` that is known to be finite."""
   lead, n = _merge(x.shape, block)
-  ones = (1,) * (len(block) - 1)
+  ones, count = (1,) * (len(block) - 1), -(-n // math.prod(block))
   blocks = _split(x.astype(jnp.float32).reshape(*lead, n), math.prod(block))
-  if not codebook.signed:
-    blocks = jnp.maximum(blocks, 0.0)
-  scales = _largest(blocks)
-  scales = jnp.where(scales < _TINY, 0.0, jnp.maximum(scales, codebook.smallest_scale))
-  codes = _join(codebook.encode_blocks(blocks, scales), n)
-  if codebook.bits == 4:
-    codes = _pack(codes)
-    codes = codes.reshape(*codes.shape, *ones)
+  (codes,), scales = _encode_parts([blocks], codebook)
+  if codebook.bits == 8:
+    codes = _join(codes, lead, n).reshape(x.shape)
+  elif codebook.pairs_neighbours:
+    codes = _pack(_join(codes, lead, n)).reshape(*lead, -(-n // 2), *ones)
+  else:
+    codes = _pack_halves(codes)
+    codes = codes.reshape(*lead, count * codes.shape[-1], *ones)
   return QuantizedArray(
-    codes=codes if codebook.bits == 4 else codes.reshape(x.shape),
-    scales=scales.reshape(*scales.shape[:-1], *ones),
+    codes=codes,
+    scales=scales.reshape(*lead, count, *ones),
     offset=None,
     codebook=codebook,
     block=block,
     extent=x.shape[len(lead) :],
     dtype=x.dtype,
   )
+
+
+def _encode_parts(
+  parts: Sequence[jax.Array], codebook: Codebook
+) -> tuple[list[jax.Array], jax.Array]:
+  """Codes of parts of the same blocks, (…, length of the part), and their scales, (…, 1)."""
+  if not codebook.signed:
+    parts = [jnp.maximum(x, 0.0) for x in parts]
+  scales = functools.reduce(jnp.maximum, [_largest(x) for x in parts])
+  scales = jax.lax.bitcast_convert_type(scales, jnp.float32)
+  scales = jnp.where(scales < _TINY, 0.0, jnp.maximum(scales, codebook.smallest_scale))
+  return [codebook.encode_blocks(x, scales) for x in parts], scales
+
+
+# A row of a tile is a block, and XLA makes slow code of anything that takes a row of 4-bit codes
+# apart and joins it (3.7 ms a tile of 2^19 elements, against 0.2). So a tile of codes that lie half
+# a block apart is decoded to two arrays, which stay two until they are encoded.
+
+
+def has_halves(q: QuantizedArray) -> bool:
+  """Whether `q` has one block a row, whose 4-bit codes lie half a block apart."""
+  packed = q.codebook.bits == 4 and not q.codebook.pairs_neighbours
+  return packed and q.block == q.extent and len(q.block) == 1 and q.block[0] % 2 == 0
+
+
+def decode_halves(q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+  """The two halves of every row of a `q` with one block a row, each (…, length / 2), float32."""
+  if not has_halves(q):  # beside one that has
+    values, half = q.dequantize(jnp.float32), q.extent[0] // 2
+    return values[..., :half], values[..., half:]
+  high, low = (q.codebook.decode_blocks(c, q.scales) for c in (q.codes >> 4, q.codes & 15))
+  return high, low
+
+
+def encode_halves(halves: Sequence[jax.Array], like: QuantizedArray) -> QuantizedArray:
+  """The inverse of `decode_halves`, of finite values."""
+  if not has_halves(like):
+    return encode_finite(jnp.concatenate(halves, axis=-1), like.codebook, like.block)
+  (high, low), scales = _encode_parts(halves, like.codebook)
+  return dataclasses.replace(like, codes=(high << 4) | low, scales=scales)
 
 
 def is_finite(x: jax.Array) -> jax.Array:
@@ -197,15 +244,26 @@ def is_finite(x: jax.Array) -> jax.Array:
   return (jax.lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT) != _EXPONENT
 
 
+@contextlib.contextmanager
+def in_kernel() -> Iterator[None]:
+  """What is traced within is for the body of a GPU kernel; the values are the same."""
+  token = _in_kernel.set(True)
+  try:
+    yield
+  finally:
+    _in_kernel.reset(token)
+
+
 def _largest(blocks: jax.Array) -> jax.Array:
-  """The largest magnitude of each block, (…, length) -> (…, 1), of finite float32 values."""
+  """Bits of the largest magnitude of each block of finite float32: (…, length) -> (…, 1)."""
   # Patterns of magnitudes are in the order of the magnitudes. Maxima of integers vectorize, those
   # of floats do not; halving first leaves XLA a loop over whole vectors: 5 ms, not 39, for 2^24.
+  # In a kernel one maximum is better: its halves lie in other threads (71 barriers, not 7).
   pattern = jax.lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
-  while pattern.shape[-1] % 2 == 0 and pattern.shape[-1] > 16:
+  while not _in_kernel.get() and pattern.shape[-1] % 2 == 0 and pattern.shape[-1] > 16:
     half = pattern.shape[-1] // 2
     pattern = jnp.maximum(pattern[..., :half], pattern[..., half:])
-  return jax.lax.bitcast_convert_type(pattern.max(axis=-1, keepdims=True, initial=0), jnp.float32)
+  return pattern.max(axis=-1, keepdims=True, initial=0)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
@@ -214,12 +272,16 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
   if isinstance(scales, QuantizedArray):
     scales = scales.dequantize()
   lead, n = _merge(q.shape, q.block)
-  codes = q.codes
-  if q.codebook.bits == 4:
-    codes = _unpack(codes.reshape(*lead, -(-n // 2)))[..., :n]
-  blocks = _split(codes.reshape(*lead, n), math.prod(q.block))
-  values = q.codebook.decode_blocks(blocks, scales.reshape(*blocks.shape[:-1], 1))
-  values = _join(values, n).reshape(q.shape)
+  length = math.prod(q.block)
+  scales = scales.reshape((*lead, 1) if n <= length else (*lead, -(-n // length), 1))
+  if q.codebook.bits == 8:
+    blocks = _split(q.codes.reshape(*lead, n), length)
+  elif q.codebook.pairs_neighbours:
+    blocks = _split(_unpack(q.codes.reshape(*lead, -(-n // 2)))[..., :n], length)
+  else:
+    blocks = _unpack_halves(q.codes.reshape(*scales.shape[:-1], -(-length // 2)))[..., :length]
+  values = q.codebook.decode_blocks(blocks, scales)
+  values = _join(values, lead, n).reshape(q.shape)
   if q.offset is not None:
     # The product is to be rounded before the sum, as in bitsandbytes. Without something between
     # them XLA contracts the two, and one value in twenty differs by an ulp.
@@ -247,17 +309,20 @@ def _merge(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[tuple[int, .
 
 
 def _split(x: jax.Array, length: int) -> jax.Array:
-  """(…, n) -> (…, ceil(n / length), length), the last block padded with zeros."""
-  ragged = -x.shape[-1] % length
+  """(…, n) -> (…, ceil(n / length), length), the last block padded with zeros.
+
+  One block a row stays (…, length): XLA would copy an array with an axis of one to lay it out.
+  """
+  n = x.shape[-1]
+  ragged = -n % length
   if ragged:
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, ragged)])
-  return x.reshape(*x.shape[:-1], x.shape[-1] // length, length)
+  return x if n <= length else x.reshape(*x.shape[:-1], x.shape[-1] // length, length)
 
 
-def _join(blocks: jax.Array, n: int) -> jax.Array:
-  """(…, blocks, length) -> (…, n), without the padding."""
-  *lead, count, length = blocks.shape
-  return blocks.reshape(*lead, count * length)[..., :n]
+def _join(blocks: jax.Array, lead: tuple[int, ...], n: int) -> jax.Array:
+  """Undoes `_split` of an array of leading axes `lead`: (*lead, n), without the padding."""
+  return blocks.reshape(*lead, blocks.size // max(1, math.prod(lead)))[..., :n]
 
 
 def _pack(codes: jax.Array) -> jax.Array:
@@ -271,3 +336,20 @@ def _pack(codes: jax.Array) -> jax.Array:
 def _unpack(packed: jax.Array) -> jax.Array:
   pairs = jnp.stack([packed >> 4, packed & 15], axis=-1)
   return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def _pack_halves(codes: jax.Array) -> jax.Array:
+  """(…, length) -> (…, ceil(length / 2)): two 4-bit codes a byte, half a block apart."""
+  if codes.shape[-1] % 2:
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+  half = codes.shape[-1] // 2
+  high, low = jax.lax.split(codes, (half, half), axis=codes.ndim - 1)  # Triton has no slices
+  return (high << 4) | low
+
+
+def _unpack_halves(packed: jax.Array) -> jax.Array:
+  """(…, half) -> (…, 2 * half)."""
+  # As a broadcast, because XLA would emit a branch for every element of a concatenation.
+  shifts = 4 - 4 * jax.lax.broadcasted_iota(jnp.uint8, (2, 1), 0)  # a kernel has no constants
+  halves = (packed[..., None, :] >> shifts) & 15
+  return halves.reshape(*packed.shape[:-1], 2 * packed.shape[-1])

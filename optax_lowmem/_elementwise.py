@@ -146,6 +146,15 @@ class Program:
     """Positions of the leaf's arguments that `results` are made of, where `given` are known."""
     return self._needed(leaf, results, given)[1]
 
+  def shared_by(
+    self, leaf: int, results: Iterable[int], env: Mapping[int, Any]
+  ) -> dict[int, jax.Array]:
+    """The scalars of `env` that `run_leaf` needs for `results`, constants left out."""
+    wanted = list(results)
+    refs = [ref for op in self._needed(leaf, wanted, ())[0] for ref in op.inputs]
+    indices = {ref.index for ref in [*refs, *(self._outputs[k] for k in wanted)]} & env.keys()
+    return {i: env[i] for i in sorted(indices) if isinstance(env[i], jax.Array)}
+
   def _needed(
     self, leaf: int, results: Iterable[int], given: Iterable[int]
   ) -> tuple[list[_Op], set[int]]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._blocks import encode_finite, is_finite
+from optax_lowmem import kernels
+from optax_lowmem._blocks import (
+  decode_halves,
+  encode_finite,
+  encode_halves,
+  is_finite,
+)
 from optax_lowmem._boxes import unbox
 from optax_lowmem._elementwise import NotElementwise, Program
 from optax_lowmem._moments import is_quantized, places
+from optax_lowmem._sharding import on_shards, with_automatic_sharding
 from optax_lowmem._stream import map_tiles
 
 
@@ -21,32 +29,13 @@ def update_stored(
   """Runs `update(grads, state, params, **extra_args)` in float32 on a state that is stored."""
   out_tree = jax.tree.structure((grads, state), is_leaf=is_quantized)
 
-  def run(*args):
-    try:
-      return _by_tiles(update, *args)
-    except NotElementwise:
-      return _on_whole_arrays(update, *args)
-
   args = unbox(grads), unbox(state), unbox(params), extra_args
-  new = _with_automatic_sharding(run, args, like=args[:2])
+  try:
+    new = _by_tiles(update, *args)
+  except NotElementwise:
+    whole = functools.partial(_on_whole_arrays, update)
+    new = with_automatic_sharding(whole, args, like=args[:2])
   return out_tree.unflatten(jax.tree.leaves(new, is_leaf=is_quantized))
-
-
-def _with_automatic_sharding(run: Callable[..., Any], args: Any, like: Any) -> Any:
-  """Calls `run`; under a mesh of explicit axes, lets the compiler lay out what is inside.
-
-  A flat view of a sharded array has no explicit sharding. The results are sharded as `like`.
-  """
-  leaves = jax.tree.leaves(like)
-  meshes = (jax.typeof(x).sharding.mesh for x in leaves)
-  explicit = [m for m in meshes if jax.sharding.AxisType.Explicit in m.axis_types]
-  if not explicit:
-    return run(*args)
-
-  def sharding(x):  # scalars are on no mesh yet
-    return jax.sharding.NamedSharding(explicit[0], jax.typeof(x).sharding.spec)
-
-  return jax.sharding.auto_axes(run, out_sharding=jax.tree.map(sharding, like))(*args)
 
 
 def update_dense(
@@ -85,10 +74,25 @@ def _by_tiles(update, grads, state, params, extra_args):
   for leaf, dtype in enumerate(_update_dtypes(grads, params)):
     states = [k for k in range(count) if owners[k] == leaf and k != leaf]
     values = {k: x for k, x in enumerate(leaves) if owners[k] == leaf}
-    new = _update_leaf(program, env, leaf, states, values, dtype)
+    new = _update_on_shards(program, env, leaf, states, values, dtype)
     for k, value in new.items():
       results[k] = value
   return out_tree.unflatten(results)
+
+
+def _update_on_shards(
+  program: Program, env: Any, leaf: int, states: Sequence[int], values: dict[int, Any], dtype: Any
+) -> dict[int, Any]:
+  """`_update_leaf`, by each device for its shard."""
+
+  def run(values, shared):
+    return _update_leaf(program, env | shared, leaf, states, values, dtype)
+
+  if not any(is_quantized(values[k]) for k in states):
+    return run(values, {})  # plain arithmetic, which JAX can lay out
+  results = {k: values[k] for k in states}
+  results[leaf] = jax.ShapeDtypeStruct(values[leaf].shape, dtype)
+  return on_shards(run, values, program.shared_by(leaf, results, env), results)
 
 
 def _update_leaf(
@@ -116,26 +120,41 @@ def _update_leaf(
   # Most rules make the update of the new moments. It is then made of them as they are stored,
   # outside the loop, where XLA fuses it with whatever follows (weight decay, `apply_updates`) and
   # no update is ever written to memory: a third of the time of a step on a CPU.
+  # Not of a second moment that may have become zero, though: it would explode.
   late = program.arguments_of(leaf, [leaf], made).isdisjoint(moving)
-  writes = {k: values[k] for k in moving}
-  if not late:
-    same = values[leaf].dtype == dtype  # else the update cannot take the place of its gradient
-    writes[leaf] = values[leaf] if same else jnp.zeros(values[leaf].shape, dtype)
-  needed = program.arguments_of(leaf, writes, ()) | set(moving)
-  reads = {k: values[k] for k in sorted(needed) if k not in writes or writes[k] is not values[k]}
+  late = late and not any(is_quantized(values[k]) and values[k].codebook.may_vanish for k in made)
+  made_in_loop = moving if late else [*moving, leaf]
+  in_place = not late and values[leaf].dtype == dtype  # the update takes its gradient's place
+  needed = program.arguments_of(leaf, made_in_loop, ()) | set(moving)
+  reads = sorted(needed - {*moving, *([leaf] if in_place else [])})
 
   def on_tile(read, write):
-    read, write = dict(zip(reads, read, strict=True)), dict(zip(writes, write, strict=True))
-    old = {k: _decode(x, jnp.float32) for k, x in (write | read).items()}
-    new = program.run_leaf(leaf, env, old, writes)
-    return [_encode_like(like, new[k], old[k]) for k, like in write.items()]
+    read = dict(zip(reads, read, strict=True))
+    write = dict(zip(made_in_loop, write, strict=True))
+    old = _parts(write | read)
+    new = [program.run_leaf(leaf, env, part, made_in_loop) for part in old]
+    return [
+      _encode_like(like, [part[k] for part in new], [part[k] for part in old])
+      for k, like in write.items()
+    ]
 
-  new = map_tiles(on_tile, list(reads.values()), list(writes.values()))
-  new = {k: values[k] for k in kept} | dict(zip(writes, new, strict=True))
-  if late:
-    update = _update_of_stored(program, env, leaf, made, values | new)
-    new[leaf] = update.astype(dtype)
-  return new
+  def run(over_tiles, values):
+    writes = [values[k] for k in moving]
+    if not late:
+      writes.append(values[leaf] if in_place else jnp.zeros(values[leaf].shape, dtype))
+    new = over_tiles(on_tile, [values[k] for k in reads], writes)
+    new = dict(zip(made_in_loop, new, strict=True))
+    if late:
+      new[leaf] = _update_of_stored(program, env, leaf, made, values | new).astype(dtype)
+    return new
+
+  by_tiles = functools.partial(run, map_tiles)
+  on_blocks = functools.partial(run, lambda fn, read, write: fn(read, write))  # a kernel's tile
+  needed |= program.arguments_of(leaf, [leaf], made if late else ()) | {leaf}
+  forms = {k: values[k] for k in moving}
+  forms[leaf] = jax.ShapeDtypeStruct(values[leaf].shape, dtype)
+  new = kernels.update(on_blocks, {k: values[k] for k in sorted(needed)}, forms, by_tiles)
+  return {k: values[k] for k in kept} | new
 
 
 def _update_of_stored(
@@ -156,7 +175,13 @@ def _on_whole_arrays(update, grads, state, params, extra_args):
   """Decodes everything, updates, encodes everything: right for any transformation."""
   dense = jax.tree.map(_decode_half, state, is_leaf=is_quantized)
   updates, new = update_dense(update, grads, dense, params, extra_args)
-  return updates, jax.tree.map(_encode_like, state, new, dense, is_leaf=is_quantized)
+  return updates, jax.tree.map(
+    lambda stored, value, old: _encode_like(stored, [value], [old]),
+    state,
+    new,
+    dense,
+    is_leaf=is_quantized,
+  )
 
 
 def _as_updates(updates: Any, grads: Any, params: Any) -> Any:
@@ -194,8 +219,28 @@ def _decode_half(stored: Any) -> jax.Array:
   return _decode(stored, jnp.float32 if half else stored.dtype)
 
 
-def _encode_like(stored: Any, value: jax.Array, old: jax.Array) -> Any:
-  """`value` in the form of `stored`; a non-finite element keeps its `old` value if quantized."""
+def _parts(tiles: dict[int, Any]) -> list[dict[int, jax.Array]]:
+  """Tiles in float32: as they are, or in two parts where `map_tiles` gave pairs."""
+  pairs = any(isinstance(x, tuple) for x in tiles.values())
+
+  def parts(x):
+    if not pairs:
+      return [_decode(x, jnp.float32)]
+    if is_quantized(x):
+      return decode_halves(x)
+    return [_decode(half, jnp.float32) for half in x]
+
+  both = {k: parts(x) for k, x in tiles.items()}
+  return [{k: x[i] for k, x in both.items()} for i in range(1 + pairs)]
+
+
+def _encode_like(stored: Any, values: Sequence[jax.Array], olds: Sequence[jax.Array]) -> Any:
+  """The parts of a value in the form of `stored`; what is not finite is, if quantized, not new."""
   if not is_quantized(stored):
-    return value.astype(stored.dtype)
-  return encode_finite(jnp.where(is_finite(value), value, old), stored.codebook, stored.block)
+    if not isinstance(stored, tuple):
+      return values[0].astype(stored.dtype)
+    return tuple(x.astype(like.dtype) for x, like in zip(values, stored, strict=True))
+  values = [jnp.where(is_finite(x), x, old) for x, old in zip(values, olds, strict=True)]
+  if len(values) == 1:
+    return encode_finite(values[0], stored.codebook, stored.block)
+  return encode_halves(values, stored)

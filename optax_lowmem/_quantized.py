@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,15 @@ from optax_lowmem._blocks import QuantizedArray, check_block_size, encode
 from optax_lowmem._boxes import unbox_quantized
 from optax_lowmem._elementwise import NotElementwise, Program
 from optax_lowmem._engine import update_dense, update_stored
-from optax_lowmem._moments import Place, codebook_of, field_of, places
+from optax_lowmem._moments import Kind, Place, field_of, kind_of, places
+from optax_lowmem._sharding import full_on_shards, on_mesh_of, on_shards
 from optax_lowmem._storage import Blockwise, Storage, check_min_size
 
-_BITS = (32, 8)
+_BITS = (32, 8, 4)
+_CODEBOOKS = {
+  8: {Kind.FIRST: "log8", Kind.SECOND: "log8_unsigned"},
+  4: {Kind.FIRST: "log4", Kind.SECOND: "log4_unsigned"},
+}
 
 
 def quantized(
@@ -46,10 +50,14 @@ def quantized(
   decoded arrays instead: the result is right, the peak is not lower. Put such a one outside:
   ``optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(3e-4))``.
 
-  What is held in few bits: `mu` and `nu` of the Adam family, Lion's `mu`, the `trace` of momentum,
-  the `nu` of RMSProp and the sums of Adagrad; first moments as `"log8"`, second moments as
-  `"log8_unsigned"`, in blocks of 64. Everything else (counts, copies of the parameters, fields of
-  transformations not listed) stays as it is, and can be given a storage by name.
+  What is held in few bits: the moments of optax's transformations, some thirty classes of state,
+  listed in ``docs/transformations.md``. First moments, which have a sign, are held as `"log8"` or
+  `"log4"`; second moments, which must never become zero, as `"log8_unsigned"` or `"log4_unsigned"`;
+  in blocks of 64. Everything else (counts, copies of the parameters, fields that are not known)
+  stays float32, and can be given a storage by name.
+
+  Where the rule makes its update of its new moments, as Adam does, it is made of them as they are
+  stored; where it makes it of the old ones, as Lion does, of what was stored before.
 
   The arithmetic is in float32 whatever the dtype of parameters and gradients; updates come back
   in the wider of these two dtypes. A non-finite gradient element makes its own update non-finite,
@@ -57,10 +65,11 @@ def quantized(
 
   Args:
     inner: the transformation.
-    bits: 8, or 32: `inner` itself, with float32 state.
+    bits: 8, 4, or 32: `inner` itself, with float32 state. At 4 bits, slow first moments (Lion's,
+      the second one of AdEMAMix) are much noisier than Adam's.
     storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`. What
       its `store` returns must be an array or a `QuantizedArray`.
-    block_size: elements a scale; 64 by default. 8 bits cost 1 + 4 / `block_size` bytes a moment.
+    block_size: elements a scale; 64 by default. A moment costs `bits` / 8 + 4 / `block_size` bytes.
     min_size: moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
       function of the parameters that returns one. False keeps a parameter's moments in float32.
@@ -71,6 +80,7 @@ def quantized(
   Raises:
     ValueError: for bad `bits`, `block_size` or `min_size`; from `init` if `storage` names a field
       that the state does not have.
+    TypeError: if `bits` is an array.
     TypeError: from `init`, for parameters that are not floating.
 
   Examples:
@@ -86,6 +96,11 @@ def quantized(
     Dettmers et al, `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2021
   """
+  if isinstance(bits, jax.Array):
+    raise TypeError(
+      "`bits` must be a Python number, got an array. Under `optax.inject_hyperparams`, name it: "
+      "`static_args=('bits', 'block_size', 'min_size')`."
+    )
   if bits not in _BITS:
     raise ValueError(f"`bits` must be one of {_BITS}, got {bits!r}.")
   check_min_size(min_size)
@@ -107,8 +122,10 @@ def quantized(
       field = field_of(moment)
       if field and storage and field in storage:
         return storage[field]
-      codebook = codebook_of(shaped, moment) if bits < 32 else None
-      return Blockwise(codebook, block_size, min_size) if codebook else None
+      kind = kind_of(shaped, moment)
+      if bits == 32 or kind is None:
+        return None
+      return Blockwise(_CODEBOOKS[bits][kind], block_size, min_size)
 
     storages = [storage_of(m) for m in moments]
     return unbox_quantized(_initial(inner.init, leaves, treedef, moments, storages))
@@ -156,32 +173,46 @@ def _initial(
   for k, (moment, storage) in enumerate(zip(moments, storages, strict=True)):
     owner = program.owners[k]
     if owner is not None:
-      leaf = leaves[owner]
-      value = store(program.run_leaf(owner, env, {owner: in_float32(leaf)}, [k])[k], storage)
+      value = _made_of(leaves[owner], program, owner, env, k, storage)
     elif moment.owner is not None and program.is_uniform(k):
       value = _full_like(leaves[moment.owner], program.uniform_value(k, env), storage)
     else:
-      value = store(program.shared_result(k, env), storage)
+      value = store(on_mesh_of(leaves, program.shared_result(k, env)), storage)
     state.append(value)
   return program.out_tree.unflatten(state)
 
 
+def _made_of(
+  leaf: Any, program: Program, owner: int, env: Any, position: int, storage: Storage | None
+) -> Any:
+  """The moment at `position`, which `program` makes of the parameter `leaf`, stored."""
+  form = _form(leaf, jnp.float32, storage)
+
+  def run(values, shared):
+    dense = {owner: jnp.asarray(values[owner], jnp.float32)}
+    made = program.run_leaf(owner, env | shared, dense, [position])[position]
+    if not isinstance(form, QuantizedArray):
+      return {-1: made.astype(form.dtype)}
+    return {-1: encode(made, form.codebook, form.block)}
+
+  shared = program.shared_by(owner, [position], env)
+  return on_shards(run, {owner: leaf}, shared, {-1: form})[-1]
+
+
 def _full_like(leaf: Any, value: jax.Array, storage: Storage | None) -> Any:
   """A moment of `leaf`'s shape (and sharding) that is `value` everywhere, stored."""
+  form = _form(leaf, value.dtype, storage)
+  if not isinstance(form, QuantizedArray):
+    return full_on_shards(leaf, form, [value])
+  one = encode(value.reshape(1), form.codebook, (1,))
+  code = one.codes if form.codebook.bits == 8 else (one.codes >> 4) * 17  # in both halves
+  return full_on_shards(leaf, form, [code.reshape(()), one.scales.reshape(())])
 
-  if storage is None:
-    return jnp.full_like(leaf, value, dtype=value.dtype)
-  stored = jax.eval_shape(storage.store, jax.ShapeDtypeStruct(jnp.shape(leaf), value.dtype))
-  if not isinstance(stored, QuantizedArray):
-    return storage.store(jnp.full_like(leaf, value, dtype=value.dtype))
-  one = encode(value.reshape(1), stored.codebook, (1,))
-  code = one.codes if stored.codebook.bits == 8 else one.codes >> 4 | one.codes
-  scales = jnp.broadcast_to(one.scales.reshape(()), stored.scales.shape)
-  if stored.codes.shape == jnp.shape(leaf):
-    codes = jnp.full_like(leaf, code.reshape(()), dtype=jnp.uint8)
-  else:
-    codes = jnp.full(stored.codes.shape, code.reshape(()), jnp.uint8)
-  return dataclasses.replace(stored, codes=codes, scales=scales)
+
+def _form(leaf: Any, dtype: Any, storage: Storage | None) -> Any:
+  """Shapes and dtypes of a moment of `leaf`'s shape and that dtype, as it is stored."""
+  dense = jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
+  return dense if storage is None else jax.eval_shape(storage.store, dense)
 
 
 def _check_floating(params: Any) -> None:

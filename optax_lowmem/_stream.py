@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem._blocks import QuantizedArray, has_halves
 
 # An array of more elements than this is walked in tiles. Below it, the temporaries of a whole array
 # are a few hundred KiB, and a loop for each of 300 leaves would take longer to compile.
 _WHOLE = 1 << 18
-# Tiles are as large as the promise of 0.1 B/param of temporaries allows, because each costs some
-# ten launches: the moments of a 32nd of the array are held twice (0.07 B/param for two in 8 bits),
-# or of a 128th, if the float32 update is, too (0.05).
+# Each tile costs some ten launches, so there are as few as the promise of 0.1 B/param of
+# temporaries allows: a tile of `writes` is held twice, and is to cost no more than this.
+_BUDGET = 0.07
 _SMALLEST = 1 << 15
 
 Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales
@@ -36,7 +36,8 @@ def map_tiles(
 
   Args:
     fn: takes a tile of each array and returns the new tiles of `writes`, in the same form. Every
-      element of a result may depend on the elements of its block only.
+      element of a result may depend on the elements of its block only. Where 4-bit codes lie half a
+      block apart (`has_halves`), a tile of a dense array is a pair, the halves of every row.
     reads: arrays that are only read; all arrays have one logical shape.
     writes: arrays that are read and replaced.
     tile: elements a tile; by default, what keeps the temporaries below 0.1 bytes an element.
@@ -49,16 +50,17 @@ def map_tiles(
   grid = _grid(shape, [a for a in arrays if isinstance(a, QuantizedArray)])
   size = math.prod(shape)
   if tile is None:
-    dense = any(not isinstance(a, QuantizedArray) for a in writes)
-    tile = _WHOLE if size <= _WHOLE else max(_SMALLEST, size // (128 if dense else 32))
+    tile = _WHOLE if size <= _WHOLE else _tile_size(writes, size)
   if size <= tile or grid is None:
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
   sources = [_view(a, rows, columns) for a in reads]
   state = [_view(a, rows, columns) for a in writes]
 
+  halved = any(isinstance(a, QuantizedArray) and has_halves(a) for a in sources + state)
+
   def cut(arrays, segment, i):
-    return [_cut(a, segment.start(i), segment.extent) for a in arrays]
+    return [_cut(a, segment.start(i), segment.extent, halved) for a in arrays]
 
   def paste(state, new, segment, i):
     return [_paste(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
@@ -88,22 +90,30 @@ def map_tiles(
   return [_restore(a, like) for a, like in zip(state, writes, strict=True)]
 
 
+def _tile_size(writes: Sequence[Tile], size: int) -> int:
+  """Elements a tile: 1/32 of the array for two moments in 8 bits, 1/128 with a float32 update."""
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(list(writes))) / size
+  return max(_SMALLEST, size >> max(0, math.ceil(math.log2(held / _BUDGET))))
+
+
 def _grid(shape: tuple[int, ...], arrays: Sequence[QuantizedArray]) -> tuple[int, int, int] | None:
   """How to see the arrays as matrices: rows, columns, and the column step that splits no block.
 
-  Blocks are contiguous, so where every row is a whole number of blocks all is one long row.
-  Elsewhere a row is what the blocks run along. None if two arrays disagree about that.
+  Blocks are contiguous, so where they fill what they run along, a block is a row: XLA then emits
+  loops over whole blocks, without divisions of indices. Elsewhere a row is what the blocks run
+  along. None if two arrays disagree about that.
   """
   size, ragged = math.prod(shape), set()
-  lengths = [2]
+  lengths = [1]
   for q in arrays:
     n, length = math.prod(q.extent), math.prod(q.block)
-    lengths.append(length)
-    if n % length or (q.codebook.bits == 4 and n % 2):
+    pairs = q.codebook.bits == 4 and q.codebook.pairs_neighbours
+    lengths.append(math.lcm(length, 2) if pairs else length)
+    if n % lengths[-1]:
       ragged.add(n)
   unit = math.lcm(*lengths)
   if not ragged:
-    return 1, size, unit
+    return (size // unit, unit, unit) if size % unit == 0 else (1, size, unit)
   if len(ragged | {math.prod(q.extent) for q in arrays}) > 1:
     return None
   n = ragged.pop()
@@ -121,7 +131,7 @@ class _Segment(NamedTuple):
 def _segments(rows: int, columns: int, unit: int, tile: int) -> list[_Segment]:
   """Covers a matrix by tiles: one segment, or two where a remainder is left."""
   if columns <= tile:
-    height = tile // columns
+    height = _width(rows, 1, tile // columns)
     full = rows // height
     found = [
       _Segment(full, lambda i: (i * height, 0), (height, columns)),
@@ -145,12 +155,13 @@ def _width(columns: int, unit: int, tile: int) -> int:
 
 
 def _view(a: Tile, rows: int, columns: int) -> Tile:
+  """`a` as a matrix. Scales are a vector: XLA would copy a matrix of one column to lay it out."""
   if not isinstance(a, QuantizedArray):
-    return a.reshape(rows, columns)
+    return _to_bits(a).reshape(rows, columns)
   return dataclasses.replace(
     a,
     codes=a.codes.reshape(rows, -1),
-    scales=jnp.reshape(a.scales, (rows, -1)),
+    scales=jnp.reshape(a.scales, -1),
     block=(math.prod(a.block),),
     extent=(columns,),
   )
@@ -158,7 +169,7 @@ def _view(a: Tile, rows: int, columns: int) -> Tile:
 
 def _restore(a: Tile, like: Tile) -> Tile:
   if not isinstance(like, QuantizedArray):
-    return a.reshape(like.shape)
+    return _from_bits(a.reshape(like.shape))
   return jax.tree.map(
     lambda x, y: x.reshape(y.shape),
     dataclasses.replace(a, block=like.block, extent=like.extent),
@@ -168,31 +179,58 @@ def _restore(a: Tile, like: Tile) -> Tile:
 
 def _parts(q: QuantizedArray, columns: Any) -> tuple[Any, Any]:
   """Columns of `q` counted in bytes of codes and in scales (rounded up, if not traced)."""
-  per_byte, length = 8 // q.codebook.bits, q.block[0]
-  if isinstance(columns, int):
-    return -(-columns // per_byte), -(-columns // length)
-  return columns // per_byte, columns // length
+  length = q.block[0]
+
+  def ratio(a, b):
+    return -(-a // b) if isinstance(a, int) else a // b
+
+  scales = ratio(columns, length)
+  if q.codebook.bits == 8:
+    return columns, scales
+  if q.codebook.pairs_neighbours:
+    return ratio(columns, 2), scales
+  return scales * -(-length // 2), scales
 
 
-def _cut(a: Tile, at: tuple[Any, Any], extent: tuple[int, int]) -> Tile:
-  if not isinstance(a, QuantizedArray):
-    return jax.lax.dynamic_slice(a, at, extent)
+def _cut(a: Tile, at: tuple[Any, Any], extent: tuple[int, int], halved: bool) -> Tile:
   (row, column), (height, width) = at, extent
-  codes, scales = (
-    jax.lax.dynamic_slice(x, (row, c), (height, w))
-    for x, c, w in zip((a.codes, a.scales), _parts(a, column), _parts(a, width), strict=True)
+  if not isinstance(a, QuantizedArray):
+    if not halved:
+      return _from_bits(jax.lax.dynamic_slice(a, at, extent))
+    half = width // 2
+    halves = (jax.lax.dynamic_slice(a, (row, c), (height, half)) for c in (0, half))
+    return tuple(map(_from_bits, halves))
+  (byte, scale), (bytes_, scales) = _parts(a, column), _parts(a, width)
+  start = row * _parts(a, a.extent[0])[1] + scale
+  return dataclasses.replace(
+    a,
+    codes=jax.lax.dynamic_slice(a.codes, (row, byte), (height, bytes_)),
+    scales=jax.lax.dynamic_slice(a.scales, (start,), (height * scales,)).reshape(height, scales),
+    extent=(width,),
   )
-  return dataclasses.replace(a, codes=codes, scales=scales, extent=(width,))
 
 
 def _paste(a: Tile, tile: Tile, at: tuple[Any, Any]) -> Tile:
   if not isinstance(a, QuantizedArray):
-    return jax.lax.dynamic_update_slice(a, tile, at)
-  row, column = at
-  codes, scales = (
-    jax.lax.dynamic_update_slice(x, t, (row, c))
-    for x, t, c in zip(
-      (a.codes, a.scales), (tile.codes, tile.scales), _parts(a, column), strict=True
-    )
+    for k, part in enumerate(tile if isinstance(tile, tuple) else (tile,)):
+      place = at[0], at[1] + k * part.shape[1]
+      a = jax.lax.dynamic_update_slice(a, _to_bits(part), place)
+    return a
+  row, (byte, scale) = at[0], _parts(a, at[1])
+  start = row * _parts(a, a.extent[0])[1] + scale
+  return dataclasses.replace(
+    a,
+    codes=jax.lax.dynamic_update_slice(a.codes, tile.codes, (row, byte)),
+    scales=jax.lax.dynamic_update_slice(a.scales, tile.scales.reshape(-1), (start,)),
   )
-  return dataclasses.replace(a, codes=codes, scales=scales)
+
+
+# XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop.
+
+
+def _to_bits(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

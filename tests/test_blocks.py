@@ -74,8 +74,11 @@ def test_layout(name, shape, block):
   x = jax.random.uniform(jax.random.key(0), shape)
   q = encode(x, book, block)
   lead, extent = shape[:-k], shape[-k:]
-  n, length = int(np.prod(extent)), int(np.prod(block))
-  packed = (*lead, -(-n // 2), *(1,) * (k - 1))
+  n = int(np.prod(extent))
+  length = int(np.prod(block))
+  count = -(-n // length)
+  packed = -(-n // 2) if book.pairs_neighbours else count * -(-length // 2)
+  packed = (*lead, packed, *(1,) * (k - 1))
   chex.assert_shape(q.codes, shape if book.bits == 8 else packed)
   chex.assert_shape(q.scales, (*lead, -(-extent[0] // block[0]), *(1,) * (k - 1)))
   chex.assert_type([q.codes, q.scales], [jnp.uint8, jnp.float32])
