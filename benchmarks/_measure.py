@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+_PEERS = ("torch", "triton", "bitsandbytes", "torchao")  # named where they are installed
+
 
 def seconds(run: Callable[[], Any], repeat: int) -> dict[str, float]:
   """Least and median wall time of `run()`, after one call to warm up."""
@@ -29,7 +31,7 @@ def seconds(run: Callable[[], Any], repeat: int) -> dict[str, float]:
 
 def origin() -> dict[str, Any]:
   """Device, versions and date."""
-  names = ("jax", "jaxlib", "optax", "flax", "optax_lowmem")
+  names = ("jax", "jaxlib", "optax", "flax", "optax_lowmem", *_PEERS)
   versions = {}
   for name in names:
     try:

@@ -1,0 +1,284 @@
+"""Which codes should hold Adam's moments? Errors against float32 on real gradients, and cost.
+
+python benchmarks/codebooks.py [--steps 300] [--lr 8e-3] [--elements 1048576] [--json FILE]
+
+The transformer of train.py is trained in float32 and its gradients are kept. Two things are then
+measured for each pair of codes, both as the relative error of Adam's update, elements that float32
+does not move left out:
+
+- one store: float32's own moments, stored once (after steps 20, 100, …, averaged);
+- closed loop: Adam over the same gradients with its moments stored after every step, at the end.
+  Codes that round to the nearest *stall* here: nu moves by 0.1 % a step, less than half a step of
+  any 8-bit code, so only a block's scale follows. "log v" is the mean logarithm of stored nu over
+  float32's, "rms" the norm of the update's error over that of the update, "v -> 0" the share of
+  positive second moments that are zero.
+
+An error above 10 counts as 10: a few elements whose mu is nearly zero would decide every mean.
+Scales are float32, the largest magnitude of a block. Nu is dithered unless its row says nearest.
+Times are nanoseconds a parameter for both moments, on one core; 4-bit codes are timed unpacked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _measure import seconds, write
+from train import batches, init, loss_of, text
+
+from optax_lowmem._codebooks import Codebook, Table, get_codebook
+
+_ONE = 0x3F800000  # bits of the float32 1.0
+_GOLDEN = 0x9E3779B1  # 2^32 / golden ratio: Fibonacci hashing
+STEPS = (20, 100, 300)  # where one store is measured, and after the last
+MIN_SIZE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """Codes even in the logarithm that the bits of a float32 are; see the library's `Log`.
+
+  `dithered` rounds k up or down with the fraction's probability. The random number is a hash of the
+  value's own bits: no key, no counter, the same in every sharding. It stays 64 patterns off both
+  ends, so that a represented value, an ulp off after its scale went in and out, never moves. The
+  four lowest bits are not hashed: a last bit rounded otherwise seldom changes the code. (With eight
+  left out, too few numbers lie within a step of nu: it decayed too slowly where gradients died.)
+  """
+
+  bits: int
+  signed: bool
+  fine: int
+  octaves: int = 0
+  coarse: int = 0
+  dithered: bool = False
+  zero: bool = False  # signed codes have one anyway
+
+  @property
+  def _top(self) -> int:
+    return 2 ** (self.bits - self.signed) - 1
+
+  @property
+  def _bend(self) -> int:
+    return self.octaves * (self.fine - self.coarse)
+
+  def encode(self, r: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(r, jnp.int32)
+    pattern = bits & 0x7FFFFFFF
+    below = _ONE - pattern
+    noise = (pattern >> 4).astype(jnp.uint32) * jnp.uint32(_GOLDEN)
+
+    def steps(octave):
+      shift = 24 - octave.bit_length()
+      if not self.dithered:
+        return (below + (1 << (shift - 1))) >> shift
+      return (below + ((noise >> (39 - shift)).astype(jnp.int32) << 7) + 64) >> shift
+
+    k = steps(self.fine)
+    if self.coarse:
+      k = jnp.minimum(k, self._bend + steps(self.coarse))
+    magnitude = self._top - jnp.minimum(k, self._top)
+    if self.signed:
+      magnitude = jnp.where(bits < 0, magnitude + self._top + 1, magnitude)
+    return magnitude.astype(jnp.uint8)
+
+  def decode(self, codes: jax.Array) -> jax.Array:
+    magnitude = codes.astype(jnp.int32) & self._top
+    k = self._top - magnitude
+    below = k << (24 - self.fine.bit_length())
+    if self.coarse:
+      below = jnp.maximum(below, (k - self._bend) << (24 - self.coarse.bit_length()))
+    pattern = _ONE - below
+    if self.signed or self.zero:
+      pattern = jnp.where(magnitude == 0, 0, pattern)
+    if self.signed:
+      pattern = pattern | jnp.where(codes > self._top, -(2**31), 0)
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """Values least / steps, …, 1; `least` is -steps if signed, 1 for a code without zero, or 0."""
+
+  steps: int
+  least: int
+
+  def encode(self, r: jax.Array) -> jax.Array:
+    return (jnp.maximum(jnp.round(r * self.steps), self.least) - self.least).astype(jnp.uint8)
+
+  def decode(self, codes: jax.Array) -> jax.Array:
+    return (codes.astype(jnp.float32) + self.least) / self.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """One moment: its code and its block."""
+
+  code: Log | Linear | Codebook
+  bits: int
+  block: int
+
+  def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    blocks = x.reshape(-1, self.block)
+    scales = jnp.abs(blocks).max(-1, keepdims=True)
+    return self.code.encode(jnp.where(scales > 0, blocks / scales, 0.0)), scales
+
+  def decode(self, stored: tuple[jax.Array, jax.Array]) -> jax.Array:
+    codes, scales = stored
+    return (self.code.decode(codes) * scales).reshape(-1)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.decode(self.encode(x))
+
+
+def rows() -> dict[str, tuple[Held, Held]]:
+  """What is compared: how mu and nu are held."""
+  mu8, mu4, nf4 = Log(8, True, 16, 6, 4), Log(4, True, 2, 2, 1), get_codebook("nf4")
+  even, bent = (16,), (16, 10, 4)  # one slope, two slopes
+  halves = [np.linspace(0.1, 1, 2**i + 1) for i in range(3)]
+  positive = np.concatenate([10.0**i * (e[1:] + e[:-1]) / 200 for i, e in enumerate(halves)])
+  dynamic4 = Table("dynamic4", 4, True, (*-positive[::-1], 0.0, *positive, 1.0))
+
+  def books(signed, unsigned, bits, block):
+    return Held(signed, bits, block), Held(unsigned, bits, block)
+
+  def log8(nu, block=64, mu=mu8, dithered=True, zero=False):
+    return books(mu, Log(8, False, *nu, dithered=dithered, zero=zero), 8, block)
+
+  def log4(nu, mu=mu4, dithered=True):
+    return books(mu, Log(4, False, *nu, dithered=dithered), 4, 64)
+
+  dynamic = get_codebook("dynamic"), get_codebook("dynamic_unsigned")
+  return {
+    "dynamic, block 256 (bitsandbytes)": books(*dynamic, 8, 256),
+    "dynamic, block 64": books(*dynamic, 8, 64),
+    "linear, block 256": books(Linear(127, -127), Linear(255, 0), 8, 256),
+    "nu one slope, nearest": log8(even, dithered=False),
+    "nu one slope": log8(even),
+    "nu one slope, with a zero": log8(even, zero=True),
+    "nu two slopes, nearest": log8(bent, dithered=False),
+    **{f"nu two slopes, block {n}": log8(bent, n) for n in (32, 64, 128, 256)},
+    "nu two slopes, finer near the largest": log8((32, 5, 8)),
+    "nu two slopes, mu dithered too": log8(bent, mu=dataclasses.replace(mu8, dithered=True)),
+    "4 bits, block 128 (torchao)": books(dynamic4, Linear(16, 1), 4, 128),
+    "4 bits: log / one slope, nearest": log4((2,), dithered=False),
+    "4 bits: log / one slope": log4((2,)),
+    "4 bits: log / two slopes": log4((2, 5, 1)),
+    "4 bits: nf4 / one slope": log4((2,), nf4),
+    "4 bits: nf4 / two slopes": log4((2, 5, 1), nf4),
+  }
+
+
+def record(steps: int, lr: float) -> jax.Array:
+  """Gradients of a float32 training run, (steps, parameters), small arrays left out."""
+  tokens = jnp.asarray(batches(text()[0], steps, seed=0))
+  tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, lr, 60, 600))
+
+  def step(carry, batch):
+    params, state = carry
+    grads = jax.grad(loss_of)(params, batch)
+    updates, state = tx.update(grads, state, params)
+    flat = [g.reshape(-1) for g in jax.tree.leaves(grads) if g.size >= MIN_SIZE]
+    return (optax.apply_updates(params, updates), state), jnp.concatenate(flat)
+
+  params = init(jax.random.key(0))
+  return jax.jit(functools.partial(jax.lax.scan, step))((params, tx.init(params)), tokens)[1]
+
+
+def errors(u: jax.Array, v: jax.Array, stored_u: jax.Array, stored_v: jax.Array):
+  """The columns of one comparison."""
+  e = jnp.minimum(jnp.abs(stored_u - u) / jnp.where(u == 0, jnp.nan, jnp.abs(u)), 10.0)
+  both = (v > 0) & (stored_v > 0)
+  return {
+    "mean": jnp.nanmean(e),
+    "median": jnp.nanmedian(e),
+    "p99": jnp.nanquantile(e, 0.99),
+    "rms": jnp.linalg.norm(stored_u - u) / jnp.linalg.norm(u),
+    "v_to_0": jnp.mean((v > 0) & (stored_v == 0)),
+    "log_v": jnp.nanmean(jnp.where(both, jnp.log(stored_v / v), jnp.nan)),
+  }
+
+
+def compare(grads: jax.Array, mu: Held, nu: Held) -> dict[str, dict[str, float]]:
+  """Errors of one store, averaged over `STEPS`, and those of the closed loop at its end."""
+  marks = sorted({s for s in STEPS if s < len(grads)} | {len(grads)})
+
+  def ema(m, v, g):
+    return 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+
+  def step(carry, g):
+    (m, v), stored = carry
+    stored_m, stored_v = ema(*stored, g)
+    return (ema(m, v, g), (mu(stored_m), nu(stored_v))), None
+
+  @jax.jit
+  def everything(grads):
+    zero = jnp.zeros(grads.shape[1])
+    carry, stores, loop, at = ((zero, zero), (zero, zero)), [], None, 0
+    for mark in marks:
+      carry, _ = jax.lax.scan(step, carry, grads[at:mark])
+      (m, v), stored = carry
+      at = mark
+
+      def update(m, v, t=mark):
+        return m / (1 - 0.9**t) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8)
+
+      stores.append(errors(update(m, v), v, update(mu(m), nu(v)), nu(v)))
+      loop = errors(update(m, v), v, update(*stored), stored[1])
+    return jax.tree.map(lambda *x: sum(x) / len(x), *stores), loop
+
+  one, loop = jax.tree.map(float, everything(grads))
+  return {"one_store": one, "closed_loop": loop}
+
+
+def cost(mu: Held, nu: Held, elements: int) -> dict[str, float]:
+  """Nanoseconds a parameter to encode and to decode both moments."""
+  m = 1e-3 * jax.random.normal(jax.random.key(0), (elements,))
+  v = m * m
+  encode = jax.jit(lambda m, v: (mu.encode(m), nu.encode(v)))
+  decode = jax.jit(lambda m, v: (mu.decode(m), nu.decode(v)))
+  stored = encode(m, v)
+  runs = {"encode_ns": lambda: encode(m, v), "decode_ns": lambda: decode(*stored)}
+  return {name: 1e9 / elements * seconds(run, 15)["min"] for name, run in runs.items()}
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--steps", type=int, default=300, help="steps that are recorded")
+  parser.add_argument("--lr", type=float, default=8e-3, help="peak learning rate of the recording")
+  parser.add_argument("--elements", type=int, default=2**20, help="size that is timed")
+  parser.add_argument("--json", help="also write the result to this file")
+  args = parser.parse_args()
+  if hasattr(os, "sched_setaffinity"):  # before the backend makes its threads, which inherit it
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+  grads = record(args.steps, args.lr)
+  print(f"{args.steps} recorded steps, {grads.shape[1]:,} parameters, peak lr {args.lr}\n")
+  print("| | B/param | one store: mean | median | p99 | closed loop: mean | median | p99 ", end="")
+  print("| rms | log v | v -> 0 | encode | decode |")
+  print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+  results = {}
+  for name, (mu, nu) in rows().items():
+    r = (
+      compare(grads, mu, nu)
+      | cost(mu, nu, args.elements)
+      | {"bytes": sum(h.bits / 8 + 4 / h.block for h in (mu, nu))}
+    )
+    results[name] = r
+    cells = [f"{r['bytes']:.3f}"]
+    cells += [f"{r['one_store'][c]:.4f}" for c in ("mean", "median", "p99")]
+    cells += [f"{r['closed_loop'][c]:.3f}" for c in ("mean", "median", "p99", "rms", "log_v")]
+    cells += [f"{100 * r['closed_loop']['v_to_0']:.2f} %"]
+    cells += [f"{r[c]:.2f} ns" for c in ("encode_ns", "decode_ns")]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+  write(args.json, {"steps": args.steps, "lr": args.lr, "rows": results})
+
+
+if __name__ == "__main__":
+  main()
