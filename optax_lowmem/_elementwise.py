@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 # Primitives whose every output element depends on just the same element of each operand.
 _ELEMENTWISE = frozenset(
@@ -146,14 +148,43 @@ class Program:
     """Positions of the leaf's arguments that `results` are made of, where `given` are known."""
     return self._needed(leaf, results, given)[1]
 
-  def shared_by(
-    self, leaf: int, results: Iterable[int], env: Mapping[int, Any]
-  ) -> dict[int, jax.Array]:
-    """The scalars of `env` that `run_leaf` needs for `results`, constants left out."""
-    wanted = list(results)
-    refs = [ref for op in self._needed(leaf, wanted, ())[0] for ref in op.inputs]
-    indices = {ref.index for ref in [*refs, *(self._outputs[k] for k in wanted)]} & env.keys()
-    return {i: env[i] for i in sorted(indices) if isinstance(env[i], jax.Array)}
+  def outline(self, arguments: Sequence[int], results: Sequence[int]) -> tuple[Any, list[int]]:
+    """What the part of one leaf does, whichever leaf it is.
+
+    Args:
+      arguments: positions of the leaf's arguments.
+      results: positions of its results.
+
+    Returns:
+      A key, equal for leaves whose parts are the same operations on the same constants, and the
+      indices in the environment of the scalars that the part needs besides, in the key's order.
+    """
+    constants = {
+      ref.index: value
+      for ref, value in self._constants
+      if ref.uniform and not isinstance(value, Tracer)
+    }
+    names: dict[int, Any] = {
+      self._inputs[k].index: ("argument", n) for n, k in enumerate(arguments)
+    }
+    scalars: list[int] = []
+
+    def name(ref):
+      if ref.index not in names and ref.index in constants:
+        value = np.asarray(constants[ref.index])
+        names[ref.index] = "constant", str(value.dtype), value.tobytes()
+      elif ref.index not in names:
+        names[ref.index] = "scalar", len(scalars)
+        scalars.append(ref.index)
+      return names[ref.index], ref.uniform, ref.aval.dtype, ref.aval.weak_type
+
+    ops = []
+    leaf = self._inputs[arguments[0]].owner
+    assert leaf is not None
+    for op in self._needed(leaf, results, ())[0]:
+      ops.append((op.primitive, repr(op.params), op.on_scalars, *map(name, op.inputs)))
+      names.update((ref.index, ("made", len(ops), n)) for n, ref in enumerate(op.outputs))
+    return (tuple(ops), tuple(name(self._outputs[k]) for k in results)), scalars
 
   def _needed(
     self, leaf: int, results: Iterable[int], given: Iterable[int]

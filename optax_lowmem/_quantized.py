@@ -195,7 +195,7 @@ def _made_of(
       return {-1: made.astype(form.dtype)}
     return {-1: encode(made, form.codebook, form.block)}
 
-  shared = program.shared_by(owner, [position], env)
+  shared = {i: env[i] for i in program.outline([owner], [position])[1]}
   return on_shards(run, {owner: leaf}, shared, {-1: form})[-1]
 
 
