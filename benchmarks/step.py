@@ -1,101 +1,194 @@
 """What an optimizer costs: state, temporaries, step time and compile time, side by side.
 
-python benchmarks/step.py [--shape 4096 4096] [--repeat 15] [--json FILE]
+python benchmarks/step.py [--shape 4096 4096] [--repeat 15] [--leaves 300] [--json FILE]
 
 A step is update and apply, compiled, with parameters and state donated. Temporaries are those of
 the update beyond gradients, updates and state (`temp_size_in_bytes` of the compiled update).
-Times are of one run: compare the ratios, not the milliseconds of another machine.
+Optimizers take turns, a step each, so that all see the same machine; compare the ratios, not the
+milliseconds of another one. Peers are measured where they are installed: bitsandbytes and torchao
+after all others, in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from _measure import seconds, write
+from _measure import write
 
 import optax_lowmem as lowmem
 
 
-def rows():
-  """What is compared; the first of a family is what the others are measured against."""
+def rows() -> dict[str, list[tuple[str, optax.GradientTransformation]]]:
+  """What is compared, by family; the first of a family is what the others are measured against."""
   dynamic = {
     "mu": lowmem.Blockwise("dynamic", 256),
     "nu": lowmem.Blockwise("dynamic_unsigned", 256),
   }
-  return [
-    ("optax.adamw", optax.adamw(1e-3)),
-    ("adamw, 32 bits", lowmem.adamw(1e-3, bits=32)),
-    ("adamw, 8 bits", lowmem.adamw(1e-3)),
-    ("adamw, dynamic map", lowmem.quantized(optax.adamw(1e-3), storage=dynamic)),
-    ("optax.lion", optax.lion(1e-4)),
-    ("lion, 8 bits", lowmem.lion(1e-4)),
-    ("optax.sgd", optax.sgd(1e-2, momentum=0.9)),
-    ("sgd, 8 bits", lowmem.sgd(1e-2, momentum=0.9)),
-  ]
+  return {
+    "adamw": [
+      ("optax.adamw", optax.adamw(1e-3)),
+      ("adamw, 32 bits", lowmem.adamw(1e-3, bits=32)),
+      ("adamw, 8 bits", lowmem.adamw(1e-3)),
+      ("adamw, 4 bits", lowmem.adamw(1e-3, bits=4)),
+      ("adamw, dynamic map", lowmem.quantized(optax.adamw(1e-3), storage=dynamic)),
+    ],
+    "lion": [
+      ("optax.lion", optax.lion(1e-4)),
+      ("lion, 8 bits", lowmem.lion(1e-4)),
+      ("lion, 4 bits", lowmem.lion(1e-4, bits=4)),
+    ],
+    "sgd": [
+      ("optax.sgd", optax.sgd(1e-2, momentum=0.9)),
+      ("sgd, 8 bits", lowmem.sgd(1e-2, momentum=0.9)),
+      ("sgd, 4 bits", lowmem.sgd(1e-2, momentum=0.9, bits=4)),
+    ],
+  }
 
 
-def measure(tx: optax.GradientTransformation, shape: tuple[int, ...], repeat: int):
-  """Costs of one transformation on one array of `shape`, in bytes a parameter and seconds."""
-  size = math.prod(shape)
-  keys = jax.random.split(jax.random.key(0))
-  params = jax.random.normal(keys[0], shape) * 0.02
-  grads = jax.random.normal(keys[1], shape) * 1e-3
-  state = jax.jit(tx.init)(params)
-  state_bytes = sum(lowmem.state_bytes(state).values()) / size
-
-  update = jax.jit(tx.update, donate_argnums=(0, 1))
-  temporaries = update.lower(grads, state, params).compile().memory_analysis().temp_size_in_bytes
+def step_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
+  """Update and apply, to be compiled with parameters and state donated."""
 
   def step(params, state, grads):
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  start = time.perf_counter()
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
-  compile_seconds = time.perf_counter() - start
-  carry = [params, state]
+  return jax.jit(step, donate_argnums=(0, 1))
 
-  def run():
-    carry[:] = compiled(*carry, grads)
-    return carry
 
+def sizes(tx: optax.GradientTransformation, shape: tuple[int, ...]) -> dict[str, float]:
+  """State and temporaries of an array of `shape`, in bytes a parameter."""
+  p, size = jax.ShapeDtypeStruct(shape, jnp.float32), math.prod(shape)
+  state = jax.eval_shape(tx.init, p)
+  update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(p, state, p).compile()
   return {
-    "state": state_bytes,
-    "temporaries": temporaries / size,
-    "step": seconds(run, repeat),
-    "compile": compile_seconds,
+    "state": sum(lowmem.state_bytes(state).values()) / size,
+    "temporaries": update.memory_analysis().temp_size_in_bytes / size,
   }
 
 
+def times(
+  family: list[tuple[str, optax.GradientTransformation]], shape: tuple[int, ...], repeat: int
+) -> dict[str, dict[str, float]]:
+  """Seconds of a step, by name, in turns."""
+  keys = jax.random.split(jax.random.key(0))
+  start = jax.random.normal(keys[0], shape) * 0.02
+  grads = jax.random.normal(keys[1], shape) * 1e-3
+  steps, carries = {}, {}
+  taken: dict[str, list[float]] = {name: [] for name, _ in family}
+  for name, tx in family:
+    carries[name] = [jnp.array(start), jax.jit(tx.init)(start)]
+    steps[name] = step_of(tx).lower(*carries[name], grads).compile()
+  for turn in range(repeat + 1):
+    for name, seconds in taken.items():
+      before = time.perf_counter()
+      carries[name] = steps[name](*carries[name], grads)
+      jax.block_until_ready(carries[name])
+      if turn:  # the first one is to warm up
+        seconds.append(time.perf_counter() - before)
+  return {k: {"min": min(s), "median": statistics.median(s)} for k, s in taken.items()}
+
+
+def compile_seconds(tx: optax.GradientTransformation, leaves: int) -> float:
+  """Seconds to trace and compile the step of a tree of (256, 256) and (512, 256) arrays."""
+  shapes = ((512, 256) if k % 3 == 0 else (256, 256) for k in range(leaves))
+  params = {f"{k}": jax.ShapeDtypeStruct(s, jnp.float32) for k, s in enumerate(shapes)}
+  state = jax.eval_shape(tx.init, params)
+  before = time.perf_counter()
+  step_of(tx).lower(params, state, params).compile()
+  return time.perf_counter() - before
+
+
+def peers(shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
+  """Name and step of the optimizers of PyTorch that are installed."""
+  try:
+    import torch
+  except ImportError:
+    return
+
+  def stepper(make):
+    p = torch.nn.Parameter(torch.randn(shape) * 0.02)
+    p.grad = torch.randn(shape) * 1e-3
+    return make([p]).step
+
+  yield "torch.optim.AdamW, fused", lambda: stepper(lambda p: torch.optim.AdamW(p, fused=True))
+  try:
+    import bitsandbytes
+
+    yield "bitsandbytes AdamW8bit", lambda: stepper(bitsandbytes.optim.AdamW8bit)
+  except ImportError:
+    pass
+  try:
+    import torchao.optim
+
+    yield "torchao AdamW8bit", lambda: stepper(torchao.optim.AdamW8bit)
+    yield "torchao AdamW4bit", lambda: stepper(torchao.optim.AdamW4bit)
+  except ImportError:
+    pass
+
+
 def main() -> None:
-  """Prints the table."""
+  """Prints the tables."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--shape", type=int, nargs="+", default=[4096, 4096])
   parser.add_argument("--repeat", type=int, default=15)
+  parser.add_argument("--leaves", type=int, default=300, help="of the tree that is compiled; or 0")
   parser.add_argument("--json", help="also write the result to this file")
   args = parser.parse_args()
   shape = tuple(args.shape)
 
-  jax.block_until_ready(jnp.zeros(1))  # start the backend before the first compile is timed
+  jax.block_until_ready(jnp.zeros(1))  # start the backend before a compile is timed
   print(f"one float32 array of shape {shape}, {jax.devices()[0].platform}\n")
-  print("| | state | temporaries | step | against optax | compile |")
+  print("| | state | of (4096, 16) | temporaries | step | against optax |")
   print("|---|---|---|---|---|---|")
-  results, base = {}, None
-  for name, tx in rows():
-    r = results[name] = measure(tx, shape, args.repeat)
-    base = r["step"]["min"] if name.startswith("optax.") else base
-    r["ratio"] = r["step"]["min"] / base
-    print(
-      f"| {name} | {r['state']:.3f} B/param | {r['temporaries']:.3f} B/param "
-      f"| {r['step']['min'] * 1e3:.1f} ms | {r['ratio']:.2f} | {r['compile']:.2f} s |",
-      flush=True,
-    )
-  write(args.json, {"shape": shape, "rows": results})
+  results: dict[str, Any] = {}
+  for family in rows().values():
+    seconds = times(family, shape, args.repeat)
+    base = seconds[family[0][0]]
+    for name, tx in family:
+      r = results[name] = sizes(tx, shape) | {"step": seconds[name]}
+      r["small"] = sizes(tx, (4096, 16))["state"]
+      r["ratio"] = seconds[name]["median"] / base["median"]
+      print(
+        f"| {name} | {r['state']:.3f} B/param | {r['small']:.3f} B/param "
+        f"| {r['temporaries']:.3f} B/param | {1e3 * seconds[name]['median']:.1f} ms "
+        f"| {r['ratio']:.2f} |",
+        flush=True,
+      )
+
+  if args.leaves:
+    print(f"\n| {args.leaves} arrays | trace and compile | against optax |\n|---|---|---|")
+    base = None
+    for name, tx in rows()["adamw"][:4]:
+      taken = results[name]["compile"] = compile_seconds(tx, args.leaves)
+      base = base or taken
+      print(f"| {name} | {taken:.1f} s | {taken / base:.1f} |", flush=True)
+
+  base = results["optax.adamw"]["step"]["median"]
+  print("\n| peers | step | against optax.adamw |\n|---|---|---|")
+  for name, make in peers(shape):
+    try:
+      step = make()
+      step()
+      taken = []
+      for _ in range(3):
+        before = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - before)
+    except Exception as error:  # a peer that cannot run here is not a reason to stop
+      print(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:80]} | |")
+      continue
+    results[name] = {"step": {"min": min(taken), "median": statistics.median(taken)}}
+    middle = statistics.median(taken)
+    print(f"| {name} | {middle * 1e3:.0f} ms | {middle / base:.1f} |", flush=True)
+  write(args.json, {"shape": shape, "leaves": args.leaves, "rows": results})
 
 
 if __name__ == "__main__":

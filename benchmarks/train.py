@@ -1,6 +1,6 @@
 """Does state in few bits train as well as float32? A small transformer on real text, seed by seed.
 
-python benchmarks/train.py [--steps 1200] [--seeds 3] [--json FILE] [--plot FILE.svg]
+python benchmarks/train.py [--steps 800] [--seeds 3] [--json FILE] [--plot FILE.svg]
 
 A byte-level causal transformer (2 layers, width 64, 137,000 parameters) learns the Chit-Chat
 dialogues, the default data of the QLoRA example. Each seed draws one initialization and one order
@@ -190,7 +190,7 @@ def plot(path: str, steps: int, result: dict[str, list[list[float]]]) -> None:
 def main() -> None:
   """Prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--steps", type=int, default=1200, help=f"a multiple of {POINTS}")
+  parser.add_argument("--steps", type=int, default=800, help=f"a multiple of {POINTS}")
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--lr", type=float, default=LR, help="largest learning rate")
   parser.add_argument("--json", help="also write the result to this file")

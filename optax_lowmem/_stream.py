@@ -51,7 +51,7 @@ def map_tiles(
   size = math.prod(shape)
   if tile is None:
     tile = _WHOLE if size <= _WHOLE else _tile_size(writes, size)
-  if size <= tile or grid is None:
+  if grid is None or not size:
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
   sources = [_view(a, rows, columns) for a in reads]
@@ -64,6 +64,11 @@ def map_tiles(
 
   def paste(state, new, segment, i):
     return [_paste(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
+
+  if size <= tile:
+    whole = _Segment(1, lambda _: (0, 0), (rows, columns))
+    state = paste(state, fn(cut(sources, whole, 0), cut(state, whole, 0)), whole, 0)
+    return [_restore(a, like) for a, like in zip(state, writes, strict=True)]
 
   # The tiles of `writes` are cut one step ahead, after the last ones were pasted, and carried: cut
   # and paste in one step, XLA would fuse the cut into several readers, could then not order them
