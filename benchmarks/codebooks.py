@@ -138,7 +138,7 @@ class Held:
 
 def rows() -> dict[str, tuple[Held, Held]]:
   """What is compared: how mu and nu are held."""
-  mu8, mu4, nf4 = Log(8, True, 16, 6, 4), Log(4, True, 2, 2, 1), get_codebook("nf4")
+  mu8, mu4, nf4 = Log(8, True, 32, 3, 4), Log(4, True, 2, 2, 1), get_codebook("nf4")
   even, bent = (16,), (16, 10, 4)  # one slope, two slopes
   halves = [np.linspace(0.1, 1, 2**i + 1) for i in range(3)]
   positive = np.concatenate([10.0**i * (e[1:] + e[:-1]) / 200 for i, e in enumerate(halves)])
@@ -165,12 +165,13 @@ def rows() -> dict[str, tuple[Held, Held]]:
     **{f"nu two slopes, block {n}": log8(bent, n) for n in (32, 64, 128, 256)},
     "nu two slopes, finer near the largest": log8((32, 5, 8)),
     "nu two slopes, mu dithered too": log8(bent, mu=dataclasses.replace(mu8, dithered=True)),
+    "nu two slopes, mu with more reach": log8(bent, mu=Log(8, True, 16, 6, 4)),
     "4 bits, block 128 (torchao)": books(dynamic4, Linear(16, 1), 4, 128),
     "4 bits: log / one slope, nearest": log4((2,), dithered=False),
     "4 bits: log / one slope": log4((2,)),
-    "4 bits: log / two slopes": log4((2, 5, 1)),
+    "4 bits: log / two slopes": log4((2, 4, 1)),
     "4 bits: nf4 / one slope": log4((2,), nf4),
-    "4 bits: nf4 / two slopes": log4((2, 5, 1), nf4),
+    "4 bits: nf4 / two slopes": log4((2, 4, 1), nf4),
   }
 
 

@@ -314,8 +314,8 @@ _FP4 = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
 _CODEBOOKS: dict[str, Codebook] = {
   book.name: book
   for book in (
-    # Reach 13.7 octaves: |m| down to 7e-5 of its block's largest, then zero.
-    Log("log8", 8, True, fine=16, octaves=6, coarse=4),
+    # Reach 10.7 octaves: |m| down to 6e-4 of its block's largest, then zero.
+    Log("log8", 8, True, fine=32, octaves=3, coarse=4),
     # Reach 33.7 octaves of v, 5 decades of sqrt(v).
     Log("log8_unsigned", 8, False, fine=16, octaves=10, coarse=4, dithered=True),
     # Reach 4 octaves of m and 11 of v.

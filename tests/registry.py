@@ -1,0 +1,164 @@
+"""The transformations that keep the laws, and what the tests of the laws share.
+
+A new transformation is covered by a line in `REGISTRY`.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import optax_lowmem as lowmem
+from optax_lowmem import _stream
+from optax_lowmem._moments import is_quantized
+
+LR = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One transformation with so many bits.
+
+  Attributes:
+    rule: its name in `optax_lowmem`, or in optax: then it is wrapped in `quantized`.
+    bits: bits a moment.
+    first: moments with a sign.
+    second: positive moments.
+    error: how far updates may lie from optax's after four random gradients: the mean distance, as
+      a part of the mean update; a quarter above what was measured. Of Lion's signs, a few flip.
+    arguments: further arguments of the rule.
+  """
+
+  rule: str
+  bits: int
+  first: int
+  second: int
+  error: float
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def moments(self) -> int:
+    return self.first + self.second
+
+  @property
+  def bytes(self) -> float:
+    """Most bytes a parameter: codes, and a scale of 4 bytes for 64 elements or more."""
+    return self.moments * (self.bits / 8 + 4 / 64)
+
+  @property
+  def theirs(self) -> Callable[..., optax.GradientTransformation]:
+    rule = getattr(optax, self.rule, None) or getattr(contrib, self.rule)
+    return functools.partial(rule, **self.arguments)
+
+  @property
+  def ours(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    if hasattr(lowmem, self.rule):
+      return functools.partial(getattr(lowmem, self.rule), bits=self.bits, **self.arguments)
+    return lambda lr, bits=self.bits, **storage: lowmem.quantized(self.theirs(lr), bits, **storage)
+
+
+# rule, bits, moments with a sign, without one, error
+ENTRIES = [
+  Entry("adam", 8, 1, 1, 0.026),
+  Entry("adamw", 8, 1, 1, 0.026),
+  Entry("lion", 8, 1, 0, 0.005),
+  Entry("sgd", 8, 1, 0, 0.022, {"momentum": 0.9}),
+  Entry("rmsprop", 8, 0, 1, 0.012),
+  Entry("adagrad", 8, 0, 1, 0.012),
+  Entry("ademamix", 8, 2, 1, 0.026),
+  Entry("adamw", 4, 1, 1, 0.25),
+  Entry("lion", 4, 1, 0, 0.023),
+  Entry("sgd", 4, 1, 0, 0.21, {"momentum": 0.9}),
+  Entry("ademamix", 4, 2, 1, 0.25),
+  Entry("adabelief", 8, 1, 1, 0.026),
+  Entry("nadam", 8, 1, 1, 0.019),
+  Entry("amsgrad", 8, 1, 2, 0.024),
+  Entry("adan", 8, 3, 1, 0.027),
+  Entry("adopt", 8, 1, 1, 0.02),
+]
+REGISTRY = {f"{e.rule}-{e.bits}": e for e in ENTRIES}
+every = pytest.mark.parametrize("name", REGISTRY)
+every_rule = pytest.mark.parametrize("name", {e.rule: n for n, e in REGISTRY.items()}.values())
+adamw = pytest.mark.parametrize("name", ["adamw-8", "adamw-4"])
+
+# One leaf with blocks along its last axis, one with blocks of several rows, one with a short last
+# block, a convolution, and three that stay dense.
+SHAPES = {
+  "big": (60, 128),
+  "lora": (512, 16),
+  "ragged": (67, 97),
+  "kernel": (3, 3, 8, 64),
+  "small": (7,),
+  "no": (),
+  "o": (0, 3),
+}
+STORED = ("big", "lora", "ragged", "kernel")
+
+
+def make(name, lr=LR, **kwargs):
+  return REGISTRY[name].ours(lr, **kwargs)
+
+
+def reference(name, lr=LR):
+  return REGISTRY[name].theirs(lr)
+
+
+def tree(seed, scale=1.0, dtype=jnp.float32, shapes=SHAPES):
+  normal = np.random.default_rng(seed).standard_normal
+  return {k: jnp.asarray(scale * normal(shape), dtype) for k, shape in shapes.items()}
+
+
+def quantized_leaves(state):
+  return [x for x in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(x)]
+
+
+@contextlib.contextmanager
+def small_tiles():
+  """What is traced within walks arrays in tiles of a thousand elements."""
+  whole, smallest = _stream._WHOLE, _stream._SMALLEST
+  _stream._WHOLE = _stream._SMALLEST = 1024
+  try:
+    yield
+  finally:
+    _stream._WHOLE, _stream._SMALLEST = whole, smallest
+
+
+TRACES = collections.Counter()  # how often the updates of `update_of` were traced
+
+
+@functools.cache
+def update_of(name, how):
+  """The compiled update of an entry, for trees of `SHAPES`: "whole", by "tiles", or "optax"'s."""
+  tx = reference(name) if how == "optax" else make(name)
+
+  def update(grads, state, params):
+    TRACES[name, how] += 1
+    with small_tiles() if how == "tiles" else contextlib.nullcontext():
+      return tx.update(grads, state, params)
+
+  return jax.jit(update)
+
+
+@functools.cache
+def start(name, how):
+  """Parameters, and the state that an entry makes of them."""
+  params = tree(0)
+  return params, (reference(name) if how == "optax" else make(name)).init(params)
+
+
+def run(name, steps, how="whole", gradients=lambda t: tree(100 + t)):
+  """The last updates and state after a few steps of `gradients`, at the same parameters."""
+  params, state = start(name, how)
+  updates = None
+  for t in range(steps):
+    updates, state = update_of(name, how)(gradients(t), state, params)
+  return updates, state

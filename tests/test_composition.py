@@ -1,0 +1,311 @@
+"""Law 7, plain optax: every transformation composes, traces, trains and is saved as optax's do."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import optax_lowmem as lowmem
+from registry import (
+  LR,
+  REGISTRY,
+  SHAPES,
+  STORED,
+  TRACES,
+  adamw,
+  every,
+  make,
+  quantized_leaves,
+  reference,
+  run,
+  start,
+  tree,
+)
+
+FEW = {"w": (48, 96), "lora": (512, 16), "b": (5,)}
+
+
+# State --------------------------------------------------------------------------------------------
+
+
+@every
+def test_state_keeps_structure_shapes_dtypes_and_weak_types(name):
+  _, new = run(name, 2)
+  state = start(name, "whole")[1]
+  chex.assert_trees_all_equal_structs(new, state)
+  assert [jax.typeof(x) for x in jax.tree.leaves(new)] == [
+    jax.typeof(x) for x in jax.tree.leaves(state)
+  ]
+
+
+@every
+def test_compiles_once(name):
+  """However many steps, from `init`'s state or from one that came out."""
+  run(name, 3)
+  assert TRACES[name, "whole"] == 1
+
+
+@every
+def test_init_is_the_same_without_data(name):
+  params, state = start(name, "whole")
+  shaped = jax.eval_shape(make(name).init, params)
+  chex.assert_trees_all_equal_structs(shaped, state)
+  chex.assert_trees_all_equal_shapes_and_dtypes(shaped, state)
+  chex.assert_trees_all_equal(jax.jit(make(name).init)(params), state)
+
+
+@every
+def test_tree_utilities_see_the_state(name):
+  _, state = run(name, 1)
+  chex.assert_trees_all_equal(optax.tree.map_params(make(name), lambda x: x, state), state)
+  fields = ("mu", "nu", "trace", "sum_of_squares", "m1", "m2", "nu_max", "m", "v", "n", "g")
+  found = [optax.tree.get_all_with_path(state, field) for field in fields]
+  assert len(quantized_leaves(found)) == len(STORED) * REGISTRY[name].moments
+
+
+@pytest.mark.parametrize("name", ["adamw-8", "adamw-4", "sgd-8", "rmsprop-8"])
+def test_donation_reuses_the_state(name):
+  tx, params = make(name), tree(0, shapes=FEW)
+  state = tx.init(params)
+  update = jax.jit(tx.update, donate_argnums=1)
+  before = [q.codes.unsafe_buffer_pointer() for q in quantized_leaves(state)]
+  _, new = update(tree(1, shapes=FEW), state, params)
+  assert all(q.codes.is_deleted() for q in quantized_leaves(state))
+  after = [q.codes.unsafe_buffer_pointer() for q in quantized_leaves(new)]
+  assert set(after) == set(before)
+
+
+# Transformations of optax around it, and within ---------------------------------------------------
+
+
+KINDS = {
+  "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+  "masked": lambda tx: optax.masked(tx, {"w": True, "lora": False, "b": True}),
+  "partition": lambda tx: optax.partition(
+    {"a": tx, "b": optax.sgd(0.1)}, {"w": "a", "lora": "b", "b": "a"}
+  ),
+  "partition_with_muon": lambda tx: optax.partition(
+    {"a": tx, "b": contrib.muon(LR)}, {"w": "b", "lora": "a", "b": "a"}
+  ),
+  "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+  "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+  "scheduled": lambda tx: optax.chain(tx, optax.scale_by_schedule(lambda t: 1.0 / (1 + t))),
+  "schedule_free": lambda tx: contrib.schedule_free(tx, LR),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def steps(tx, count, params, gradients):
+  """Parameters and state after some steps of training."""
+
+  @jax.jit
+  def step(params, state, g):
+    updates, state = tx.update(g, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for t in range(count):
+    params, state = step(params, state, gradients(t))
+  return params, state
+
+
+def assert_near(ours, exact, start, error):
+  """That both travelled the same way; Adam's first, equal steps make it easier than one update."""
+  for k in start:
+    travelled = np.abs(exact[k] - start[k]).mean()
+    assert np.abs(ours[k] - exact[k]).mean() <= error * travelled
+
+
+@every
+@every_kind
+def test_wrappers_keep_the_state(name, kind):
+  tx, params = KINDS[kind](make(name)), jax.eval_shape(lambda: tree(0, shapes=FEW))
+  state = jax.eval_shape(tx.init, params)
+  updates, new = jax.eval_shape(tx.update, params, state, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+  leaves = 1 if kind in ("masked", "partition", "partition_with_muon") else 2
+  assert len(quantized_leaves(new)) == leaves * REGISTRY[name].moments
+
+
+@adamw
+@every_kind
+def test_composes(name, kind):
+  params = tree(0, shapes=FEW)
+  results = [
+    steps(KINDS[kind](tx), 4, params, lambda t: tree(100 + t, shapes=FEW))[0]
+    for tx in (make(name), reference(name))
+  ]
+  assert_near(*results, params, REGISTRY[name].error)
+
+
+INNER = {
+  "clipped": lambda: optax.chain(optax.clip(0.5), optax.adamw(LR)),
+  "masked": lambda: optax.masked(optax.adamw(LR), {"w": True, "lora": False, "b": True}),
+  "partition": lambda: optax.partition(
+    {"a": optax.adamw(LR), "b": optax.sgd(0.1, 0.9)}, {"w": "a", "lora": "b", "b": "b"}
+  ),
+  "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=LR),
+  "muon": lambda: contrib.muon(LR),
+  "schedule_free": lambda: contrib.schedule_free(optax.adamw(LR, b1=0.0), LR),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", INNER)
+def test_quantizes_what_is_composed(kind, bits):
+  """The moments are found in the wrappers' state, and the trajectory is theirs."""
+  inner, params = INNER[kind](), tree(0, shapes=FEW)
+  results = [
+    steps(tx, 4, params, lambda t: tree(100 + t, shapes=FEW))
+    for tx in (lowmem.quantized(inner, bits), inner)
+  ]
+  (ours, state), (exact, _) = results
+  held = {"clipped": 4, "masked": 2, "partition": 3, "injected": 4, "muon": 2, "schedule_free": 4}
+  assert len(quantized_leaves(state)) == held[kind]
+  assert_near(ours, exact, params, REGISTRY[f"adamw-{bits}"].error)
+
+
+@every
+def test_inject_hyperparams(name):
+  tx = optax.inject_hyperparams(lambda lr: make(name, lr))(lr=LR)
+  params, g = tree(0, shapes=FEW), tree(1, shapes=FEW)
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  once, _ = update(g, state, params)
+  state.hyperparams["lr"] = jnp.float32(2 * LR)
+  twice, _ = update(g, state, params)
+  assert update._cache_size() == 1
+  chex.assert_trees_all_close(twice, jax.tree.map(lambda u: 2 * u, once), rtol=1e-5)
+
+
+# Transformations of JAX ---------------------------------------------------------------------------
+
+
+@every
+def test_jit_vmap_and_scan_over_layers_agree(name):
+  """Stacked layers (L, d, f): the state of each is that of a layer alone."""
+  tx, shapes = make(name, min_size=256), {"w": (2, 20, 64), "b": (2, 5)}
+  params, g = tree(0, shapes=shapes), tree(1, shapes=shapes)
+
+  def one(params, g):
+    _, state = tx.update(g, tx.init(params), params)
+    return tx.update(g, state, params)
+
+  @jax.jit
+  def stacked(params, g):
+    return jax.vmap(one)(params, g), jax.lax.scan(lambda c, x: (c, one(*x)), None, (params, g))[1]
+
+  alone, both = jax.jit(one), stacked(params, g)
+  for i in range(2):
+    updates, state = alone(*jax.tree.map(lambda x, i=i: x[i], (params, g)))
+    assert len(quantized_leaves(state)) == REGISTRY[name].moments
+    for batch in both:
+      got, held = jax.tree.map(lambda x, i=i: x[i], batch)
+      chex.assert_trees_all_equal_shapes_and_dtypes(held, state)
+      for k in got:
+        # An ulp may turn a code of a dithered book: 0.6 % of them, by 3 %.
+        assert np.abs(got[k] - updates[k]).mean() <= 5e-4 * np.abs(updates[k]).mean()
+
+
+@pytest.mark.parametrize("name", ["adamw-8", "adamw-4", "lion-8"])
+def test_layers_stacked_in_one_array_train_as_layers_apart(name):
+  """The usual scan over layers: parameters (L, d, f), one update of the whole stack."""
+  stack, single = {"w": (3, 64, 96)}, [{"w": (64, 96)}] * 3
+  tx, params, g = make(name), tree(0, shapes=stack), tree(1, shapes=stack)
+
+  @jax.jit
+  def loss_and_step(params, state, x):
+    def loss(params):
+      def layer(x, w):
+        return x + jnp.tanh(x @ w) @ w.T * 0.01, None
+
+      return jnp.mean(jax.lax.scan(layer, x, params["w"])[0] ** 2)
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, state = tx.update(gradients, state, params)
+    return value, optax.apply_updates(params, updates), state
+
+  state, trained, values = tx.init(params), params, []
+  for _ in range(3):
+    value, trained, state = loss_and_step(trained, state, jnp.ones((4, 64)))
+    values.append(float(value))
+  assert values[2] < values[0]
+  # And the stack's update is that of its layers, block by block.
+  updates, _ = jax.jit(tx.update)(g, tx.init(params), params)
+  for i in range(len(single)):
+    layer = {"w": params["w"][i]}
+    apart, _ = jax.jit(tx.update)({"w": g["w"][i]}, tx.init(layer), layer)
+    np.testing.assert_allclose(updates["w"][i], apart["w"], rtol=1e-6)
+
+
+@adamw
+def test_eager_steps_are_compiled_ones(name):
+  params, g = tree(0, shapes=FEW), tree(1, shapes=FEW)
+  tx = make(name)
+  eager = tx.update(g, tx.init(params), params)
+  chex.assert_trees_all_equal(jax.jit(tx.update)(g, tx.init(params), params), eager)
+
+
+# Flax and Orbax -----------------------------------------------------------------------------------
+
+
+@adamw
+def test_trains_an_nnx_model(name):
+  nnx = pytest.importorskip("flax.nnx")
+  model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, make(name), wrt=nnx.Param)
+  x = jnp.ones((4, 64))
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss, g = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
+    optimizer.update(model, g)
+    return loss
+
+  losses = [float(step(model, optimizer)) for _ in range(8)]
+  assert losses[-1] < 0.5 * losses[0]
+
+
+@adamw
+def test_trains_a_linen_state(name):
+  linen = pytest.importorskip("flax.linen")
+  train_state = pytest.importorskip("flax.training.train_state")
+  model, x = linen.Dense(128), jnp.ones((4, 64))
+  params = model.init(jax.random.key(0), x)
+  state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=make(name))
+  state = state.replace(step=jnp.int32(0))  # flax's is a Python number at first
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state):
+    def loss(params):
+      return jnp.mean((state.apply_fn(params, x) - 1) ** 2)
+
+    value, g = jax.value_and_grad(loss)(state.params)
+    return value, state.apply_gradients(grads=g)
+
+  losses = []
+  for _ in range(8):
+    value, state = step(state)
+    losses.append(float(value))
+  assert losses[-1] < 0.5 * losses[0]
+  assert len(quantized_leaves(state.opt_state)) == 2
+  assert step._cache_size() == 1
+
+
+@adamw
+def test_orbax_saves_and_restores(name, tmp_path):
+  ocp = pytest.importorskip("orbax.checkpoint")
+  shapes = {k: shape for k, shape in SHAPES.items() if 0 not in shape}  # Orbax refuses them
+  tx, params = make(name), tree(0, shapes=shapes)
+  _, state = jax.jit(tx.update)(tree(1, shapes=shapes), tx.init(params), params)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", state)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
+  chex.assert_trees_all_equal(restored, state)
