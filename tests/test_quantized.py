@@ -9,6 +9,7 @@ import pytest
 
 import optax_lowmem as lowmem
 from optax_lowmem._moments import is_quantized
+from registry import small_tiles
 
 
 def params():
@@ -116,3 +117,49 @@ def test_eager_steps_trace_the_rule_once():
   for _ in range(4):
     _, state = tx.update(p, state, p)
   assert len(traces) == 1
+
+
+def test_inject_hyperparams_needs_static_bits():
+  params = {"w": jnp.ones((64, 128))}
+  static = ("bits", "block_size", "min_size")
+  tx = optax.inject_hyperparams(lowmem.adamw, static_args=static)(learning_rate=1e-3, bits=4)
+  state = tx.init(params)
+  assert optax.tree.get(state, "mu")["w"].codebook.bits == 4
+  updates, _ = jax.jit(tx.update)(params, state, params)
+  assert (updates["w"] < 0).all()
+  injected = optax.inject_hyperparams(lowmem.adamw)(learning_rate=1e-3)
+  with pytest.raises(TypeError, match=r"static_args=\('bits', 'block_size', 'min_size'\)"):
+    injected.update(params, injected.init(params), params)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw", "lion", "sgd", "rmsprop", "adagrad", "ademamix"])
+def test_create_knows_4_bits(rule):
+  for name in (f"{rule}_4bit", f"{rule}4bit"):
+    state = lowmem.create(name, 1e-3).init({"w": jnp.ones((64, 128))})
+    held = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, lowmem.QuantizedArray))
+    held = [x for x in held if isinstance(x, lowmem.QuantizedArray)]
+    assert held and all(x.codebook.bits == 4 for x in held)
+
+
+def test_moments_of_8_and_4_bits_in_one_rule():
+  """Halves of 4-bit blocks beside whole ones of 8 bits, in tiles and as a whole."""
+  tx = lowmem.quantized(optax.adam(1e-2), 4, storage={"mu": lowmem.Blockwise("log8")})
+  exact, p = optax.adam(1e-2), jax.random.normal(jax.random.key(0), (128, 128))
+  grads = jax.random.normal(jax.random.key(1), (4, 128, 128))
+
+  def run(tx):
+    def step(carry, g):
+      p, state = carry
+      updates, state = tx.update(g, state, p)
+      return (p + updates, state), None
+
+    return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), grads)[0][0])(p)
+
+  expected = run(exact)
+  travelled = jnp.abs(expected - p).mean()
+  whole = run(tx)
+  with small_tiles():
+    tiled = run(tx)
+  for ours in (whole, tiled):
+    assert jnp.abs(ours - expected).mean() < 0.2 * travelled
+  assert jnp.abs(whole - tiled).mean() < 0.01 * travelled
