@@ -33,8 +33,7 @@ _in_kernel = contextvars.ContextVar("in_kernel", default=False)
 class QuantizedArray:
   r"""An array held as codes and one scale a block, a pytree of its arrays.
 
-  The value is ``codebook.decode_blocks(code, scale) (+ offset)``: the codebook's value times the
-  scale, or for logarithmic codes, the number that lies some codes below the scale.
+  The value is ``codebook.decode(code) * scale (+ offset)``.
 
   A block covers `block[0]` consecutive indices of axis ``-len(block)`` and all of the axes after
   it; axes before it are independent. So blocks are contiguous runs in row-major order, the last one
@@ -106,7 +105,8 @@ def quantize(
   r"""Quantizes an array in blocks along its last axis.
 
   Each block of `block_size` consecutive elements is divided by its largest magnitude
-  :math:`s`, and every quotient is replaced by the nearest value of the codebook:
+  :math:`s`, and every quotient is replaced by the nearest value of the codebook (of
+  `"log8_unsigned"` and `"log4_unsigned"`, by one of the two next to it, so that the mean is right):
 
   .. math::
     c_i = \arg\min_c |q_c - x_i / s|, \quad s = \max_i |x_i|, \quad \hat x_i = q_{c_i} s.
@@ -117,7 +117,8 @@ def quantize(
   Args:
     x: floating array of rank 1 or more.
     codebook: a name: `"dynamic"`, `"dynamic_unsigned"` (bitsandbytes' 8-bit maps, code for code),
-      `"linear"`, `"log8"`, `"log8_unsigned"` (8 bits), `"nf4"`, `"fp4"` (4 bits).
+      `"linear"`, `"log8"`, `"log8_unsigned"` (8 bits), `"nf4"`, `"fp4"`, `"log4"`,
+      `"log4_unsigned"` (4 bits).
     block_size: elements a block; a positive even number.
     double_quantize: also quantize the scales: their mean is subtracted and the rest held in 8-bit
       `dynamic` codes with one float32 scale for 256 of them (Dettmers et al, 2023). The scales are
