@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optax_lowmem._codebooks import Codebook, get_codebook
+from optax_lowmem._packing import pack, pack_halves, unpack, unpack_halves
 
 # Below the smallest normal number XLA's CPU backend flushes to zero, and a reciprocal overflows.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -183,9 +184,9 @@ def encode_finite(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> Q
   if codebook.bits == 8:
     codes = _join(codes, lead, n).reshape(x.shape)
   elif codebook.pairs_neighbours:
-    codes = _pack(_join(codes, lead, n)).reshape(*lead, -(-n // 2), *ones)
+    codes = pack(_join(codes, lead, n)).reshape(*lead, -(-n // 2), *ones)
   else:
-    codes = _pack_halves(codes)
+    codes = pack_halves(codes)
     codes = codes.reshape(*lead, count * codes.shape[-1], *ones)
   return QuantizedArray(
     codes=codes,
@@ -278,9 +279,9 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
   if q.codebook.bits == 8:
     blocks = _split(q.codes.reshape(*lead, n), length)
   elif q.codebook.pairs_neighbours:
-    blocks = _split(_unpack(q.codes.reshape(*lead, -(-n // 2)))[..., :n], length)
+    blocks = _split(unpack(q.codes.reshape(*lead, -(-n // 2)))[..., :n], length)
   else:
-    blocks = _unpack_halves(q.codes.reshape(*scales.shape[:-1], -(-length // 2)))[..., :length]
+    blocks = unpack_halves(q.codes.reshape(*scales.shape[:-1], -(-length // 2)))[..., :length]
   values = q.codebook.decode_blocks(blocks, scales)
   values = _join(values, lead, n).reshape(q.shape)
   if q.offset is not None:
@@ -335,33 +336,3 @@ def _split(x: jax.Array, length: int) -> jax.Array:
 def _join(blocks: jax.Array, lead: tuple[int, ...], n: int) -> jax.Array:
   """Undoes `_split` of an array of leading axes `lead`: (*lead, n), without the padding."""
   return blocks.reshape(*lead, blocks.size // max(1, math.prod(lead)))[..., :n]
-
-
-def _pack(codes: jax.Array) -> jax.Array:
-  """Two 4-bit codes a byte along the last axis, the first in the high half."""
-  if codes.shape[-1] % 2:
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
-  pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-  return (pairs[..., 0] << 4) | pairs[..., 1]
-
-
-def _unpack(packed: jax.Array) -> jax.Array:
-  pairs = jnp.stack([packed >> 4, packed & 15], axis=-1)
-  return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
-
-
-def _pack_halves(codes: jax.Array) -> jax.Array:
-  """(…, length) -> (…, ceil(length / 2)): two 4-bit codes a byte, half a block apart."""
-  if codes.shape[-1] % 2:
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
-  half = codes.shape[-1] // 2
-  high, low = jax.lax.split(codes, (half, half), axis=codes.ndim - 1)  # Triton has no slices
-  return (high << 4) | low
-
-
-def _unpack_halves(packed: jax.Array) -> jax.Array:
-  """(…, half) -> (…, 2 * half)."""
-  # As a broadcast, because XLA would emit a branch for every element of a concatenation.
-  shifts = 4 - 4 * jax.lax.broadcasted_iota(jnp.uint8, (2, 1), 0)  # a kernel has no constants
-  halves = (packed[..., None, :] >> shifts) & 15
-  return halves.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
