@@ -62,7 +62,12 @@ class Codebook(abc.ABC):
     return _TINY
 
   def encode_blocks(self, blocks: jax.Array, scales: jax.Array) -> jax.Array:
-    """Returns the uint8 codes of finite values, each at most its scale in magnitude."""
+    """Returns the uint8 codes of finite values, each at most its scale in magnitude.
+
+    Negative values are zero to an unsigned codebook.
+    """
+    if not self.signed:
+      blocks = jnp.maximum(blocks, 0.0)
     return self.encode(jnp.where(scales > 0.0, blocks / scales, 0.0))
 
   def decode_blocks(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
@@ -144,29 +149,29 @@ class Log(Codebook):
     # Nothing but its bits is asked of a block, for its scale as for its codes, so that XLA does not
     # hold the values of a tile in memory (0.12 B/param) because they are used twice.
     bits = jax.lax.bitcast_convert_type(blocks, jnp.int32)
-    magnitude = jax.lax.bitcast_convert_type(bits & ~_SIGN, jnp.float32)
-    r = magnitude * (1.0 / jnp.maximum(scales, _TINY))
+    magnitude = bits & ~_SIGN if self.signed else jnp.maximum(bits, 0)
+    r = jax.lax.bitcast_convert_type(magnitude, jnp.float32) * (1.0 / jnp.maximum(scales, _TINY))
     pattern = jax.lax.bitcast_convert_type(r, jnp.int32)
-    distance = _ONE - pattern
     # The last four bits are not hashed: an ulp, as between two compilations, seldom turns a code.
     noise = (pattern >> 4) * _GOLDEN
 
-    def steps(shift):
+    def code(shift, top):
+      # top - round((_ONE - pattern) / 2^shift), in an addition and a shift.
       if not self.dithered:
-        return (distance + (1 << (shift - 1))) >> shift
-      # From 2^6 to 2^shift - 2^6, so that nothing moves a represented value which multiplication by
-      # the scale and back has left an ulp off.
-      up = (jax.lax.shift_right_logical(noise, 39 - shift) << 7) + 64
-      return (distance + up) >> shift
+        return (pattern + ((top << shift) - _ONE + (1 << (shift - 1)) - 1)) >> shift
+      # Down by 2^5 to 2^shift - 2^5, so that nothing moves a represented value which multiplication
+      # by the scale and back has left an ulp off.
+      down = jax.lax.shift_right_logical(noise, 32 - shift) | 64
+      return (pattern - down + ((top << shift) - _ONE + (1 << shift) + 31)) >> shift
 
     fine, coarse, gap = self._steps
-    k = steps(fine)
+    codes = code(fine, self._top)
     if coarse != fine:
-      k = jnp.minimum(k, steps(coarse) + gap)
-    code = self._top - jnp.minimum(k, self._top)
+      codes = jnp.maximum(codes, code(coarse, self._top - gap))
+    codes = jnp.maximum(codes, 0)
     if self.signed:  # by the sign bit, so that -0.0 keeps its code
-      code = code | ((bits >> (32 - self.bits)) & (self._top + 1))
-    return code.astype(jnp.uint8)
+      codes = codes | ((bits >> (32 - self.bits)) & (self._top + 1))
+    return codes.astype(jnp.uint8)
 
   def decode(self, codes: jax.Array) -> jax.Array:
     return self.decode_blocks(codes, jnp.float32(1.0))
@@ -174,21 +179,24 @@ class Log(Codebook):
   def decode_blocks(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
     # Arithmetic, not a table: a handful of integer instructions that vectorize everywhere.
     codes = codes.astype(jnp.int32)
-    magnitude = codes & self._top
-    k = self._top - magnitude
+    magnitude = codes & self._top if self.signed else codes
     fine, coarse, gap = self._steps
-    distance = k << fine if coarse == fine else jnp.maximum(k << fine, (k - gap) << coarse)
-    pattern = _ONE - distance
+    pattern = (magnitude << fine) + (_ONE - (self._top << fine))
+    if coarse != fine:
+      below = (magnitude << coarse) + (_ONE - ((self._top - gap) << coarse))
+      pattern = jnp.minimum(pattern, below)
     if self.signed:
       pattern = jnp.where(magnitude == 0, 0, pattern)
     values = jax.lax.bitcast_convert_type(pattern, jnp.float32) * scales
     # Something must follow the product, or XLA moves a constant that multiplies it to the scales,
-    # and holds these products in memory (0.06 B/param a moment).
-    if not self.signed:
-      return jnp.maximum(values, 0.0)
-    sign = (codes << (32 - self.bits)) & _SIGN
-    values = jax.lax.bitcast_convert_type(values, jnp.int32) | sign
-    return jax.lax.bitcast_convert_type(values, jnp.float32)
+    # and holds these products in memory (0.06 B/param a moment). Of integers, because a maximum of
+    # floats takes three instructions to pass NaN on.
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    if self.signed:
+      bits = bits | ((codes << (32 - self.bits)) & _SIGN)
+    else:
+      bits = jnp.maximum(bits, 0)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

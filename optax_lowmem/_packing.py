@@ -32,6 +32,7 @@ def pack_halves(codes: jax.Array) -> jax.Array:
 def unpack_halves(packed: jax.Array) -> jax.Array:
   """(…, half) -> (…, 2 * half)."""
   # As a broadcast, because XLA would emit a branch for every element of a concatenation.
-  shifts = 4 - 4 * jax.lax.broadcasted_iota(jnp.uint8, (2, 1), 0)  # a kernel has no constants
-  halves = (packed[..., None, :] >> shifts) & 15
+  # In 32 bits, because no processor shifts the bytes of a vector by different amounts.
+  shifts = 4 - 4 * jax.lax.broadcasted_iota(jnp.int32, (2, 1), 0)  # a kernel has no constants
+  halves = (packed[..., None, :].astype(jnp.int32) >> shifts) & 15
   return halves.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
