@@ -32,73 +32,23 @@ import optax
 from _measure import seconds, write
 from train import batches, init, loss_of, text
 
-from optax_lowmem._codebooks import Codebook, Table, get_codebook
+from optax_lowmem._codebooks import Codebook, Log, Table, get_codebook
 
-_ONE = 0x3F800000  # bits of the float32 1.0
-_GOLDEN = 0x9E3779B1  # 2^32 / golden ratio: Fibonacci hashing
 STEPS = (20, 100, 300)  # where one store is measured, and after the last
 MIN_SIZE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Log:
-  """Codes even in the logarithm that the bits of a float32 are; see the library's `Log`.
+class Zeroed:
+  """A code whose smallest value is zero instead."""
 
-  `dithered` rounds k up or down with the fraction's probability. The random number is a hash of the
-  value's own bits: no key, no counter, the same in every sharding. It stays 64 patterns off both
-  ends, so that a represented value, an ulp off after its scale went in and out, never moves. The
-  four lowest bits are not hashed: a last bit rounded otherwise seldom changes the code. (With eight
-  left out, too few numbers lie within a step of nu: it decayed too slowly where gradients died.)
-  """
-
-  bits: int
-  signed: bool
-  fine: int
-  octaves: int = 0
-  coarse: int = 0
-  dithered: bool = False
-  zero: bool = False  # signed codes have one anyway
-
-  @property
-  def _top(self) -> int:
-    return 2 ** (self.bits - self.signed) - 1
-
-  @property
-  def _bend(self) -> int:
-    return self.octaves * (self.fine - self.coarse)
+  code: Log
 
   def encode(self, r: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(r, jnp.int32)
-    pattern = bits & 0x7FFFFFFF
-    below = _ONE - pattern
-    noise = (pattern >> 4).astype(jnp.uint32) * jnp.uint32(_GOLDEN)
-
-    def steps(octave):
-      shift = 24 - octave.bit_length()
-      if not self.dithered:
-        return (below + (1 << (shift - 1))) >> shift
-      return (below + ((noise >> (39 - shift)).astype(jnp.int32) << 7) + 64) >> shift
-
-    k = steps(self.fine)
-    if self.coarse:
-      k = jnp.minimum(k, self._bend + steps(self.coarse))
-    magnitude = self._top - jnp.minimum(k, self._top)
-    if self.signed:
-      magnitude = jnp.where(bits < 0, magnitude + self._top + 1, magnitude)
-    return magnitude.astype(jnp.uint8)
+    return self.code.encode(r)
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    magnitude = codes.astype(jnp.int32) & self._top
-    k = self._top - magnitude
-    below = k << (24 - self.fine.bit_length())
-    if self.coarse:
-      below = jnp.maximum(below, (k - self._bend) << (24 - self.coarse.bit_length()))
-    pattern = _ONE - below
-    if self.signed or self.zero:
-      pattern = jnp.where(magnitude == 0, 0, pattern)
-    if self.signed:
-      pattern = pattern | jnp.where(codes > self._top, -(2**31), 0)
-    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+    return jnp.where(codes == 0, 0.0, self.code.decode(codes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +69,7 @@ class Linear:
 class Held:
   """One moment: its code and its block."""
 
-  code: Log | Linear | Codebook
+  code: Codebook | Linear | Zeroed
   bits: int
   block: int
 
@@ -138,8 +88,9 @@ class Held:
 
 def rows() -> dict[str, tuple[Held, Held]]:
   """What is compared: how mu and nu are held."""
-  mu8, mu4, nf4 = Log(8, True, 32, 3, 4), Log(4, True, 2, 2, 1), get_codebook("nf4")
-  even, bent = (16,), (16, 10, 4)  # one slope, two slopes
+  mu8, mu4, nf4 = map(get_codebook, ("log8", "log4", "nf4"))
+  even, bent = (16, 0, 16), (32, 6, 4)  # one slope, two slopes
+  even4, bent4 = (2, 0, 2), (2, 4, 1)
   halves = [np.linspace(0.1, 1, 2**i + 1) for i in range(3)]
   positive = np.concatenate([10.0**i * (e[1:] + e[:-1]) / 200 for i, e in enumerate(halves)])
   dynamic4 = Table("dynamic4", 4, True, (*-positive[::-1], 0.0, *positive, 1.0))
@@ -148,10 +99,11 @@ def rows() -> dict[str, tuple[Held, Held]]:
     return Held(signed, bits, block), Held(unsigned, bits, block)
 
   def log8(nu, block=64, mu=mu8, dithered=True, zero=False):
-    return books(mu, Log(8, False, *nu, dithered=dithered, zero=zero), 8, block)
+    code = Log("nu", 8, False, *nu, dithered=dithered)
+    return books(mu, Zeroed(code) if zero else code, 8, block)
 
   def log4(nu, mu=mu4, dithered=True):
-    return books(mu, Log(4, False, *nu, dithered=dithered), 4, 64)
+    return books(mu, Log("nu", 4, False, *nu, dithered=dithered), 4, 64)
 
   dynamic = get_codebook("dynamic"), get_codebook("dynamic_unsigned")
   return {
@@ -163,15 +115,17 @@ def rows() -> dict[str, tuple[Held, Held]]:
     "nu one slope, with a zero": log8(even, zero=True),
     "nu two slopes, nearest": log8(bent, dithered=False),
     **{f"nu two slopes, block {n}": log8(bent, n) for n in (32, 64, 128, 256)},
-    "nu two slopes, finer near the largest": log8((32, 5, 8)),
+    "nu two slopes, with more reach": log8((16, 10, 4)),
+    "nu two slopes, with less reach": log8((32, 5, 8)),
     "nu two slopes, mu dithered too": log8(bent, mu=dataclasses.replace(mu8, dithered=True)),
-    "nu two slopes, mu with more reach": log8(bent, mu=Log(8, True, 16, 6, 4)),
+    "nu two slopes, mu with more reach": log8(bent, mu=Log("mu", 8, True, 16, 6, 4)),
+    "nu two slopes, mu finer near the largest": log8(bent, mu=Log("mu", 8, True, 32, 3, 4)),
     "4 bits, block 128 (torchao)": books(dynamic4, Linear(16, 1), 4, 128),
-    "4 bits: log / one slope, nearest": log4((2,), dithered=False),
-    "4 bits: log / one slope": log4((2,)),
-    "4 bits: log / two slopes": log4((2, 4, 1)),
-    "4 bits: nf4 / one slope": log4((2,), nf4),
-    "4 bits: nf4 / two slopes": log4((2, 4, 1), nf4),
+    "4 bits: log / one slope, nearest": log4(even4, dithered=False),
+    "4 bits: log / one slope": log4(even4),
+    "4 bits: log / two slopes": log4(bent4),
+    "4 bits: nf4 / one slope": log4(even4, nf4),
+    "4 bits: nf4 / two slopes": log4(bent4, nf4),
   }
 
 

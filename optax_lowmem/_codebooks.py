@@ -322,10 +322,10 @@ _FP4 = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
 _CODEBOOKS: dict[str, Codebook] = {
   book.name: book
   for book in (
-    # Reach 10.7 octaves: |m| down to 6e-4 of its block's largest, then zero.
-    Log("log8", 8, True, fine=32, octaves=3, coarse=4),
-    # Reach 33.7 octaves of v, 5 decades of sqrt(v).
-    Log("log8_unsigned", 8, False, fine=16, octaves=10, coarse=4, dithered=True),
+    # Reach 9.9 octaves: |m| down to 1e-3 of its block's largest, then zero.
+    Log("log8", 8, True, fine=32, octaves=2, coarse=8),
+    # Reach 21.7 octaves of v: sqrt(v) down to 5e-4 of its block's largest.
+    Log("log8_unsigned", 8, False, fine=32, octaves=6, coarse=4, dithered=True),
     # Reach 4 octaves of m and 11 of v.
     Log("log4", 4, True, fine=2, octaves=2, coarse=1),
     Log("log4_unsigned", 4, False, fine=2, octaves=4, coarse=1, dithered=True),

@@ -51,8 +51,8 @@ def test_finds_the_nearest_value_at_every_threshold(name):
 @pytest.mark.parametrize(
   ("name", "step", "fine", "coarser", "reach"),
   [
-    ("log8", 1 / 32, 3, 8, 10),
-    ("log8_unsigned", 1 / 16, 10, 4, 33),
+    ("log8", 1 / 32, 2, 4, 9),
+    ("log8_unsigned", 1 / 32, 6, 8, 21),
     ("log4", 1 / 2, 2, 2, 4),
     ("log4_unsigned", 1 / 2, 4, 2, 11),
   ],

@@ -191,8 +191,8 @@ def test_dithering_is_right_in_the_mean(name):
 # error counts 1 at most (1 is what becomes zero, or twice as large and more). A format that is
 # changed on purpose gets new numbers here. 3 % is far less than any change of a parameter makes.
 ERRORS = {
-  "log8": (0.01952, 0.03702, 0.1092),
-  "log8_unsigned": (0.01623, 0.02619, 0.1509),
+  "log8": (0.01740, 0.03053, 1.0),
+  "log8_unsigned": (0.02195, 0.04519, 0.1889),
   "log4": (0.2332, 0.4463, 1.0),
   "log4_unsigned": (0.2152, 0.3271, 1.0),
 }
