@@ -112,6 +112,17 @@ def held(state):
   return {field_of(place) for place, (_, x) in places_ if is_quantized(x)}
 
 
+def drift_of(name):
+  """How far 20 steps lead from float32's, by how far float32's lead; and the state."""
+  ours, state = train(name, lowmem.quantized)
+  exact, _ = train(name, optax.with_extra_args_support)
+  drift, travelled = (
+    jnp.abs(ours["w"] - exact["w"]).mean(),
+    jnp.abs(exact["w"] - PARAMS["w"]).mean(),
+  )
+  return drift / travelled, state
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_kinds_are_as_documented(name):
   classes, kinds, _, _ = TABLE[name]
@@ -132,14 +143,9 @@ def test_stays_close_to_float32(name, monkeypatch):
 
   on_whole_arrays = _engine._on_whole_arrays
   monkeypatch.setattr(_engine, "_on_whole_arrays", spy)
-  ours, state = train(name, lowmem.quantized)
-  exact, _ = train(name, optax.with_extra_args_support)
+  drift, state = drift_of(name)
   assert held(state) == set(kinds)
-  drift, travelled = (
-    jnp.abs(ours["w"] - exact["w"]).mean(),
-    jnp.abs(exact["w"] - PARAMS["w"]).mean(),
-  )
-  assert 0 < drift <= limit * travelled
+  assert 0 < drift <= limit
   assert ("no" if whole else "yes") == by_tiles
 
 
@@ -270,3 +276,8 @@ def test_slow_averages_over_many_steps(name, limit):
   start = (params["w"], exact.init(params)), (params["w"], ours.init(params))
   (p, _), (q, _) = jax.jit(lambda start: jax.lax.fori_loop(0, steps, step, start))(start)
   assert jnp.abs(p - q).mean() <= limit * jnp.abs(p).mean()
+
+
+if __name__ == "__main__":  # the drifts, to be rounded up in docs/transformations.md
+  for stored in STORED:
+    print(f"| {stored} | {100 * drift_of(stored)[0]:.2f} % |", flush=True)
