@@ -53,6 +53,20 @@ def rows() -> dict[str, list[tuple[str, optax.GradientTransformation]]]:
       ("sgd, 8 bits", lowmem.sgd(1e-2, momentum=0.9)),
       ("sgd, 4 bits", lowmem.sgd(1e-2, momentum=0.9, bits=4)),
     ],
+    "adafactor": [
+      ("optax.adafactor", optax.adafactor(1e-3)),
+      ("adafactor, no momentum", lowmem.adafactor(1e-3)),
+      ("optax.adafactor, momentum", optax.adafactor(1e-3, momentum=0.9)),
+      ("adafactor, 8 bits", lowmem.adafactor(1e-3, momentum=0.9)),
+      ("came, 32 bits", lowmem.came(1e-3, bits=32)),
+      ("came, 8 bits", lowmem.came(1e-3)),
+      ("came, 4 bits", lowmem.came(1e-3, bits=4)),
+    ],
+    "lamb": [
+      ("optax.lamb", optax.lamb(1e-3)),
+      ("lamb, 8 bits", lowmem.lamb(1e-3)),
+      ("lamb, 4 bits", lowmem.lamb(1e-3, bits=4)),
+    ],
   }
 
 

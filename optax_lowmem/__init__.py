@@ -8,7 +8,10 @@ NF4 weights and LoRA for Flax are in `optax_lowmem.nn`, which needs flax and is 
 
 from optax_lowmem._aliases import adagrad, adam, adamw, ademamix, create, lion, rmsprop, sgd
 from optax_lowmem._blocks import QuantizedArray, quantize
+from optax_lowmem._came import ScaleByCameState, came, scale_by_came
+from optax_lowmem._factored import adafactor, relative_step_size
 from optax_lowmem._memory import state_bytes
+from optax_lowmem._norms import lamb, lars
 from optax_lowmem._quantized import quantized
 from optax_lowmem._storage import Blockwise, Dense, Storage
 
@@ -21,9 +24,17 @@ __all__ = [
   "adamw",
   "ademamix",
   "create",
+  "lamb",
+  "lars",
   "lion",
   "rmsprop",
   "sgd",
+  # Factored second moments.
+  "adafactor",
+  "came",
+  "relative_step_size",
+  "scale_by_came",
+  "ScaleByCameState",
   # Any other transformation.
   "quantized",
   # How a moment is held.

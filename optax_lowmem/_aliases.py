@@ -12,6 +12,9 @@ from typing import Any
 import optax
 import optax.contrib
 
+from optax_lowmem._came import came
+from optax_lowmem._factored import adafactor
+from optax_lowmem._norms import lamb, lars
 from optax_lowmem._quantized import quantized
 
 _DOC = """{summary}
@@ -129,13 +132,16 @@ _Make = Callable[..., optax.GradientTransformationExtraArgs]
 def _names() -> dict[str, _Make]:
   """What Hugging Face's trainer, bitsandbytes and torchao call them."""
   known: dict[str, _Make] = {}
-  for rule in (adagrad, adam, adamw, ademamix, lion, rmsprop, sgd):
+  for rule in (adagrad, adam, adamw, ademamix, lamb, lars, lion, rmsprop, sgd):
     known[rule.__name__] = functools.partial(rule, bits=32)
     for bits in (32, 8, 4):
       # Who asks gradient descent for a number of bits means the bits of a momentum.
       given = {"bits": bits, "momentum": 0.9} if rule is sgd else {"bits": bits}
       for name in (f"{rule.__name__}_{bits}bit", f"{rule.__name__}{bits}bit"):
         known[name] = functools.partial(rule, **given)
+  # These say nothing of bits: Hugging Face's Adafactor holds float32, and CAME is used in 8 bits.
+  known["adafactor"] = functools.partial(adafactor, bits=32)
+  known["came"] = came
   also = {
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
@@ -158,9 +164,10 @@ def create(
   """Makes an optimizer from the name that Hugging Face's trainer or bitsandbytes gives it.
 
   The names say how many bits: `"adamw_8bit"` is ``adamw(learning_rate, bits=8)``, `"adamw"` and
-  `"adamw_torch"` are ``adamw(learning_rate, bits=32)``. The defaults of all other arguments are
-  optax's, which are not always PyTorch's (`"sgd_8bit"` has a momentum of 0.9, without which it
-  would have no state).
+  `"adamw_torch"` are ``adamw(learning_rate, bits=32)``; only `"came"` has 8 without saying so. The
+  defaults of all other arguments are optax's, which are not always PyTorch's (`"sgd_8bit"` has a
+  momentum of 0.9, without which it would have no state) or Hugging Face's (whose trainer gives
+  `"adafactor"` what here is ``multiply_by_parameter_scale=False``).
 
   Args:
     name: the name; upper or lower case.

@@ -63,12 +63,12 @@ def test_init_is_the_same_without_data(name):
 def test_tree_utilities_see_the_state(name):
   _, state = run(name, 1)
   chex.assert_trees_all_equal(optax.tree.map_params(make(name), lambda x: x, state), state)
-  fields = ("mu", "nu", "trace", "sum_of_squares", "m1", "m2", "nu_max", "m", "v", "n", "g")
+  fields = ("mu", "nu", "trace", "sum_of_squares", "m1", "m2", "nu_max", "m", "v", "n", "g", "ema")
   found = [optax.tree.get_all_with_path(state, field) for field in fields]
   assert len(quantized_leaves(found)) == len(STORED) * REGISTRY[name].moments
 
 
-@pytest.mark.parametrize("name", ["adamw-8", "adamw-4", "sgd-8", "rmsprop-8"])
+@pytest.mark.parametrize("name", ["adamw-8", "adamw-4", "sgd-8", "rmsprop-8", "came-8"])
 def test_donation_reuses_the_state(name):
   tx, params = make(name), tree(0, shapes=FEW)
   state = tx.init(params)

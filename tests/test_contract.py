@@ -22,6 +22,7 @@ from registry import (
   STORED,
   adamw,
   every,
+  every_local,
   every_rule,
   make,
   quantized_leaves,
@@ -56,7 +57,7 @@ def bytes_of(tx, shape):
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 16), (4096,), (3, 5, 7, 64), (1026, 68)])
 def test_state_bytes(name, shape):
   counts = 16 / np.prod(shape)  # steps taken, at most four numbers
-  assert bytes_of(make(name), shape) <= REGISTRY[name].bytes + counts
+  assert bytes_of(make(name), shape) <= REGISTRY[name].bytes(shape) + counts
 
 
 def odd(name):
@@ -67,7 +68,8 @@ def odd(name):
 
 @pytest.mark.parametrize("name", [odd(name) for name in REGISTRY])
 def test_state_bytes_of_rows_of_odd_length(name):
-  assert bytes_of(make(name), (1025, 67)) <= REGISTRY[name].bytes + 16 / (1025 * 67)
+  shape = (1025, 67)
+  assert bytes_of(make(name), shape) <= REGISTRY[name].bytes(shape) + 16 / np.prod(shape)
 
 
 def memory_of(name, donated):
@@ -81,6 +83,14 @@ def memory_of(name, donated):
 OVER: dict[str, float] = {
   "amsgrad-8": 0.116,
   "adopt-8": 0.197,
+  # What is normalised is held until the moment is made of it; in a chain also what comes before.
+  "came-8": 4.1,
+  "came-4": 4.1,
+  "lamb-8": 4.1,
+  "lamb-4": 4.1,
+  "lars-8": 8.1,
+  "adafactor-8": 8.1,
+  "adafactor-4": 8.1,
 }
 
 
@@ -197,7 +207,7 @@ def bad_step(name, how, bad, good):
   )
 
 
-@every
+@every_local
 @pytest.mark.parametrize("how", ["whole", "tiles"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_element_stays_one_bad_element(name, how, bad):
@@ -213,7 +223,7 @@ def test_one_bad_element_stays_one_bad_element(name, how, bad):
     np.testing.assert_array_equal(other(a.dequantize()), other(b.dequantize()))
 
 
-@every
+@every_local
 def test_a_bad_element_that_was_to_be_the_largest_touches_its_block_only(name):
   """Without it the others of the block are rounded on another scale, as they should be."""
   (expected, new), (updates, poisoned), _ = bad_step(name, "whole", np.nan, 100.0)

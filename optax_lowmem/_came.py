@@ -1,0 +1,252 @@
+"""CAME: Adafactor's factored second moment, and a factored measure of confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem._blocks import is_finite
+from optax_lowmem._chains import chain, check
+from optax_lowmem._quantized import quantized
+
+
+class ScaleByCameState(NamedTuple):
+  """State of `scale_by_came`. Trees are those of the parameters; R and C are the last two axes.
+
+  Attributes:
+    momentum: `optax.EmaState` of the normalised gradients; its `ema` is held in few bits.
+    v_row: (…, R), average of the squared gradients' means over C; empty below two axes.
+    v_col: (…, C), the same over R.
+    v: the average itself, of parameters with fewer than two axes; empty of others.
+    res_row: (…, R), average of the means over C of squared distances from the momentum.
+    res_col: (…, C), the same over R.
+  """
+
+  momentum: Any
+  v_row: Any
+  v_col: Any
+  v: Any
+  res_row: Any
+  res_col: Any
+
+
+def scale_by_came(
+  b1: float = 0.9,
+  b2: float = 0.999,
+  b3: float = 0.9999,
+  eps1: float = 1e-30,
+  eps2: float = 1e-16,
+  clipping_threshold: float = 1.0,
+  *,
+  bits: int = 8,
+  **storage: Any,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Rescales gradients by CAME, the confidence-guided memory-efficient optimizer.
+
+  With :math:`\mathcal R` and :math:`\mathcal C` the means over the last axis and the one before,
+  :math:`\bar r` the mean of :math:`r`, and EMA an average without bias correction:
+
+  .. math::
+    r_t &= \mathrm{EMA}_{b_2} \mathcal R(g_t^2 + \epsilon_1), \qquad
+    c_t = \mathrm{EMA}_{b_2} \mathcal C(g_t^2 + \epsilon_1), \\
+    u_t &= g_t \sqrt{\bar r_t / (r_t c_t^\top)}, \qquad
+    \hat u_t = u_t / \max(1, \mathrm{RMS}(u_t) / d), \\
+    m_t &= b_1 m_{t-1} + (1 - b_1) \hat u_t, \\
+    R_t &= \mathrm{EMA}_{b_3} \mathcal R((\hat u_t - m_t)^2 + \epsilon_2), \qquad
+    C_t = \mathrm{EMA}_{b_3} \mathcal C((\hat u_t - m_t)^2 + \epsilon_2), \\
+    \mathrm{update}_t &= m_t \sqrt{\bar R_t / (R_t C_t^\top)}.
+
+  Leading axes are a batch: a stack of layers is treated layer by layer, but for the RMS, which is
+  that of the array. Arrays with fewer than two axes keep a full :math:`v` in float32, and
+  their update is :math:`m_t`. In 8 bits, :math:`R_t`, :math:`C_t` and the update are made of
+  :math:`m_t` as it is stored.
+
+  State of an (R, C) parameter is its momentum, 1 + 4/64 bytes a parameter at 8 bits, and 2 (R + C)
+  float32. An update needs one array of the parameter's size, :math:`\hat u_t` in float32, in the
+  place of the gradient or the update; two passes over the gradient come before it (the means, the
+  RMS).
+
+  A non-finite gradient element makes all updates of its array non-finite, since its row, its column
+  and the RMS are: as in float32. The statistics and a momentum in few bits keep their last values.
+
+  Args:
+    b1: decay of the momentum.
+    b2: decay of the second moment.
+    b3: decay of the confidence.
+    eps1: added to squared gradients.
+    eps2: added to squared distances.
+    clipping_threshold: d, the largest RMS of a normalised gradient.
+    bits: bits an element of the momentum: 8, 4 or 32.
+    **storage: further arguments of `quantized`, for the momentum: `block_size`, `min_size`,
+      `quantize_mask`, and `storage` with the field `ema`.
+
+  Returns:
+    The transformation. Its state is a `ScaleByCameState`.
+
+  Raises:
+    ValueError: for a decay outside [0, 1), a negative epsilon or a threshold that is not positive;
+      for bad `bits`, `block_size` or `min_size`.
+    TypeError: from `init`, for parameters that are not floating.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_lowmem as lowmem
+    >>> tx = lowmem.scale_by_came()
+    >>> state = tx.init(jnp.zeros((128, 256)))
+    >>> state.v_row.shape, state.res_col.shape, state.momentum.ema.nbytes
+    ((128,), (256,), 34816)
+
+  References:
+    Luo et al, `CAME: Confidence-guided Adaptive Memory Efficient Optimization
+    <https://arxiv.org/abs/2307.02047>`_, 2023; equations of the authors' `came-pytorch` 0.1.3
+  """
+  for name, value in (("b1", b1), ("b2", b2), ("b3", b3)):
+    check(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+  for name, value in (("eps1", eps1), ("eps2", eps2)):
+    check(name, value, lambda x: x >= 0, "zero or more")
+  check("clipping_threshold", clipping_threshold, lambda x: x > 0, "positive")
+  momentum = quantized(optax.ema(b1, debias=False), bits, **storage)
+
+  def init(params):
+    ema = momentum.init(params)  # first, because it refuses integers
+
+    def without(axis):
+      return jax.tree.map(lambda p: _zeros(p.sum(axis) if p.ndim > 1 else None), params)
+
+    return ScaleByCameState(
+      momentum=ema,
+      v_row=without(-1),
+      v_col=without(-2),
+      v=jax.tree.map(lambda p: _zeros(None if p.ndim > 1 else p), params),
+      res_row=without(-1),  # not the arrays of v_row: donated, each needs its own buffer
+      res_col=without(-2),
+    )
+
+  def normalise(g, row, col, v):
+    """The clipped gradient, and the new statistics."""
+    square = jnp.square(g) + eps1
+    if g.ndim < 2:
+      new_v = _ema(b2, v, square)
+      return _clip(g * jax.lax.rsqrt(new_v), clipping_threshold), (row, col, _finite(new_v, v))
+    new_row, new_col = _ema(b2, row, square.mean(-1)), _ema(b2, col, square.mean(-2))
+    u = _clip(_rescale(g, new_row, new_col), clipping_threshold)
+    return u, (_finite(new_row, row), _finite(new_col, col), v)
+
+  def weigh(u, m, row, col):
+    """The momentum by the confidence in it, and the new statistics."""
+    if u.ndim < 2:
+      return m, (row, col)
+    square = jnp.square(u - m) + eps2
+    new_row, new_col = _ema(b3, row, square.mean(-1)), _ema(b3, col, square.mean(-2))
+    return _rescale(m, new_row, new_col), (_finite(new_row, row), _finite(new_col, col))
+
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    grads, treedef = jax.tree.flatten(updates)
+    dtypes = [g.dtype for g in grads]
+    if params is not None:
+      dtypes = [
+        jnp.promote_types(d, p.dtype) for d, p in zip(dtypes, jax.tree.leaves(params), strict=True)
+      ]
+    second = zip(*map(treedef.flatten_up_to, state[1:4]), strict=True)
+    made = [normalise(g.astype(jnp.float32), *s) for g, s in zip(grads, second, strict=True)]
+    u = [x for x, _ in made]
+    m, ema = momentum.update(treedef.unflatten(u), state.momentum, params)
+    residual = zip(*map(treedef.flatten_up_to, state[4:]), strict=True)
+    weighed = [
+      weigh(x, y, *s) for x, y, s in zip(u, treedef.flatten_up_to(m), residual, strict=True)
+    ]
+    out = [x.astype(dtype) for (x, _), dtype in zip(weighed, dtypes, strict=True)]
+    columns = [a + b for (_, a), (_, b) in zip(made, weighed, strict=True)]
+    stats = [treedef.unflatten(c) for c in zip(*columns, strict=True)] or list(state[1:])
+    row, col, v, res_row, res_col = stats
+    return treedef.unflatten(out), ScaleByCameState(ema, row, col, v, res_row, res_col)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def came(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  b3: float = 0.9999,
+  eps1: float = 1e-30,
+  eps2: float = 1e-16,
+  clipping_threshold: float = 1.0,
+  weight_decay: float = 0.0,
+  mask: Any | Callable[[Any], Any] | None = None,
+  *,
+  bits: int = 8,
+  **storage: Any,
+) -> optax.GradientTransformationExtraArgs:
+  r"""CAME with decoupled weight decay: `scale_by_came`, then
+  :math:`-\eta (\mathrm{update}_t + \lambda p_t)`.
+
+  State of a d × d parameter takes 1.0625 + 16/d bytes a parameter at 8 bits, against 8 of AdamW.
+  The authors use about half of AdamW's learning rate.
+
+  Args:
+    learning_rate: a number or a schedule.
+    b1: decay of the momentum.
+    b2: decay of the second moment.
+    b3: decay of the confidence.
+    eps1: added to squared gradients.
+    eps2: added to squared distances.
+    clipping_threshold: the largest RMS of a normalised gradient.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
+    mask: a tree of bools, or a function of the parameters that returns one, that says which
+      parameters are decayed; all if None.
+    bits: bits an element of the momentum: 8, 4 or 32.
+    **storage: further arguments of `quantized`, for the momentum.
+
+  Returns:
+    The transformation.
+
+  Raises:
+    ValueError: as `scale_by_came`.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
+    >>> params = {"w": jnp.ones((64, 64))}
+    >>> tx = lowmem.came(1e-3, weight_decay=0.01)
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"w": params["w"]}, state, params)
+    >>> bool((optax.apply_updates(params, updates)["w"] < 1).all())
+    True
+
+  References:
+    Luo et al, `CAME: Confidence-guided Adaptive Memory Efficient Optimization
+    <https://arxiv.org/abs/2307.02047>`_, 2023
+  """
+  return chain(
+    scale_by_came(b1, b2, b3, eps1, eps2, clipping_threshold, bits=bits, **storage),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def _zeros(like: jax.Array | None) -> jax.Array:
+  """Float32 zeros of the shape and the sharding of `like`; none if there is nothing to hold."""
+  return jnp.zeros(0) if like is None else jnp.zeros_like(like, jnp.float32)
+
+
+def _ema(decay: float, average: jax.Array, x: jax.Array) -> jax.Array:
+  return decay * average + (1 - decay) * x
+
+
+def _rescale(x: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
+  """`x` by the reciprocal root of what `row` and `col` are the means of."""
+  by_row = jax.lax.rsqrt(row / row.mean(-1, keepdims=True))
+  return x * by_row[..., :, None] * jax.lax.rsqrt(col)[..., None, :]
+
+
+def _clip(u: jax.Array, threshold: float) -> jax.Array:
+  rms = jnp.sqrt(jnp.mean(jnp.square(u))) if u.size else jnp.zeros(())
+  return u / jnp.maximum(1.0, rms / threshold)
+
+
+def _finite(new: jax.Array, old: jax.Array) -> jax.Array:
+  return jnp.where(is_finite(new), new, old)
