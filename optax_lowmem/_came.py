@@ -12,6 +12,7 @@ import optax
 from optax_lowmem._blocks import is_finite
 from optax_lowmem._chains import chain, check
 from optax_lowmem._quantized import quantized
+from optax_lowmem._sharding import on_mesh_of
 
 
 class ScaleByCameState(NamedTuple):
@@ -112,15 +113,21 @@ def scale_by_came(
 
   def init(params):
     ema = momentum.init(params)  # first, because it refuses integers
+    nothing = on_mesh_of(jax.tree.leaves(params), jnp.zeros(0))
+
+    def zeros(part):
+      """Float32 zeros of the shape and the sharding of a part of each parameter."""
+      like = jax.tree.map(lambda p: part(p) if part(p) is not None else nothing, params)
+      return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), like)
 
     def without(axis):
-      return jax.tree.map(lambda p: _zeros(p.sum(axis) if p.ndim > 1 else None), params)
+      return zeros(lambda p: p.sum(axis) if p.ndim > 1 else None)
 
     return ScaleByCameState(
       momentum=ema,
       v_row=without(-1),
       v_col=without(-2),
-      v=jax.tree.map(lambda p: _zeros(None if p.ndim > 1 else p), params),
+      v=zeros(lambda p: p if p.ndim < 2 else None),
       res_row=without(-1),  # not the arrays of v_row: donated, each needs its own buffer
       res_col=without(-2),
     )
@@ -226,11 +233,6 @@ def came(
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
-
-
-def _zeros(like: jax.Array | None) -> jax.Array:
-  """Float32 zeros of the shape and the sharding of `like`; none if there is nothing to hold."""
-  return jnp.zeros(0) if like is None else jnp.zeros_like(like, jnp.float32)
 
 
 def _ema(decay: float, average: jax.Array, x: jax.Array) -> jax.Array:

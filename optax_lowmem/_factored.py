@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -206,6 +207,12 @@ def _in_groups(rms: Any, bits: int, **storage: Any) -> optax.GradientTransformat
   """
   tx: Any = quantized(rms, bits, **storage)
 
+  def init(params):
+    state = tx.init(params)
+    rows = jax.tree.map(functools.partial(_placed, last=True), params, state.v_row)
+    columns = jax.tree.map(functools.partial(_placed, last=False), params, state.v_col)
+    return state._replace(v_row=rows, v_col=columns)
+
   def update(updates, state, params=None, **extra_args):
     del extra_args
     if params is None:
@@ -229,7 +236,15 @@ def _in_groups(rms: Any, bits: int, **storage: Any) -> optax.GradientTransformat
     ]
     return u, optax.FactoredState(count, *stats)
 
-  return optax.GradientTransformationExtraArgs(tx.init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _placed(p: jax.Array, mean: jax.Array, last: bool) -> jax.Array:
+  """Zeros of the shape of `mean`, which lie as the axes of `p` do that it was taken of."""
+  axes = [k for k in range(p.ndim) if (*p.shape[:k], *p.shape[k + 1 :]) == mean.shape]
+  if p.ndim < 2 or not axes:
+    return mean  # of an array that is not factored
+  return jnp.zeros_like(p.sum(axes[-1 if last else 0]), mean.dtype)
 
 
 def _by_layer(rms: Any) -> optax.GradientTransformation:

@@ -110,7 +110,10 @@ def on_mesh_of(leaves: Sequence[Any], x: jax.Array) -> jax.Array:
   traced = any(isinstance(y, Tracer) for y in (x, *leaves))
   if len(meshes) != 1 or traced or jnp.issubdtype(x.dtype, jax.dtypes.extended):
     return x
-  host, where = np.asarray(x), NamedSharding(meshes.pop(), PartitionSpec())
+  host, mesh = np.asarray(x), meshes.pop()
+  # Explicit mode names the axes of what is replicated, automatic mode does not.
+  spec = [None] * x.ndim if AxisType.Explicit in mesh.axis_types else []
+  where = NamedSharding(mesh, PartitionSpec(*spec))
   return jax.make_array_from_callback(x.shape, where, lambda index: host[index])
 
 

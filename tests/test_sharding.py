@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import optax_lowmem as lowmem
 from optax_lowmem import _stream
 from optax_lowmem._layout import divide
+from optax_lowmem._moments import is_quantized
 
 RULES = {
   "adamw": lowmem.adamw(1e-2),
@@ -29,6 +30,13 @@ RULES = {
   "tables": lowmem.quantized(
     optax.adam(1e-2), storage={"mu": lowmem.Blockwise("dynamic"), "nu": lowmem.Blockwise("log8")}
   ),
+}
+NORMED = {
+  "came": lowmem.came(1e-2),
+  "adafactor": lowmem.adafactor(1e-2, momentum=0.9, min_dim_size_to_factor=32),
+  "by_layer": lowmem.adafactor(1e-2, min_dim_size_to_factor=32, last_two_axes=True),
+  "lamb": lowmem.lamb(1e-2),
+  "lars": lowmem.lars(1e-2),
 }
 ONE, TWO = {"a": 8}, {"a": 4, "b": 2}
 # rule, mesh, shape, spec, dtype, shards of the state. Shards are large enough for a tile loop too:
@@ -201,29 +209,35 @@ def check_rules_on_whole_arrays(kind):
   assert [s.is_fully_replicated for s in shardings(states[2])] == [True, *[False] * 4]
 
 
-def check_factored(kind):
-  """Means cross the devices, so a last bit may differ; statistics lie with the axes they keep."""
-  tx = lowmem.came(1e-2)
-  for axes, shape, spec in (
+def check_norms(kind):
+  """Means cross the devices, so a last bit may differ; what has an axis lies where it lies."""
+  cases = (
     (ONE, (512, 128), P("a")),
     (TWO, (128, 512), P("a", "b")),
     (TWO, (8, 64, 512), P("b", None, "a")),
-  ):
-    params, grads = arrays("came", shape, "float32")
-    expected = two_steps(tx, params, grads)[1]
-    args = jax.device_put((params, grads), NamedSharding(mesh_of(axes, kind), spec))
-    states, updates, _ = two_steps(tx, *args)
-    for ours, exact in zip(updates, expected, strict=True):
-      error = np.abs(np.asarray(ours["w"]) - np.asarray(exact["w"])).mean()
-      assert error <= 1e-3 * np.abs(np.asarray(exact["w"])).mean(), error
-    parts = [axes[spec[i]] if i < len(spec) and spec[i] else 1 for i in range(len(shape))]
-    for state in states:
-      came = state[0]
-      for x in jax.tree.leaves(came.momentum.ema):
-        assert x.addressable_shards[0].data.size * 8 == x.size
-      for field, axis in ((came.v_row, -1), (came.v_col, -2)):
-        x, kept = field["w"], np.delete(parts, len(shape) + axis)
-        assert x.addressable_shards[0].data.size * np.prod(kept) == x.size, (x.shape, x.sharding)
+  )
+  for name, tx in NORMED.items():
+    for axes, shape, spec in cases:
+      print(name, shape, spec, flush=True)
+      params, grads = arrays(name, shape, "float32")
+      expected = two_steps(tx, params, grads)[1]
+      args = jax.device_put((params, grads), NamedSharding(mesh_of(axes, kind), spec))
+      states, updates, update = two_steps(tx, *args)
+      for ours, exact in zip(updates, expected, strict=True):
+        error = np.abs(np.asarray(ours["w"]) - np.asarray(exact["w"])).mean()
+        assert error <= 1e-3 * np.abs(np.asarray(exact["w"])).mean(), error
+      assert update._cache_size() == 1
+      parts = [axes[spec[i]] if i < len(spec) and spec[i] else 1 for i in range(len(shape))]
+      for state in states:
+        for q in jax.tree.leaves(state, is_leaf=is_quantized):
+          if is_quantized(q):
+            assert q.codes.addressable_shards[0].data.size * 8 == q.codes.size
+        for field, axis in (("v_row", -1), ("v_col", -2)):
+          for x in jax.tree.leaves(optax.tree.get(state, field)):
+            k = [k for k in range(len(shape)) if np.delete(shape, k).tolist() == list(x.shape)]
+            assert k, (name, field, x.shape)
+            kept = np.prod(np.delete(parts, k[0] if len(k) == 1 else axis))
+            assert x.addressable_shards[0].data.size * kept == x.size, (field, x.sharding)
 
 
 if __name__ == "__main__":
@@ -234,4 +248,4 @@ if __name__ == "__main__":
   check_cases(kind)
   check_transformations(kind)
   check_rules_on_whole_arrays(kind)
-  check_factored(kind)
+  check_norms(kind)
