@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optax_lowmem import _stream
 from optax_lowmem._blocks import QuantizedArray, encode
 from optax_lowmem._codebooks import get_codebook
 from optax_lowmem._storage import block_shape
@@ -34,7 +35,10 @@ def step(reads, writes):
     ((1, 1), "log8"),
   ],
 )
-def test_tiles_give_what_the_whole_array_gives(shape, codebook):
+@pytest.mark.parametrize("indexed", ["by position", "by row"])
+def test_tiles_give_what_the_whole_array_gives(shape, codebook, indexed, monkeypatch):
+  if indexed == "by row":  # as are arrays whose positions do not fit an int32
+    monkeypatch.setattr(_stream, "_FLAT", 0)
   keys = jax.random.split(jax.random.key(0), 3)
   p, g, m = (jax.random.normal(k, shape) for k in keys)
   m = encode(m, get_codebook(codebook), block_shape(shape, 64))
