@@ -105,7 +105,7 @@ ENTRIES = [
   Entry("nadam", 8, 1, 1, 0.0143),
   Entry("amsgrad", 8, 1, 2, 0.02),
   Entry("adan", 8, 3, 1, 0.0213),
-  Entry("adopt", 8, 1, 1, 0.0117),
+  Entry("adopt", 8, 1, 1, 0.0153),
   Entry("lamb", 8, 1, 1, 0.0205, norms=True, peak=4.1),
   Entry("lamb", 4, 1, 1, 0.25, norms=True, peak=4.1),
   Entry("lars", 8, 1, 0, 0.017, norms=True, peak=8.1),
