@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem._blocks import is_finite
-from optax_lowmem._chains import chain, check
+from optax_lowmem._chains import chain
+from optax_lowmem._checks import check
 from optax_lowmem._quantized import quantized
 from optax_lowmem._sharding import on_mesh_of
 

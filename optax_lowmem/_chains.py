@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import optax
-from jax.core import Tracer
 
 from optax_lowmem._engine import update_dense
 
@@ -22,10 +18,3 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
     return update_dense(tx.update, updates, state, params, extra_args)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def check(name: str, value: Any, holds: Callable[[Any], bool], what: str) -> None:
-  """Raises unless `value` is None or `holds`."""
-  # A traced value is a hyperparameter that `optax.inject_hyperparams` has put in the state.
-  if value is not None and not isinstance(value, Tracer) and not holds(value):
-    raise ValueError(f"`{name}` must be {what}, got {value}.")

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem._blocks import is_finite
-from optax_lowmem._chains import chain, check
+from optax_lowmem._chains import chain
+from optax_lowmem._checks import check
 from optax_lowmem._moments import is_quantized
 from optax_lowmem._quantized import quantized
 
