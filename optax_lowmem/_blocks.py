@@ -172,7 +172,7 @@ def quantize(
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def encode(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
   """Quantizes `x` in blocks of extent `block` along its last axes; see `QuantizedArray`."""
-  return encode_finite(jnp.where(is_finite(x), x, 0.0), codebook, block)
+  return encode_finite(finite_or(x, 0.0), codebook, block)
 
 
 def encode_finite(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
@@ -241,6 +241,11 @@ def is_finite(x: jax.Array) -> jax.Array:
   if x.dtype != jnp.float32:
     return jnp.isfinite(x)
   return (jax.lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT) != _EXPONENT
+
+
+def finite_or(new: jax.Array, old: jax.Array | float) -> jax.Array:
+  """`new` where it is finite, `old` elsewhere."""
+  return jnp.where(is_finite(new), new, old)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem._blocks import is_finite
+from optax_lowmem._blocks import finite_or
 from optax_lowmem._chains import chain
 from optax_lowmem._checks import check
 from optax_lowmem._quantized import quantized
@@ -138,10 +138,10 @@ def scale_by_came(
     square = jnp.square(g) + eps1
     if g.ndim < 2:
       new_v = _ema(b2, v, square)
-      return _clip(g * jax.lax.rsqrt(new_v), clipping_threshold), (row, col, _finite(new_v, v))
+      return _clip(g * jax.lax.rsqrt(new_v), clipping_threshold), (row, col, finite_or(new_v, v))
     new_row, new_col = _ema(b2, row, square.mean(-1)), _ema(b2, col, square.mean(-2))
     u = _clip(_rescale(g, new_row, new_col), clipping_threshold)
-    return u, (_finite(new_row, row), _finite(new_col, col), v)
+    return u, (finite_or(new_row, row), finite_or(new_col, col), v)
 
   def weigh(u, m, row, col):
     """The momentum by the confidence in it, and the new statistics."""
@@ -149,7 +149,7 @@ def scale_by_came(
       return m, (row, col)
     square = jnp.square(u - m) + eps2
     new_row, new_col = _ema(b3, row, square.mean(-1)), _ema(b3, col, square.mean(-2))
-    return _rescale(m, new_row, new_col), (_finite(new_row, row), _finite(new_col, col))
+    return _rescale(m, new_row, new_col), (finite_or(new_row, row), finite_or(new_col, col))
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
@@ -249,7 +249,3 @@ def _rescale(x: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
 def _clip(u: jax.Array, threshold: float) -> jax.Array:
   rms = jnp.sqrt(jnp.mean(jnp.square(u))) if u.size else jnp.zeros(())
   return u / jnp.maximum(1.0, rms / threshold)
-
-
-def _finite(new: jax.Array, old: jax.Array) -> jax.Array:
-  return jnp.where(is_finite(new), new, old)
