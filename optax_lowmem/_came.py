@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem._blocks import finite_or
-from optax_lowmem._chains import chain
+from optax_lowmem._chains import chain, in_float32
 from optax_lowmem._checks import check
 from optax_lowmem._quantized import quantized
 from optax_lowmem._sharding import on_mesh_of
@@ -154,26 +154,21 @@ def scale_by_came(
   def update(updates, state, params=None, **extra_args):
     del extra_args
     grads, treedef = jax.tree.flatten(updates)
-    dtypes = [g.dtype for g in grads]
-    if params is not None:
-      dtypes = [
-        jnp.promote_types(d, p.dtype) for d, p in zip(dtypes, jax.tree.leaves(params), strict=True)
-      ]
     second = zip(*map(treedef.flatten_up_to, state[1:4]), strict=True)
-    made = [normalise(g.astype(jnp.float32), *s) for g, s in zip(grads, second, strict=True)]
+    made = [normalise(g, *s) for g, s in zip(grads, second, strict=True)]
     u = [x for x, _ in made]
     m, ema = momentum.update(treedef.unflatten(u), state.momentum, params)
     residual = zip(*map(treedef.flatten_up_to, state[4:]), strict=True)
     weighed = [
       weigh(x, y, *s) for x, y, s in zip(u, treedef.flatten_up_to(m), residual, strict=True)
     ]
-    out = [x.astype(dtype) for (x, _), dtype in zip(weighed, dtypes, strict=True)]
+    out = [x for x, _ in weighed]
     columns = [a + b for (_, a), (_, b) in zip(made, weighed, strict=True)]
     stats = [treedef.unflatten(c) for c in zip(*columns, strict=True)] or list(state[1:])
     row, col, v, res_row, res_col = stats
     return treedef.unflatten(out), ScaleByCameState(ema, row, col, v, res_row, res_col)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return in_float32(optax.GradientTransformationExtraArgs(init, update))
 
 
 def came(
