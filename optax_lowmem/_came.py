@@ -45,7 +45,9 @@ def scale_by_came(
   clipping_threshold: float = 1.0,
   *,
   bits: int = 8,
-  **storage: Any,
+  block_size: int | None = None,
+  min_size: int = 4096,
+  quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Rescales gradients by CAME, the confidence-guided memory-efficient optimizer.
 
@@ -83,8 +85,10 @@ def scale_by_came(
     eps2: added to squared distances.
     clipping_threshold: d, the largest RMS of a normalised gradient.
     bits: bits an element of the momentum: 8, 4 or 32.
-    **storage: further arguments of `quantized`, for the momentum: `block_size`, `min_size`,
-      `quantize_mask`, and `storage` with the field `ema`.
+    block_size: elements that share a scale, 64 by default.
+    min_size: the momentum of smaller arrays stays in float32.
+    quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
+      function of the parameters that returns one. False keeps a parameter's momentum in float32.
 
   Returns:
     The transformation. Its state is a `ScaleByCameState`.
@@ -110,7 +114,13 @@ def scale_by_came(
   for name, value in (("eps1", eps1), ("eps2", eps2)):
     check(name, value, lambda x: x >= 0, "zero or more")
   check("clipping_threshold", clipping_threshold, lambda x: x > 0, "positive")
-  momentum = quantized(optax.ema(b1, debias=False), bits, **storage)
+  momentum = quantized(
+    optax.ema(b1, debias=False),
+    bits,
+    block_size=block_size,
+    min_size=min_size,
+    quantize_mask=quantize_mask,
+  )
 
   def init(params):
     ema = momentum.init(params)  # first, because it refuses integers
@@ -183,7 +193,9 @@ def came(
   mask: Any | Callable[[Any], Any] | None = None,
   *,
   bits: int = 8,
-  **storage: Any,
+  block_size: int | None = None,
+  min_size: int = 4096,
+  quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""CAME with decoupled weight decay: `scale_by_came`, then
   :math:`-\eta (\mathrm{update}_t + \lambda p_t)`.
@@ -203,7 +215,10 @@ def came(
     mask: a tree of bools, or a function of the parameters that returns one, that says which
       parameters are decayed; all if None.
     bits: bits an element of the momentum: 8, 4 or 32.
-    **storage: further arguments of `quantized`, for the momentum.
+    block_size: elements that share a scale, 64 by default.
+    min_size: the momentum of smaller arrays stays in float32.
+    quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
+      function of the parameters that returns one. False keeps a parameter's momentum in float32.
 
   Returns:
     The transformation.
@@ -224,8 +239,20 @@ def came(
     Luo et al, `CAME: Confidence-guided Adaptive Memory Efficient Optimization
     <https://arxiv.org/abs/2307.02047>`_, 2023
   """
+  scale = scale_by_came(
+    b1,
+    b2,
+    b3,
+    eps1,
+    eps2,
+    clipping_threshold,
+    bits=bits,
+    block_size=block_size,
+    min_size=min_size,
+    quantize_mask=quantize_mask,
+  )
   return chain(
-    scale_by_came(b1, b2, b3, eps1, eps2, clipping_threshold, bits=bits, **storage),
+    scale,
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )

@@ -1,6 +1,7 @@
 """CAME against the authors' code, layer stacks, bad gradients, and what it costs."""
 
 import ast
+import inspect
 import pathlib
 
 import chex
@@ -141,3 +142,11 @@ def test_state_and_temporaries_of_a_matrix(bits, most):
 def test_bad_arguments(arguments, message):
   with pytest.raises(ValueError, match=message):
     lowmem.came(1e-3, **arguments)
+
+
+@pytest.mark.parametrize("rule", [lowmem.came, lowmem.scale_by_came])
+def test_signature_names_the_storage(rule):
+  named = ["bits", "block_size", "min_size", "quantize_mask"]
+  assert list(inspect.signature(rule).parameters)[-4:] == named
+  with pytest.raises(TypeError, match=rf"{rule.__name__}\(\).*'block_sise'"):
+    rule(1e-3, block_sise=128)
