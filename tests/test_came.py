@@ -68,10 +68,10 @@ def test_follows_the_authors(case, param):
       assert distance(ours, theirs) <= 2e-6
 
 
-@pytest.mark.parametrize(("bits", "limit"), [(8, 0.03), (4, 0.25)])
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.018), (4, 0.24)])
 @pytest.mark.parametrize("param", ["mat", "t3"])
 def test_few_bits_stay_close(param, bits, limit):
-  """Drift after 20 steps, by the distance travelled."""
+  """Drift after 20 steps, by the distance travelled. Measured: at most 0.0121 and 0.160."""
   start = FILE[f"p0/{param}"]
   exact = trajectory(optimizer("b95", bits=32), param)[0][-1]
   ours = trajectory(optimizer("b95", bits=bits, min_size=0), param)[0][-1]
