@@ -41,8 +41,8 @@ def offloaded(
     s_t, u_t = \mathrm{inner}(g_t, \mathrm{fetch}(h_{t-1}), p_t), \qquad h_t = \mathrm{store}(s_t).
 
   The arithmetic is `inner`'s, so results are those of the same run without `offloaded`. At most
-  `max_bytes` of paged state, old and new values together, are on the device at any time, or the
-  state of the largest parameter if that is more; the next parameters' state is fetched while the
+  `max_bytes` of paged state, old and new values together, are on the device at any time, or those
+  of the largest parameter if they are more; the next parameters' state is fetched while the
   present one is computed. The bound holds if `inner` treats each parameter's arrays on their own,
   norms included (Adam, Lion, CAME, LAMB, …). Where it needs the state of all parameters at once,
   as a norm over all moments that is then applied to them does, that state is on the device at once.

@@ -507,3 +507,14 @@ def test_paged_names():
   chex.assert_trees_all_equal(state, lowmem.offloaded(lowmem.adamw(LR)).init(params))
   state = lowmem.create("paged_adamw_32bit", LR, weight_decay=0.1).init(params)
   assert lowmem.state_bytes(state) == {"device": 4, "pinned_host": 2 * 4 * 64 * 64}
+
+
+if __name__ == "__main__":  # the table of docs/offload.md
+  for shapes, params in TREES.items():
+    for width, rule in RULES.items():
+      total = sum(map(_paging.nbytes, jax.tree.leaves(jax.eval_shape(rule().init, params))))
+      tx = lowmem.offloaded(rule())
+      rest = on_device(jax.eval_shape(tx.init, params))
+      most, _ = most_on_the_device(program_for_gpus(tx, params))
+      row = shapes, width, f"{total / MIB:.0f} MiB", f"{rest} B", f"{most / MIB:.0f} MiB"
+      print("|", " | ".join(row), "|")
