@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fetch
+from batches import Batches, pad
 from chat import ChatTokenizer
-from data import Batches, DataError, load, pad
+from data import DataError, load
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -280,7 +281,7 @@ class TestBatches:
     for i in range(12):
       one.at(i)
     for step in (11, 0, 6):
-      for a, b in zip(one.at(step), make(3).at(step), strict=True):
+      for a, b in zip(one.at(step)[:4], make(3).at(step)[:4], strict=True):
         assert a.tobytes() == b.tobytes()
     assert (one.at(0).inputs != make(4).at(0).inputs).any()
 

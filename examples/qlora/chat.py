@@ -89,7 +89,7 @@ class ChatTokenizer:
     self._control = re.compile("|".join(map(re.escape, special))) if special else None
 
   @classmethod
-  def from_model(cls, path: str | Path) -> "ChatTokenizer":
+  def from_model(cls, path: str | Path, template: str = "auto") -> "ChatTokenizer":
     """The tokenizer of a GGUF file or of a Hugging Face directory.
 
     Raises:

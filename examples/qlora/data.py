@@ -10,34 +10,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from batches import Batch as Batch
+from batches import Row
 from chat import ROLES, ChatTokenizer, Message
 
 
 class DataError(ValueError):
   """A data file that cannot be used; the message names file and line, and what was expected."""
-
-
-class Row(NamedTuple):
-  """One sequence: at most ``seq_len + 1`` tokens, each a target for the tokens before it."""
-
-  ids: np.ndarray  # int32
-  learned: np.ndarray  # bool, the tokens that count in the loss
-
-
-class Batch(NamedTuple):
-  """Rows of one shape ``(..., rows, seq_len)``; a leading axis counts the accumulated parts.
-
-  The fields are numpy arrays, inside ``jit`` JAX arrays, in a dry run shapes.
-  """
-
-  inputs: Any  # int32
-  targets: Any  # int32, inputs shifted by one
-  learned: Any  # bool, where the target counts
-  lengths: Any  # int32 (..., rows), tokens that are not padding
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,9 @@ class Dataset:
     return [self.rows[i] for i in order[held:]], [self.rows[i] for i in order[:held]]
 
 
-def load(path: str | Path, tokenizer: ChatTokenizer, seq_len: int) -> Dataset:
+def load(
+  path: str | Path, tokenizer: ChatTokenizer, seq_len: int, *, train_on_prompt: bool = False
+) -> Dataset:
   """Read, check and tokenize a data file.
 
   Rows longer than `seq_len` are cut, rows in which nothing is left to learn are dropped; both are
@@ -89,6 +74,8 @@ def load(path: str | Path, tokenizer: ChatTokenizer, seq_len: int) -> Dataset:
   if not encoded:
     raise DataError(f"{path} has no rows: the list is empty.")
 
+  if train_on_prompt:
+    encoded = [(ids, [True] * len(ids)) for ids, _ in encoded]
   rows = [
     Row(np.asarray(ids[: seq_len + 1], np.int32), np.asarray(learned[: seq_len + 1], bool))
     for ids, learned in encoded
@@ -108,52 +95,6 @@ def load(path: str | Path, tokenizer: ChatTokenizer, seq_len: int) -> Dataset:
       f"--seq-len (now {seq_len})."
     )
   return Dataset(" and ".join(sorted(kinds)), kept, notes)
-
-
-class Batches:
-  """Endless shuffled batches. ``at(step)`` depends on nothing but the seed and the step.
-
-  Row number ``k`` of the run is row ``k % n`` of the ``k // n``-th shuffle, so training resumes
-  at any step without replaying what came before.
-  """
-
-  def __init__(
-    self, rows: list[Row], batch_size: int, parts: int, seq_len: int, pad_id: int, seed: int
-  ):
-    self.rows, self.shape, self.seq_len, self.pad_id = (
-      rows,
-      (parts, batch_size),
-      seq_len,
-      pad_id,
-    )
-    self.seed = seed
-    self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0))
-
-  def at(self, step: int) -> Batch:
-    """The batch of training step `step` (from 0), of shape ``(parts, batch_size, seq_len)``."""
-    size = self.shape[0] * self.shape[1]
-    rows = [self._row(k) for k in range(step * size, (step + 1) * size)]
-    flat = pad(rows, size, self.seq_len, self.pad_id)
-    return Batch(*(a.reshape(*self.shape, *a.shape[1:]) for a in flat))
-
-  def _row(self, k: int) -> Row:
-    epoch, i = divmod(k, len(self.rows))
-    if self._shuffled[0] != epoch:
-      order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-      self._shuffled = epoch, order
-    return self.rows[self._shuffled[1][i]]
-
-
-def pad(rows: list[Row], size: int, seq_len: int, pad_id: int) -> Batch:
-  """Rows side by side; short ones padded on the right, missing ones empty, neither counted."""
-  ids = np.full((size, seq_len + 1), pad_id, np.int32)
-  learned = np.zeros((size, seq_len + 1), bool)
-  lengths = np.zeros(size, np.int32)
-  for i, row in enumerate(rows):
-    ids[i, : len(row.ids)] = row.ids
-    learned[i, : len(row.ids)] = row.learned
-    lengths[i] = len(row.ids) - 1
-  return Batch(ids[:, :-1], ids[:, 1:], learned[:, 1:], lengths)
 
 
 def _decode(path: Path) -> str:

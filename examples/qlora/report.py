@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_lowmem as lowmem
+from runs import write_whole
 
 
 class Part(NamedTuple):
@@ -150,16 +151,20 @@ def running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 
 class Metrics:
-  """What was measured, as records in memory and as lines of a JSONL file."""
+  """What was measured, as records in memory, as lines of a JSONL file, and for TensorBoard."""
 
-  def __init__(self, path: Path, records: Sequence[dict[str, Any]] = ()):
-    self.path, self.records = path, list(records)
-    path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+  def __init__(self, path: Path, records: Sequence[dict[str, Any]] = (), board: Any = None):
+    self.path, self.records, self.board = path, list(records), board
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in self.records))
+    if board and len(self.records) == 1:
+      board.add(self.records[0])
 
   def add(self, **record: Any) -> None:
     self.records.append(record)
     with open(self.path, "a", encoding="utf-8") as file:
       file.write(json.dumps(record) + "\n")
+    if self.board:
+      self.board.add(record)
 
   def having(self, key: str) -> list[dict[str, Any]]:
     """The records that hold `key`."""
@@ -172,5 +177,6 @@ class Metrics:
 
 def read_records(path: Path, until: int) -> list[dict[str, Any]]:
   """An earlier run's records, without those after step `until`, which will be done again."""
-  lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-  return [r for r in map(json.loads, lines) if r["step"] <= until]
+  lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+  # What follows the last line break is empty, or was cut off when the process was killed.
+  return [r for r in map(json.loads, lines[:-1]) if r["step"] <= until]
