@@ -21,6 +21,7 @@ from attention import (
   attend_within,
   positions_in_segments,
   segments_of_lengths,
+  windows_of_layers,
 )
 from llama_config import LlamaConfig
 from rope import Rope, rope_tables
@@ -32,7 +33,7 @@ class MLP(nnx.Module):
   def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
     d, ff = config.hidden_size, config.intermediate_size
     linear = functools.partial(
-      nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+      nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs
     )
     self.gate_proj, self.up_proj, self.down_proj = linear(d, ff), linear(d, ff), linear(ff, d)
 
@@ -64,7 +65,7 @@ class LlamaModel(nnx.Module):
   """
 
   def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-    self.rope_theta, self.head_dim = config.rope_theta, config.head_dim
+    self.config = config
     self.embed_tokens = nnx.Embed(
       config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
     )
@@ -78,7 +79,7 @@ class LlamaModel(nnx.Module):
     self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
   def __call__(self, input_ids: jax.Array, positions: jax.Array, segments: jax.Array | None):
-    rope = rope_tables(positions, self.head_dim, self.rope_theta)  # once, not once a layer
+    rope = rope_tables(positions, self.config)  # once, not once a layer
     # jax.lax.scan over the split module and not nnx.scan: that refuses variables of different
     # trace levels, which is what `jax.grad` over `nnx.merge` of some of them gives.
     graphdef, random, weights = nnx.split(self.layers, nnx.RngState, ...)
@@ -87,12 +88,14 @@ class LlamaModel(nnx.Module):
     # at 4 x 128 tokens saves 14 % of a step's time and costs 260 MiB on top of 96.
     # prevent_cse: the two passes are in different loops, there is nothing to merge.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def layer(x, state):
+    def layer(x, inputs):
+      state, window = inputs
       block = nnx.merge(graphdef, *state)
-      x, _ = block(x, rope, attend_within(segments))
+      x, _ = block(x, rope, attend_within(segments, window))
       return x, nnx.state(block, nnx.RngState)
 
-    x, random = jax.lax.scan(layer, self.embed_tokens(input_ids), (random, weights))
+    inputs = (random, weights), windows_of_layers(self.config)
+    x, random = jax.lax.scan(layer, self.embed_tokens(input_ids), inputs)
     nnx.update(self.layers, random)  # dropout's counters move on
     return self.norm(x)
 
