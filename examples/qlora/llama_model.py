@@ -23,6 +23,7 @@ from attention import (
   segments_of_lengths,
   windows_of_layers,
 )
+from cache import Cache, attend_cached, empty_cache
 from llama_config import LlamaConfig
 from rope import Rope, rope_tables
 
@@ -98,6 +99,26 @@ class LlamaModel(nnx.Module):
     x, random = jax.lax.scan(layer, self.embed_tokens(input_ids), inputs)
     nnx.update(self.layers, random)  # dropout's counters move on
     return self.norm(x)
+
+  def extend(self, input_ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """As `__call__`, for tokens that follow those in the cache; its lengths stay as they are."""
+    positions = cache.lengths[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+    rope = rope_tables(positions, self.config)
+    graphdef, random, weights = nnx.split(self.layers, nnx.RngState, ...)
+
+    # The cache is carried, not scanned over: a scan would copy all of it for every token.
+    def layer(carry, inputs):
+      x, cache = carry
+      state, number, window = inputs
+      block = nnx.merge(graphdef, *state)
+      x, (keys, values) = block(x, rope, attend_cached(cache, number, positions, window))
+      return (x, cache._replace(keys=keys, values=values)), nnx.state(block, nnx.RngState)
+
+    numbers = jnp.arange(self.config.num_hidden_layers)
+    inputs = (random, weights), numbers, windows_of_layers(self.config)
+    (x, cache), random = jax.lax.scan(layer, (self.embed_tokens(input_ids), cache), inputs)
+    nnx.update(self.layers, random)
+    return self.norm(x), cache
 
 
 class Llama(nnx.Module):
@@ -181,6 +202,50 @@ class Llama(nnx.Module):
         f"`positions` must be of shape {(batch, time)} or {(1, time)}, got {positions.shape}."
       )
     return self.model(input_ids, positions, segments)
+
+  def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+    """An empty cache for `extend`.
+
+    Args:
+      batch: the number of rows.
+      length: how many tokens a row may come to have.
+      dtype: of the stored keys and values; by default that of the computation.
+
+    Returns:
+      Zeros; 2 * layers * key-value heads * head_dim numbers for each slot of a row.
+    """
+    dtype = self.model.embed_tokens.dtype if dtype is None else dtype
+    return empty_cache(self.config, batch, length, dtype)
+
+  def extend(
+    self, input_ids: jax.Array, cache: Cache, lengths: jax.Array | None = None
+  ) -> tuple[jax.Array, Cache]:
+    """The hidden states of tokens that follow those in the cache.
+
+    A prompt and a single token are both read by this: ``extend(prompt, init_cache(...))``, then
+    ``extend(token, cache)``. The caller sees to it that rows do not outgrow the cache; under `jit`
+    that cannot be checked.
+
+    Args:
+      input_ids: (B, T), each row padded on the right.
+      cache: what was read before.
+      lengths: (B,) how many of each row's tokens are not padding; all by default.
+
+    Returns:
+      The hidden states (B, T, hidden_size), as `hidden` gives them, and the cache with the tokens.
+
+    Raises:
+      ValueError: if `input_ids` and the cache differ in their number of rows, or if `input_ids`
+        alone is longer than the cache.
+    """
+    batch, time = input_ids.shape
+    if batch != len(cache.lengths) or time > cache.slots:
+      raise ValueError(
+        f"`input_ids` of shape {(batch, time)} do not fit a cache of {len(cache.lengths)} rows "
+        f"and {cache.slots} slots."
+      )
+    hidden, cache = self.model.extend(input_ids, cache)
+    return hidden, cache._replace(lengths=cache.lengths + (time if lengths is None else lengths))
 
   def head(self, hidden: jax.Array) -> jax.Array:
     """Logits of hidden states (..., hidden_size); take a few at a time to save memory."""

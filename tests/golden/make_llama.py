@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
   ),
   "qwen2_yarn": ("qwen2", {"rope_parameters": YARN_ROPE, "tie_word_embeddings": True}),
-  "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+  "qwen3": ("qwen3", {"head_dim": 12}),
 }
 
 
