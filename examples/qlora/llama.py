@@ -101,17 +101,23 @@ def load_llama(
   fill(inner.norm.scale, read("model.norm.weight"))
   if not checkpoint.config.tie_word_embeddings:
     fill(model.lm_head.kernel, read("lm_head.weight").T)
-  for name in ("input_layernorm", "post_attention_layernorm"):
-    fill(getattr(layers, name).scale, _stack(checkpoint, name, np.asarray))
+  norms = ["input_layernorm", "post_attention_layernorm"]
+  norms += ["self_attn.q_norm", "self_attn.k_norm"] * checkpoint.config.qk_norm
+  for name in norms:
+    norm: Any = functools.reduce(getattr, name.split("."), layers)
+    fill(norm.scale, _stack(checkpoint, f"{name}.weight", np.asarray))
   for name in LINEARS:
     holder, child = name.split(".")
     parent = getattr(layers, holder)
     linear = getattr(parent, child)
+    if linear.use_bias:
+      fill(linear.bias, _stack(checkpoint, f"{name}.bias", lambda w: w.astype(dtype)))
     if quantize:
-      packed = _stack(checkpoint, name, _pack)
-      setattr(parent, child, lowmem_nn.NF4Linear.from_quantized(packed, dtype=dtype))
+      packed = _stack(checkpoint, f"{name}.weight", _pack)
+      layer = lowmem_nn.NF4Linear.from_quantized(packed, linear.bias, dtype=dtype)
+      setattr(parent, child, layer)
     else:
-      fill(linear.kernel, _stack(checkpoint, name, lambda w: w.T.astype(dtype)))
+      fill(linear.kernel, _stack(checkpoint, f"{name}.weight", lambda w: w.T.astype(dtype)))
   return model
 
 
@@ -140,7 +146,7 @@ def _stack(checkpoint: Checkpoint, name: str, convert: Any) -> Any:
   out: Any = None
   count = checkpoint.config.num_hidden_layers
   for i in range(count):
-    one = convert(_read(checkpoint, f"model.layers.{i}.{name}.weight"))
+    one = convert(_read(checkpoint, f"model.layers.{i}.{name}"))
     if out is None:  # one buffer for all layers: a list would need twice the memory to stack
       out = jax.tree.map(lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), one)
     jax.tree.map(lambda buffer, leaf, i=i: buffer.__setitem__(i, leaf), out, one)

@@ -21,7 +21,9 @@ from attention import (
   attend_within,
   positions_in_segments,
   segments_of_lengths,
+  windows_of_layers,
 )
+from cache import Cache, attend_cached, empty_cache
 from llama_config import LlamaConfig
 from rope import Rope, rope_tables
 
@@ -32,7 +34,7 @@ class MLP(nnx.Module):
   def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
     d, ff = config.hidden_size, config.intermediate_size
     linear = functools.partial(
-      nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+      nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs
     )
     self.gate_proj, self.up_proj, self.down_proj = linear(d, ff), linear(d, ff), linear(ff, d)
 
@@ -64,7 +66,7 @@ class LlamaModel(nnx.Module):
   """
 
   def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-    self.rope_theta, self.head_dim = config.rope_theta, config.head_dim
+    self.config = config
     self.embed_tokens = nnx.Embed(
       config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
     )
@@ -78,7 +80,7 @@ class LlamaModel(nnx.Module):
     self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
   def __call__(self, input_ids: jax.Array, positions: jax.Array, segments: jax.Array | None):
-    rope = rope_tables(positions, self.head_dim, self.rope_theta)  # once, not once a layer
+    rope = rope_tables(positions, self.config)  # once, not once a layer
     # jax.lax.scan over the split module and not nnx.scan: that refuses variables of different
     # trace levels, which is what `jax.grad` over `nnx.merge` of some of them gives.
     graphdef, random, weights = nnx.split(self.layers, nnx.RngState, ...)
@@ -87,14 +89,36 @@ class LlamaModel(nnx.Module):
     # at 4 x 128 tokens saves 14 % of a step's time and costs 260 MiB on top of 96.
     # prevent_cse: the two passes are in different loops, there is nothing to merge.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def layer(x, state):
+    def layer(x, inputs):
+      state, window = inputs
       block = nnx.merge(graphdef, *state)
-      x, _ = block(x, rope, attend_within(segments))
+      x, _ = block(x, rope, attend_within(segments, window))
       return x, nnx.state(block, nnx.RngState)
 
-    x, random = jax.lax.scan(layer, self.embed_tokens(input_ids), (random, weights))
+    inputs = (random, weights), windows_of_layers(self.config)
+    x, random = jax.lax.scan(layer, self.embed_tokens(input_ids), inputs)
     nnx.update(self.layers, random)  # dropout's counters move on
     return self.norm(x)
+
+  def extend(self, input_ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """As `__call__`, for tokens that follow those in the cache; its lengths stay as they are."""
+    positions = cache.lengths[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+    rope = rope_tables(positions, self.config)
+    graphdef, random, weights = nnx.split(self.layers, nnx.RngState, ...)
+
+    # The cache is carried, not scanned over: a scan would copy all of it for every token.
+    def layer(carry, inputs):
+      x, cache = carry
+      state, number, window = inputs
+      block = nnx.merge(graphdef, *state)
+      x, (keys, values) = block(x, rope, attend_cached(cache, number, positions, window))
+      return (x, cache._replace(keys=keys, values=values)), nnx.state(block, nnx.RngState)
+
+    numbers = jnp.arange(self.config.num_hidden_layers)
+    inputs = (random, weights), numbers, windows_of_layers(self.config)
+    (x, cache), random = jax.lax.scan(layer, (self.embed_tokens(input_ids), cache), inputs)
+    nnx.update(self.layers, random)
+    return self.norm(x), cache
 
 
 class Llama(nnx.Module):
@@ -178,6 +202,50 @@ class Llama(nnx.Module):
         f"`positions` must be of shape {(batch, time)} or {(1, time)}, got {positions.shape}."
       )
     return self.model(input_ids, positions, segments)
+
+  def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+    """An empty cache for `extend`.
+
+    Args:
+      batch: the number of rows.
+      length: how many tokens a row may come to have.
+      dtype: of the stored keys and values; by default that of the computation.
+
+    Returns:
+      Zeros; 2 * layers * key-value heads * head_dim numbers for each slot of a row.
+    """
+    dtype = self.model.embed_tokens.dtype if dtype is None else dtype
+    return empty_cache(self.config, batch, length, dtype)
+
+  def extend(
+    self, input_ids: jax.Array, cache: Cache, lengths: jax.Array | None = None
+  ) -> tuple[jax.Array, Cache]:
+    """The hidden states of tokens that follow those in the cache.
+
+    A prompt and a single token are both read by this: ``extend(prompt, init_cache(...))``, then
+    ``extend(token, cache)``. The caller sees to it that rows do not outgrow the cache; under `jit`
+    that cannot be checked.
+
+    Args:
+      input_ids: (B, T), each row padded on the right.
+      cache: what was read before.
+      lengths: (B,) how many of each row's tokens are not padding; all by default.
+
+    Returns:
+      The hidden states (B, T, hidden_size), as `hidden` gives them, and the cache with the tokens.
+
+    Raises:
+      ValueError: if `input_ids` and the cache differ in their number of rows, or if `input_ids`
+        alone is longer than the cache.
+    """
+    batch, time = input_ids.shape
+    if batch != len(cache.lengths) or time > cache.slots:
+      raise ValueError(
+        f"`input_ids` of shape {(batch, time)} do not fit a cache of {len(cache.lengths)} rows "
+        f"and {cache.slots} slots."
+      )
+    hidden, cache = self.model.extend(input_ids, cache)
+    return hidden, cache._replace(lengths=cache.lengths + (time if lengths is None else lengths))
 
   def head(self, hidden: jax.Array) -> jax.Array:
     """Logits of hidden states (..., hidden_size); take a few at a time to save memory."""
