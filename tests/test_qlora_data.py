@@ -154,7 +154,7 @@ class TestChat:
   def test_a_template_cannot_leave_the_sandbox(self, tmp_path):
     save_tokenizer(tmp_path / "m", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="refuses the conversation"):
-      ChatTokenizer.from_model(tmp_path / "m")
+      ChatTokenizer.from_model(tmp_path / "m").encode_chat(chat("cat", "sat"))
 
   def test_a_template_that_rewrites_earlier_answers_is_refused(self, tmp_path):
     own = (

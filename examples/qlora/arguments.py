@@ -9,7 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,17 @@ class Settings:
   alpha: float = 32.0
   dropout: float = 0.0
   targets: str = "[qkvo]_proj|gate_proj|up_proj|down_proj"
+  init: str = "default"
   rslora: bool = False
+  dora: bool = False
+  rank_pattern: dict[str, int] = field(default_factory=dict)
+  alpha_pattern: dict[str, float] = field(default_factory=dict)
+  modules_to_save: list[str] = field(default_factory=list)
   neftune_alpha: float = 0.0
   # optimizer
   optim: str = "adamw_8bit"
   lr: float = 1e-3
+  lora_plus_ratio: float = 0.0
   schedule: str = "cosine"
   warmup: int | None = None
   weight_decay: float | None = None
@@ -90,11 +96,18 @@ HELP = {
   "rank": "rank of the adapters",
   "alpha": "the adapters are scaled by alpha / rank",
   "dropout": "dropout in the adapters",
-  "targets": "layers to adapt, a regular expression for their names or full paths",
+  "targets": "layers to adapt, a regular expression for their names or full paths; all-linear is "
+  "every linear layer but the head",
+  "init": "how adapters start",
   "rslora": "scale the adapters by alpha / sqrt(rank)",
+  "dora": "train the magnitude of the weights apart from their direction",
+  "rank_pattern": "ranks of some layers, such as q_proj=8,down_proj=32, or JSON",
+  "alpha_pattern": "alphas of some layers, the same way",
+  "modules_to_save": "modules to train whole, such as lm_head,embed_tokens",
   "neftune_alpha": "noise on the embeddings in training, 5 for example; 0: none",
   "optim": "optimizer, by the names of optax_lowmem.create",
   "lr": "peak learning rate",
+  "lora_plus_ratio": "learning rate of the second factors over that of the first; 0: the same",
   "schedule": "what follows the warmup: constant, or a fall to 0",
   "warmup": "steps in which the learning rate rises from 0 (default: a twentieth of the steps)",
   "weight_decay": "the optimizer's weight decay (default: the optimizer's own)",
@@ -110,7 +123,8 @@ HELP = {
   "dry_run": "print shapes and memory; load no weights, train nothing",
 }
 CHOICES = {
-  "quantize": ("nf4", "none"),
+  "quantize": ("nf4", "fp4", "int8", "none"),
+  "init": ("default", "gaussian", "pissa", "loftq"),
   "dtype": ("auto", "float32", "bfloat16"),
   "schedule": ("constant", "linear", "cosine"),
   "chat_template": ("auto", "chatml", "llama-2", "llama-3", "mistral", "plain"),

@@ -23,7 +23,7 @@ def check(s: "Settings") -> None:
       raise ValueError(f"--{name} must be a positive number, got {value}.")
   if not 0 <= s.dropout < 1:
     raise ValueError(f"--dropout must be at least 0 and less than 1, got {s.dropout}.")
-  for name in ("max_grad_norm", "neftune_alpha", "weight_decay"):
+  for name in ("max_grad_norm", "neftune_alpha", "weight_decay", "lora_plus_ratio"):
     value = getattr(s, name)
     if value is not None and not (math.isfinite(value) and value >= 0):
       flag = name.replace("_", "-")
@@ -32,6 +32,8 @@ def check(s: "Settings") -> None:
     raise ValueError(
       f"--warmup must be at least 0 and less than --steps {s.steps}, got {s.warmup}."
     )
+  if s.init == "loftq" and s.quantize == "none":
+    raise ValueError("--init loftq makes up for quantization; --quantize none leaves nothing to.")
   if s.packing and s.buckets:
     raise ValueError(
       f"--packing fills every row, so there is nothing left for --buckets {s.buckets} to save. "

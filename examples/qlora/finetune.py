@@ -5,6 +5,8 @@
   python finetune.py --config run.yaml --lr 2e-4          # settings from a file; flags go before it
   python finetune.py --resume my-adapter                  # go on where it stopped
   python finetune.py plan --model DIR --seq-len 2048      # would it fit?
+  python finetune.py chat my-adapter                      # talk to the result
+  python finetune.py merge my-adapter --out my-model      # a model without adapters
 
 The base model is frozen, its linear layers packed in 4 bits (NF4). Beside each stands a trained
 low-rank correction (LoRA), in float32, and only for these does an optimizer state exist, in 8 bits.
@@ -32,6 +34,8 @@ from data import Dataset, load
 from evaluation import HeldOut, since_best
 from fetch import MODEL_NAME, default_data, default_model, sha256_of
 from llama_config import LlamaConfig
+from merging import merge
+from neftune import without_noise
 from optax_lowmem import nn as lowmem_nn
 from recipe import abstract_model, loaded_model
 from recipe import adapted as adapted
@@ -40,6 +44,7 @@ from report import Metrics, byte_parts, loss_picture, memory_in_use, read_record
 from runs import check_same_data, output_folder, save_settings
 from sampling import Samples
 from spreading import dealt, devices_in_a_row, everywhere, in_parts
+from talking import talk
 from terminal import (
   CtrlC,
   StepBar,
@@ -103,7 +108,8 @@ def finetune(s: Settings) -> int:
 
   def save(name: str, step: int | None = None) -> None:
     with replacing(out / name) as folder:
-      lowmem_nn.save_peft(merged(graph, state, frozen), folder, base_model=s.model or MODEL_NAME)
+      model = without_noise(merged(graph, state, frozen))
+      lowmem_nn.save_peft(model, folder, base_model=s.model or MODEL_NAME)
       if step is not None:
         save_state(folder / "state.safetensors", state, step)
 
@@ -116,12 +122,12 @@ def finetune(s: Settings) -> int:
     save("last", 0)
   elif math.isfinite(since_best(records)[0]) and not (out / "best").exists():
     shutil.copytree(found(before / "best"), out / "best")
-  train, done, ended = Steps(graph, tx, shards=shards), start, False
+  steps, done, ended = Steps(graph, tx, shards=shards), start, False
 
   with CtrlC() as ctrl_c, StepBar(start, s.steps) as bar:
     for step in range(start, s.steps):
       batch, clock = batches.at(step), time.perf_counter()
-      state, measured = train(state, frozen, dealt(batch, mesh))
+      state, measured = steps(state, frozen, dealt(batch, mesh))
       measured = {name: float(value) for name, value in measured.items()}
       seconds = time.perf_counter() - clock
       done, tokens = step + 1, int(batch.lengths.sum())
@@ -158,8 +164,8 @@ def finetune(s: Settings) -> int:
   if done < s.steps:
     say(f"{s.patience} measurements brought no lower held-out loss; stopped after step {done}.")
   loss_picture(out / "loss.png", metrics.having("loss"), metrics.having("held_out_loss"))
-  parts = byte_parts(frozen, state.lora, state.opt_state, s.optim)
-  print_bytes(parts, train.temporaries())
+  parts = byte_parts(frozen, state.lora, state.opt_state, s.optim, s.quantize)
+  print_bytes(parts, steps.temporaries())
   conclude(out, metrics, parts, seconds=time.perf_counter() - begun)
   return 0
 
@@ -173,7 +179,7 @@ def dry_run(s: Settings, tx: Any, graph: Any, state: State, frozen: Any) -> int:
   print_shapes(state.lora)
   say(f"Compiling a step of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens ...")
   temporaries = compiled(graph, tx, state, frozen, batch).memory_analysis().temp_size_in_bytes
-  print_bytes(byte_parts(frozen, state.lora, state.opt_state, s.optim), temporaries)
+  print_bytes(byte_parts(frozen, state.lora, state.opt_state, s.optim, s.quantize), temporaries)
   return 0
 
 
@@ -206,15 +212,25 @@ def check_fit(s: Settings, tokenizer: ChatTokenizer, config: LlamaConfig) -> Non
 
 def main(argv: list[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
+  command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
   try:
-    command = argv[0] if argv and argv[0] in ("train", "plan") else None
-    rest = argv[1:] if command else argv
-    with sentences():
-      settings = parse(__doc__ or "", rest + ["--dry-run"] * (command == "plan"))
-    return finetune(settings)
+    return COMMANDS[command](rest)
   except KeyboardInterrupt:
     complain("Stopped at once; what was not saved yet is lost.")
     return 130
+
+
+def train(argv: list[str]) -> int:
+  with sentences():
+    settings = parse(__doc__ or "", argv)
+  return finetune(settings)
+
+
+def plan(argv: list[str]) -> int:
+  return train([*argv, "--dry-run"])
+
+
+COMMANDS = {"train": train, "plan": plan, "merge": merge, "chat": talk}
 
 
 if __name__ == "__main__":

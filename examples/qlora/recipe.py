@@ -40,30 +40,62 @@ def optimizer(s: Settings) -> tuple[optax.GradientTransformation, Callable[[int]
   except TypeError as error:
     raise ValueError(f"--weight-decay: {s.optim} has none ({error}).") from error
   clip = optax.clip_by_global_norm(s.max_grad_norm) if s.max_grad_norm else optax.identity()
-  return optax.chain(clip, rule), schedule
+  plus = lowmem_nn.scale_lora_b(s.lora_plus_ratio) if s.lora_plus_ratio else optax.identity()
+  return optax.chain(clip, rule, plus), schedule
 
 
 def adapted(model: Any, s: Settings) -> Any:
-  """The model with fresh adapters, which change nothing yet."""
+  """The model with fresh adapters, which change nothing yet, and its base packed.
+
+  PiSSA and LoftQ start from the weights as they were, so there the base is packed afterwards.
+  """
   rngs = nnx.Rngs(params=s.seed, dropout=s.seed + 1)
+  packed = {} if s.quantize == "none" else {"codebook": s.quantize}
+  model = lowmem_nn.add_lora(
+    model,
+    s.rank,
+    s.alpha,
+    s.targets,
+    dropout=s.dropout,
+    use_rslora=s.rslora,
+    use_dora=s.dora,
+    rank_pattern=s.rank_pattern or None,
+    alpha_pattern=s.alpha_pattern or None,
+    modules_to_save=s.modules_to_save or None,
+    init=lowmem_nn.LoftQ(**packed) if s.init == "loftq" else s.init,
+    rngs=rngs,
+  )
+  if packed and not packed_as_read(s):
+    kept = ["lm_head", *s.modules_to_save]
+    model = lowmem_nn.quantize_model(model, exclude=kept, **packed)
   if s.neftune_alpha:
     model = with_noise(model, s.neftune_alpha, nnx.Rngs(noise=s.seed + 2))
-  return lowmem_nn.add_lora(
-    model, s.rank, s.alpha, s.targets, dropout=s.dropout, use_rslora=s.rslora, rngs=rngs
-  )
+  return model
+
+
+def packed_as_read(s: Settings) -> bool:
+  """Whether each matrix is packed as it is read, so that the whole base is never unpacked."""
+  return s.quantize == "nf4" and s.init in ("default", "gaussian") and not s.modules_to_save
 
 
 def abstract_model(config: LlamaConfig, s: Settings) -> Any:
   """The adapted model's shapes, without its weights."""
-  shapes = abstract_llama(config, quantized(s), jnp.dtype(s.dtype))
-  return nnx.eval_shape(partial(adapted, s=s), shapes)
+  base = abstract_llama(config, "nf4" if packed_as_read(s) else None, jnp.dtype(s.dtype))
+  return nnx.eval_shape(partial(adapted, s=s), base)
 
 
 def loaded_model(path: Path, s: Settings) -> Any:
   """The adapted model."""
-  return adapted(load_llama(path, quantized(s), dtype=jnp.dtype(s.dtype)), s)
+  base = load_llama(path, "nf4" if packed_as_read(s) else None, dtype=jnp.dtype(s.dtype))
+  return adapted(base, s)
 
 
-def quantized(s: Settings) -> Any:
-  """`load_llama`'s name for how the base is held."""
-  return None if s.quantize == "none" else s.quantize
+def trained_model(path: Path, s: Settings, adapter: Path) -> Any:
+  """The model with the adapter that a run has left, to be used and not to be trained."""
+  base = load_llama(path, "nf4" if packed_as_read(s) else None, dtype=jnp.dtype(s.dtype))
+  if s.quantize != "none" and not packed_as_read(s):
+    kept = ["lm_head", *s.modules_to_save]
+    base = lowmem_nn.quantize_model(base, exclude=kept, codebook=s.quantize)
+  model = lowmem_nn.load_peft(base, adapter)
+  model.eval()
+  return model

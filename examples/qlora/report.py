@@ -24,7 +24,9 @@ class Part(NamedTuple):
   usual: int
 
 
-def byte_parts(frozen: Any, lora: Any, opt_state: Any, optimizer: str) -> list[Part]:
+def byte_parts(
+  frozen: Any, lora: Any, opt_state: Any, optimizer: str, quantize: str = "nf4"
+) -> list[Part]:
   """Where the bytes are, counted from the arrays themselves, or from their shapes in a dry run.
 
   Args:
@@ -32,7 +34,9 @@ def byte_parts(frozen: Any, lora: Any, opt_state: Any, optimizer: str) -> list[P
     lora: the adapter's variables.
     opt_state: the optimizer's state.
     optimizer: its name.
+    quantize: how the base is packed.
   """
+  bits = "8-bit" if quantize == "int8" else "4-bit"
 
   def packed(x: Any) -> bool:
     return isinstance(x, lowmem.QuantizedArray)
@@ -54,7 +58,10 @@ def byte_parts(frozen: Any, lora: Any, opt_state: Any, optimizer: str) -> list[P
     Part(f"optimizer state ({optimizer})", 0, nbytes(opt_state), nbytes(adam)),
   ]
   if four:
-    parts.insert(0, Part("4-bit base weights (NF4)", count(four), nbytes(four), 2 * count(four)))
+    parts.insert(
+      0,
+      Part(f"{bits} base weights ({quantize.upper()})", count(four), nbytes(four), 2 * count(four)),
+    )
   return parts
 
 
