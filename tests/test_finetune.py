@@ -17,105 +17,38 @@ import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import batches
 import data
 import finetune
 import optax_lowmem as lowmem
 import report
+import training
 from arguments import Settings
 from chat import ChatTokenizer
 from llama import load_llama
 from optax_lowmem import nn as lowmem_nn
+from qlora_cases import (
+  INNER,
+  LAYERS,
+  WIDTH,
+  adapter,
+  arguments,
+  records,
+  same,
+  save_model,
+  save_rows,
+)
 
 SCRIPT = Path(finetune.__file__)
-LAYERS, WIDTH, INNER, HEADS, GROUPS = 2, 64, 128, 4, 2
-
-
-def save_model(folder, tied=True):
-  """A Hugging Face directory with random weights and a tokenizer of 300 tokens."""
-  folder.mkdir()
-  backend = Tokenizer(models.BPE())
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=300,
-    special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  backend.train_from_iterator(["the cat sat on the mat and the dog ran"] * 9, trainer)
-  backend.save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-  vocabulary = backend.get_vocab_size()
-  config = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": vocabulary,
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": GROUPS,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": tied,
-    "hidden_act": "silu",
-  }
-  (folder / "config.json").write_text(json.dumps(config))
-  rng = np.random.default_rng(0)
-  kv = WIDTH * GROUPS // HEADS
-  shapes = {"model.embed_tokens": (vocabulary, WIDTH), "model.norm": (WIDTH,)}
-  if not tied:
-    shapes["lm_head"] = (vocabulary, WIDTH)
-  for i in range(LAYERS):
-    layer = {
-      "input_layernorm": (WIDTH,),
-      "post_attention_layernorm": (WIDTH,),
-      "self_attn.q_proj": (WIDTH, WIDTH),
-      "self_attn.k_proj": (kv, WIDTH),
-      "self_attn.v_proj": (kv, WIDTH),
-      "self_attn.o_proj": (WIDTH, WIDTH),
-      "mlp.gate_proj": (INNER, WIDTH),
-      "mlp.up_proj": (INNER, WIDTH),
-      "mlp.down_proj": (WIDTH, INNER),
-    }
-    shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-  weights = {
-    f"{name}.weight": np.ones(shape, np.float32)
-    if len(shape) == 1
-    else (rng.normal(size=shape) / shape[-1] ** 0.5).astype(np.float32)
-    for name, shape in shapes.items()
-  }
-  save_file(weights, str(folder / "model.safetensors"))
-  return folder
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
   folder = tmp_path_factory.mktemp("qlora")
   save_model(folder / "model")
-  rows = [{"instruction": f"say {i}", "output": f"the cat sat on {i}"} for i in range(60)]
-  (folder / "rows.json").write_text(json.dumps(rows))
+  save_rows(folder / "rows.json")
   return folder
-
-
-def arguments(files, out, *more):
-  """A small run; what `more` gives comes last and so wins."""
-  given = f"--model {files}/model --data {files}/rows.json --seq-len 32 --batch-size 4"
-  return [*given.split(), "--eval-batches", "1", "--steps", "8", "--out", str(out), *more]
-
-
-def adapter(folder):
-  return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def records(folder):
-  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-  return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
 
 
 def test_a_whole_run(files, tmp_path, capsys):
@@ -143,7 +76,7 @@ def test_a_whole_run(files, tmp_path, capsys):
   model = lowmem_nn.load_peft(load_llama(files / "model", "nf4"), out / "adapter")
   tokenizer = ChatTokenizer.from_model(files / "model")
   rows = data.load(files / "rows.json", tokenizer, 32).split()[1]
-  batch = data.pad(rows, 3, 32, tokenizer.pad_id)
+  batch = batches.pad(rows, 3, 32, tokenizer.pad_id)
   logits = model(batch.inputs)
   each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
   loss = float(each[batch.learned].mean())
@@ -154,7 +87,7 @@ def test_the_byte_table_counts_the_real_arrays(files, tmp_path):
   settings = Settings(model=str(files / "model"), dtype="float32", seq_len=32, rank=64)
   tx, _ = finetune.optimizer(settings)
   model = finetune.adapted(load_llama(files / "model", "nf4"), settings)
-  _, state, frozen = finetune.split(model, tx.init)
+  _, state, frozen = training.split(model, tx.init)
   four, dense, lora, optimizer = report.byte_parts(frozen, state.lora, state.opt_state, "x")
   linears = LAYERS * (WIDTH * (2 * WIDTH + WIDTH) + 3 * WIDTH * INNER)
   assert four.parameters == linears and four.usual == 2 * linears
@@ -175,7 +108,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(files, tmp_path):
   assert not same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
   assert finetune.main(["--resume", str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
   assert same(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
-  state = [load_file(tmp_path / run / "state.safetensors") for run in "ac"]
+  state = [load_file(tmp_path / run / "last/state.safetensors") for run in "ac"]
   assert same(*state) and any(a.dtype == np.uint8 for a in state[0].values())
 
   timeless = [
@@ -202,20 +135,20 @@ def pieces(files):
   bump = lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)  # noqa: E731
   nnx.update(model, jax.tree.map(bump, nnx.state(model, nnx.LoRAParam)))
   tx = optax.sgd(1.0)
-  graph, state, frozen = finetune.split(model, tx.init)
+  graph, state, frozen = training.split(model, tx.init)
   tokenizer = ChatTokenizer.from_model(files / "model")
   rows = data.load(files / "rows.json", tokenizer, 32).rows
-  return graph, tx, state, frozen, data.Batches(rows, 4, 2, 32, tokenizer.pad_id, 0).at(0)
+  return graph, tx, state, frozen, batches.Batches(rows, 4, 2, 32, tokenizer.pad_id, 0).at(0)
 
 
 class TestStep:
   """The step's arithmetic against the plain way to write it."""
 
   def plain(self, graph, state, frozen, batch):
-    flat = data.Batch(*(x.reshape(-1, *x.shape[2:]) for x in batch))
+    flat = batches.Batch(*(x if x is None else x.reshape(-1, *x.shape[2:]) for x in batch))
 
     def loss(lora):
-      logits = finetune.merged(graph, state._replace(lora=lora), frozen)(flat.inputs)
+      logits = training.merged(graph, state._replace(lora=lora), frozen)(flat.inputs)
       each = optax.softmax_cross_entropy_with_integer_labels(logits, flat.targets)
       return (each * flat.learned).sum() / flat.learned.sum()
 
@@ -224,18 +157,18 @@ class TestStep:
   def test_loss_and_gradient(self, pieces):
     graph, tx, state, frozen, batch = pieces
     loss, grads = self.plain(graph, state, frozen, batch)
-    new, measured = jax.jit(partial(finetune.train_step, graph, tx))(state, frozen, batch)
+    new, measured = jax.jit(partial(training.train_step, graph, tx))(state, frozen, batch)
     assert float(measured["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert float(measured["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
     stepped = jax.tree.map(lambda old, new: old - new, state.lora, new.lora)
     for got, want in zip(jax.tree.leaves(stepped), jax.tree.leaves(grads), strict=True):
       np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(abs(want).max()))
 
-  @pytest.mark.parametrize("chunk", [1, 5, 32, 1000])
-  def test_chunks_of_the_head(self, pieces, chunk):
+  @pytest.mark.parametrize(("chunk", "shards"), [(1, 1), (5, 2), (32, 4), (1000, 1)])
+  def test_chunks_of_the_head(self, pieces, chunk, shards):
     graph, _, state, frozen, batch = pieces
-    part = data.Batch(*(jnp.asarray(x[0]) for x in batch))
-    model = finetune.merged(graph, state, frozen)
+    part = batches.Batch(*(x if x is None else jnp.asarray(x[0]) for x in batch))
+    model = training.merged(graph, state, frozen)
     hidden = jax.random.normal(jax.random.key(0), (4, 32, WIDTH))
 
     def plain(hidden):
@@ -243,14 +176,37 @@ class TestStep:
       return (each * part.learned).sum() / 7
 
     want, slope = jax.value_and_grad(plain)(hidden)
-    head = jax.jit(
-      lambda hidden: finetune.head_loss(
-        model, hidden, part, divisor=7.0, with_gradient=True, chunk=chunk
-      )
-    )
-    got, gradient = head(hidden)
-    assert float(got) == pytest.approx(float(want), rel=1e-5)
-    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+    options = {"divisor": 7.0, "with_gradient": True, "chunk": chunk, "shards": shards}
+    head = partial(training.head_loss, graph, state, frozen, **options)
+    got = jax.jit(head)(hidden, part)
+    assert float(got.loss) == pytest.approx(float(want), rel=1e-5)
+    np.testing.assert_allclose(got.hidden, slope, rtol=1e-4, atol=1e-6)
+    assert got.head == []
+
+  def test_gradient_of_an_adapted_head(self, files, tmp_path, pieces):
+    """With dropout, whose random state must move on."""
+    save_model(tmp_path / "m", tied=False)
+    s = Settings(dtype="float32", rank=4, targets="lm_head", quantize="none", dropout=0.5)
+    model = finetune.adapted(load_llama(tmp_path / "m"), s)
+    model.lm_head.lora_b[...] += 0.1
+    graph, state, frozen = training.split(model, lambda _: None)
+    part = batches.Batch(*(x if x is None else jnp.asarray(x[0]) for x in pieces[-1]))
+    hidden = jax.random.normal(jax.random.key(0), (4, 32, WIDTH))
+    head = partial(training.head_loss, divisor=7.0, with_gradient=True)
+    got = jax.jit(head)(graph, state, frozen, hidden, part)
+    assert not same_bits(got.rngs, state.rngs)
+
+    model.eval()
+    graph = nnx.graphdef(model)
+
+    def plain(lora):
+      model = training.merged(graph, state._replace(lora=lora), frozen)
+      each = optax.softmax_cross_entropy_with_integer_labels(model.head(hidden), part.targets)
+      return (each * part.learned).sum() / 7
+
+    got = jax.jit(head)(graph, state, frozen, hidden, part).head
+    for a, b in zip(got, jax.tree.leaves(jax.grad(plain)(state.lora)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
   def test_schedules(self):
     for name, last in (("constant", 1e-3), ("linear", 1e-5), ("cosine", 0.0)):
@@ -258,6 +214,10 @@ class TestStep:
       rates = [float(schedule(i)) for i in range(100)]
       assert rates[0] == pytest.approx(2e-4) and rates[4] == pytest.approx(1e-3)
       assert max(rates) == pytest.approx(1e-3) and rates[99] == pytest.approx(last, abs=2e-6)
+
+
+def same_bits(a, b):
+  return jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), a, b))
 
 
 def refused(argv, capsys):
@@ -313,11 +273,6 @@ class TestBadInput:
     error = refused(arguments(files, tmp_path / "o", "--data", f"{tmp_path}/bad.jsonl"), capsys)
     assert "bad.jsonl, line 2: expected the keys 'messages'" in error
 
-  def test_lm_head_stays_frozen(self, tmp_path, files, capsys):
-    save_model(tmp_path / "m", tied=False)
-    options = ["--model", f"{tmp_path}/m", "--targets", ".*_proj|lm_head"]
-    assert "matches lm_head too" in refused(arguments(files, tmp_path / "o", *options), capsys)
-
   def test_a_resumed_run_is_not_changed_unnoticed(self, files, tmp_path, capsys):
     assert finetune.main(arguments(files, tmp_path / "a", "--stop-after", "1")) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
@@ -327,9 +282,10 @@ class TestBadInput:
     other = [*resume, "--data", f"{tmp_path}/rows.json"]
     assert "is not the data of the run" in refused(other, capsys)
     assert "all 1 steps are done" in refused([*resume, "--steps", "1"], capsys)
-    (tmp_path / "a" / "state.safetensors").write_bytes(b"half")
+    (tmp_path / "a" / "last/state.safetensors").write_bytes(b"half")
     assert "is not a complete training state" in refused(resume, capsys)
-    (tmp_path / "a" / "state.safetensors").write_bytes(before[tmp_path / "a" / "state.safetensors"])
+    last = tmp_path / "a" / "last/state.safetensors"
+    last.write_bytes(before[last])
     assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
 
   def test_divergence_ends_the_run_with_a_sentence(self, files, tmp_path, capsys):

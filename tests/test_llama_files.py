@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from config_files import config_from_hf
 from conftest import GOLDEN
 from llama import load_llama
-from llama_config import config_from_hf
 from weights import open_checkpoint
 
 BASE = GOLDEN / "peft" / "base"
@@ -141,14 +141,13 @@ LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
     ({"model_type": "mixtral"}, "`model_type` is 'mixtral'; supported: 'llama'"),
     ({"model_type": ...}, "`model_type` is None"),
     ({"hidden_size": ..., "vocab_size": ...}, "config.json lacks vocab_size, hidden_size"),
-    ({"attention_bias": True}, "`attention_bias` is True, which is not supported"),
-    ({"mlp_bias": True}, "`mlp_bias` is True"),
-    ({"attention_dropout": 0.1}, "`attention_dropout` is 0.1"),
+    ({"attention_bias": True}, "missing 8 tensors: model.layers.0.self_attn.q_proj.bias"),
+    ({"mlp_bias": True}, "missing 6 tensors: model.layers.0.mlp.gate_proj.bias"),
     ({"hidden_act": "gelu"}, "`hidden_act` is 'gelu', which is not supported; needs 'silu'"),
     ({"sliding_window": 4096}, "`sliding_window` is 4096"),
     ({"quantization_config": {"bits": 4}}, "`quantization_config` is"),
-    ({"rope_parameters": LLAMA3_ROPE}, "Rope scaling 'llama3' is not supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": ...}, "'linear'"),
+    ({"rope_parameters": LLAMA3_ROPE}, "'llama3' lacks low_freq_factor, high_freq_factor"),
+    ({"rope_scaling": {"type": "ntk", "factor": 2.0}, "rope_parameters": ...}, "'ntk'"),
     ({"num_attention_heads": 3, "head_dim": ...}, "not a multiple of `num_attention_heads`"),
     ({"num_key_value_heads": 3}, r"must be a multiple of `num_key_value_heads` \(3\)"),
     ({"num_hidden_layers": 0}, "`num_hidden_layers` must be a positive integer, got 0"),

@@ -304,7 +304,12 @@ def spoil(path, value):
   [
     (add("q_prj"), r"'q_prj' matches no .* Nearest: q_proj.*layers\.\*\.self_attn\.q_proj, "),
     (add(["q_proj", "k_proj"]), "'k_proj' matches no"),
-    (add("embed_tokens"), "`embed_tokens` is a Embed"),
+    (add("layers"), "`layers` is a List"),
+    (add("q_proj", init="svd"), "`init`.*svd"),
+    (add("q_proj", bias="some"), "`bias`.*some"),
+    (add("q_proj", lora_bias=True, use_dora=True), "`lora_bias`"),
+    (add("q_proj", rank_pattern={"k_proj": 2}), "`rank_pattern` 'k_proj' matches no"),
+    (add("q_proj", modules_to_save=["head"]), "`modules_to_save` 'head'.*lm_head"),
     (add("q_proj("), "regular expression"),
     (add([]), "empty"),
     (add(rank=0), "`rank`.*got 0"),
@@ -338,7 +343,7 @@ def test_a_second_adapter_is_refused():
     nn.LoRALinear(model.layers[0].self_attn.q_proj, 4, 8, rngs=nnx.Rngs(0))
   with pytest.raises(TypeError, match=r"`rngs`.*nnx.Rngs"):
     nn.add_lora(model, 4, 8, "v_proj", rngs=0)
-  with pytest.raises(TypeError, match="Embed"):
+  with pytest.raises(TypeError, match="got Embed"):
     nn.LoRALinear(model.embed_tokens, 4, 8, rngs=nnx.Rngs(0))
 
 

@@ -161,7 +161,7 @@ def test_values_go_into_adapters_that_are_there(stacked):
   [
     (8, 32, ".*_proj", "shape"),
     (4, 8, ".*_proj", "scale 4.*2"),
-    (4, 16, ".*", "lacks `lm_head`"),
+    (4, 16, ".*_proj|lm_head", "lacks `lm_head`"),
   ],
 )
 def test_adapters_that_do_not_agree_are_refused(rank, alpha, targets, words):
@@ -198,11 +198,13 @@ def wider(tensors):
 @pytest.mark.parametrize(
   ("make", "words"),
   [
-    (lambda tmp: GOLDEN / "dora", "DoRA"),
-    (lambda tmp: GOLDEN / "lora_embed_head", "base_layer"),
-    (lambda tmp: GOLDEN / "lora_modules_to_save", "modules_to_save"),
-    (lambda tmp: GOLDEN / "lora_pattern", "_pattern"),
-    (lambda tmp: edit(tmp, bias="all"), "bias"),
+    (lambda tmp: edit(tmp, bias="some"), "bias"),
+    (lambda tmp: edit(tmp, use_dora=True), "lacks the magnitude"),
+    (lambda tmp: edit(tmp, lora_bias=True), "lacks the bias"),
+    (lambda tmp: edit(tmp, modules_to_save=["lm_head"]), r"lacks `lm_head\.weight`"),
+    (lambda tmp: edit(tmp, rank_pattern={"up_proj": 2}), "rank 2"),
+    (lambda tmp: edit(tmp, target_parameters=["a.weight"]), "target_parameters"),
+    (lambda tmp: edit(tmp, trainable_token_indices=[1]), "trainable_token_indices"),
     (lambda tmp: edit(tmp, init_lora_weights="pissa"), "init_lora_weights"),
     (lambda tmp: edit(tmp, some_new_feature=True), "some_new_feature"),
     (lambda tmp: edit(tmp, peft_type="IA3"), "LoRA"),
@@ -214,8 +216,8 @@ def wider(tensors):
     (lambda tmp: edit(tmp, without("1.mlp.up_proj")), "lacks `model.layers.1.mlp.up_proj`"),
     (lambda tmp: edit(tmp, renamed("up_proj", "upp")), "does not have.*Nearest: .*up_proj"),
     (lambda tmp: edit(tmp, renamed("layers.1", "layers.7")), r"layers\.7"),
-    (lambda tmp: edit(tmp, renamed("base_model.model.", "")), "Names of plain LoRA"),
-    (lambda tmp: edit(tmp, lambda t: t | {"x.lora_embedding_A": np.ones(2)}), "embeddings"),
+    (lambda tmp: edit(tmp, renamed("base_model.model.", "")), "Names of LoRA"),
+    (lambda tmp: edit(tmp, lambda t: t | {"x.lora_embedding_A": np.ones(2)}), "x.lora_embedding_A"),
   ],
 )
 def test_what_cannot_be_loaded_is_refused_and_nothing_is_changed(make, words, stacked, tmp_path):
@@ -267,7 +269,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no LoRALinear"):
     nn.save_peft(tiny_llama(False), tmp_path)
   model = nn.add_lora(tiny_llama(False), 4, 8, "q_proj", rngs=nnx.Rngs(0))
-  nn.add_lora(model, 2, 8, "v_proj", rngs=nnx.Rngs(0))
+  nn.add_lora(model, 4, 8, "v_proj", use_rslora=True, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="different"):
     nn.save_peft(model, tmp_path)
   model = nn.add_lora(tiny_llama(True), 4, 8, "q_proj", rngs=nnx.Rngs(0))

@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fetch
+from batches import Batches, pad
 from chat import ChatTokenizer
-from data import Batches, DataError, load, pad
+from data import DataError, load
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -69,7 +70,13 @@ class TestChat:
     assert prompt == ids[: learned.index(True)]
 
   def test_default_system_message_of_the_models_own_template(self, tmp_path):
-    own = "{{ '<|im_start|>system\nYou are Tom<|im_end|>\n' }}{% for m in messages %}..{% endfor %}"
+    own = (
+      "{% if messages[0].role != 'system' %}"
+      "{{ '<|im_start|>system\nYou are Tom<|im_end|>\n' }}{% endif %}"
+      "{% for m in messages %}"
+      "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+      "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     save_tokenizer(tmp_path / "m", chat_template=own)
     tokenizer = ChatTokenizer.from_model(tmp_path / "m")
     text = raw_decode(tokenizer, tokenizer.encode_chat(chat("cat", "sat"))[0])
@@ -93,6 +100,73 @@ class TestChat:
     tokenizer = ChatTokenizer.from_model(tmp_path / "m")
     ids, _ = tokenizer.encode_chat(chat("cat", "sat"))
     assert raw_decode(tokenizer, ids) == "### User:\ncat</s>\n\n### Assistant:\nsat</s>\n\n"
+
+  def test_llama_2_and_mistral_templates(self, tmp_path):
+    talk = [{"role": "system", "content": "be brief"}, *chat("cat?", "sat", " and? ", "ran")]
+    save_tokenizer(tmp_path / "a", ["<s>", "</s>"], eos="</s>", bos_token="<s>")
+    tokenizer = ChatTokenizer.from_model(tmp_path / "a", "llama-2")
+    ids, learned = tokenizer.encode_chat(talk)
+    assert raw_decode(tokenizer, ids) == (
+      "<s>[INST] <<SYS>>\nbe brief\n<</SYS>>\n\ncat? [/INST] sat </s>"
+      "<s>[INST] and? [/INST] ran </s>"
+    )
+    assert raw_decode(tokenizer, np.array(ids)[learned]) == " sat </s> ran </s>"
+    assert tokenizer.encode_prompt(talk[:2]) == ids[: learned.index(True)]
+    assert tokenizer.stop_ids == (tokenizer.eos_id,)
+    with pytest.raises(ValueError, match="must take turns"):
+      tokenizer.encode_chat(chat("cat?", "sat")[::-1])
+    with pytest.raises(ValueError, match=r"mistral needs the tokens \[INST\], \[/INST\]"):
+      ChatTokenizer.from_model(tmp_path / "a", "mistral")
+
+    special = ["<s>", "</s>", "[INST]", "[/INST]"]
+    save_tokenizer(tmp_path / "b", special, eos="</s>", bos_token="<s>")
+    tokenizer = ChatTokenizer.from_model(tmp_path / "b")
+    ids, learned = tokenizer.encode_chat(talk)
+    text = "[INST] be brief\n\ncat?[/INST] sat</s>[INST] and?[/INST] ran</s>"
+    assert raw_decode(tokenizer, ids) == text  # this tokenizer adds no <s> of its own
+    assert raw_decode(tokenizer, np.array(ids)[learned]) == " sat</s> ran</s>"
+
+  def test_the_models_own_template_as_transformers_renders_it(self, tmp_path):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    own = """{{- bos_token }}
+    {%- for message in messages %}
+        {%- if message.role == 'assistant' %}
+            {{- '<|im_start|>assistant\\n' }}
+            {%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+        {%- elif message.role == 'system' %}{% continue %}
+        {%- else %}
+    {{- '<|im_start|>' + message.role + '\\n' + (message.content | tojson) + '<|im_end|>' }}
+        {%- endif %}
+    {%- endfor %}
+    {% if add_generation_prompt %}
+<|im_start|>assistant
+    {% endif %}"""
+    talk = [{"role": "system", "content": "é"}, *chat("thé <cat>", "sat", "and", "ran")]
+    save_tokenizer(tmp_path / "m", bos_token="<|endoftext|>", chat_template=own)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    for answer in (False, True):
+      (want,), _ = utils.render_jinja_template(
+        [talk], chat_template=own, add_generation_prompt=answer, **tokens
+      )
+      assert tokenizer.template.render(talk, *tokens.values(), answer=answer) == want
+
+  def test_a_template_cannot_leave_the_sandbox(self, tmp_path):
+    save_tokenizer(tmp_path / "m", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(ValueError, match="refuses the conversation"):
+      ChatTokenizer.from_model(tmp_path / "m").encode_chat(chat("cat", "sat"))
+
+  def test_a_template_that_rewrites_earlier_answers_is_refused(self, tmp_path):
+    own = (
+      "{% for m in messages %}<|im_start|>{{ m.role }} "
+      "{{ m.content if loop.last or m.role == 'user' else '...' }}<|im_end|>{% endfor %}"
+      "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    save_tokenizer(tmp_path / "m", chat_template=own)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    assert any(tokenizer.encode_chat(chat("cat", "sat"))[1])
+    with pytest.raises(ValueError, match="rewrites message 2 when others follow"):
+      tokenizer.encode_chat(chat("cat", "sat", "and", "ran"))
 
   def test_control_tokens_and_roles_are_checked(self, tokenizer):
     with pytest.raises(ValueError, match=r"user's message contains .*'<\|im_end\|>'"):
@@ -159,6 +233,11 @@ class TestGGUF:
       ChatTokenizer.from_model(path)
 
 
+SHAREGPT = [
+  {"from": "system", "value": "be brief"},
+  {"from": "human", "value": "say cat"},
+  {"from": "gpt", "value": "cat"},
+]
 ALPACA = [{"instruction": "say cat", "input": "", "output": "cat"}] * 3
 CHAT = [{"messages": chat("say cat", "cat")}] * 3
 
@@ -186,6 +265,32 @@ class TestData:
     path.write_text(json.dumps([{"instruction": "add", "input": "1 2", "output": "3"}] * 2))
     text = raw_decode(tokenizer, load(path, tokenizer, 64).rows[0].ids)
     assert "user\nadd\n\n1 2<|im_end|>" in text
+
+  def test_sharegpt(self, tmp_path, tokenizer):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps([{"conversations": SHAREGPT}] * 2))
+    data = load(path, tokenizer, 64)
+    system = [{"role": "system", "content": "be brief"}]
+    ids, learned = tokenizer.encode_chat(system + chat("say cat", "cat"))
+    assert data.kind == "ShareGPT conversations"
+    assert data.rows[0].ids.tolist() == ids and data.rows[0].learned.tolist() == learned
+
+  def test_completions_and_texts(self, tmp_path, tokenizer):
+    path = tmp_path / "c.jsonl"
+    rows = [{"prompt": "the cat ", "completion": "sat"}, {"text": "the dog ran"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = load(path, tokenizer, 64)
+    assert data.kind == "prompts and completions and texts"
+    first, second = data.rows
+    assert raw_decode(tokenizer, first.ids) == "the cat sat<|im_end|>"
+    assert raw_decode(tokenizer, first.ids[first.learned]) == "sat<|im_end|>"
+    assert raw_decode(tokenizer, second.ids[second.learned]) == "the dog ran<|im_end|>"
+
+  def test_train_on_prompt(self, tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    one, other = (load(tmp_path / "a.json", tokenizer, 64, train_on_prompt=p) for p in (0, 1))
+    assert other.rows[0].learned.all() and not one.rows[0].learned.all()
+    assert (one.rows[0].ids == other.rows[0].ids).all()
 
   def test_plain_text_learns_each_token_once(self, tmp_path, tokenizer):
     path = tmp_path / "book"
@@ -227,6 +332,12 @@ class TestData:
       ("a.json", b'[{"instruction": "a", "output": 3}]', "'output' is int; an Alpaca row"),
       ("a.json", b'[{"instruction": "a", "output": "b", "input": 1}]', "'input' is int"),
       ("a.jsonl", b'{"prompt": "a"}', r"line 1: expected the keys 'messages'.*found 'prompt'"),
+      ("a.jsonl", b'{"completion": "a"}', "'prompt' is missing; a completion row needs it"),
+      (
+        "a.jsonl",
+        b'{"conversations": [{"from": "x", "value": ""}]}',
+        "'from' is 'x'; expected .*gpt",
+      ),
       ("a.jsonl", b'{"messages": []}', "line 1: 'messages' must be a list of at least one"),
       ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1, message 1: expected 'role' and"),
       ("a.jsonl", b'{"messages": [{"role": "x", "content": ""}]}', "message 1: 'role' is 'x'"),
@@ -280,7 +391,7 @@ class TestBatches:
     for i in range(12):
       one.at(i)
     for step in (11, 0, 6):
-      for a, b in zip(one.at(step), make(3).at(step), strict=True):
+      for a, b in zip(one.at(step)[:4], make(3).at(step)[:4], strict=True):
         assert a.tobytes() == b.tobytes()
     assert (one.at(0).inputs != make(4).at(0).inputs).any()
 

@@ -1,106 +1,157 @@
-"""The arguments of finetune.py: their defaults, their checks, and what a resumed run keeps."""
+"""The settings of a run: their defaults, their checks, and where they come from.
+
+Flags go before the file named by ``--config``, which goes before the defaults.
+"""
 
 import argparse
+import difflib
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
+
+from checks import check
+from runs import resumed
 
 
 @dataclass
 class Settings:
-  """All of a run's arguments. The defaults are those of the run without arguments."""
+  """All of a run's settings. The defaults are those of the run without arguments."""
 
   model: str | None = None
   data: str | None = None
+  config: str | None = None
+  # data
+  seq_len: int = 128
+  packing: bool = False
+  buckets: int = 0
+  train_on_prompt: bool = False
+  chat_template: str = "auto"
+  # steps
   steps: int = 80
   batch_size: int = 4
   grad_accum: int = 1
-  seq_len: int = 128
+  seed: int = 0
+  devices: int = 0
+  fsdp: bool = False
+  # base model and adapters
+  quantize: str = "nf4"
+  dtype: str = "auto"
   rank: int = 16
   alpha: float = 32.0
   dropout: float = 0.0
   targets: str = "[qkvo]_proj|gate_proj|up_proj|down_proj"
-  quantize: str = "nf4"
-  dtype: str = "auto"
+  init: str = "default"
+  rslora: bool = False
+  dora: bool = False
+  rank_pattern: dict[str, int] = field(default_factory=dict)
+  alpha_pattern: dict[str, float] = field(default_factory=dict)
+  modules_to_save: list[str] = field(default_factory=list)
+  neftune_alpha: float = 0.0
+  # optimizer
+  optim: str = "adamw_8bit"
   lr: float = 1e-3
+  lora_plus_ratio: float = 0.0
   schedule: str = "cosine"
   warmup: int | None = None
+  weight_decay: float | None = None
   max_grad_norm: float = 1.0
-  optim: str = "adamw_8bit"
-  seed: int = 0
+  # results
   out: str | None = None
   resume: str | None = None
   eval_every: int = 0
   eval_batches: int = 16
+  patience: int = 0
   save_every: int = 50
   stop_after: int = 0
+  tensorboard: bool = False
   dry_run: bool = False
 
 
-# What a resumed run may change; everything else would make it another run.
-CHANGEABLE = {"model", "data", "steps", "out", "resume", "save_every", "stop_after", "dry_run"}
-
 HELP = {
   "model": "Hugging Face directory or GGUF file (default: SmolLM2-135M-Instruct, by pip)",
-  "data": "Alpaca JSON, chat messages as JSONL, or plain text (default: Chit-Chat, by pip)",
+  "data": "JSON or JSONL of Alpaca, chat, ShareGPT or completion rows, or plain text "
+  "(default: Chit-Chat, by pip)",
+  "config": "a YAML file of these settings, named as the flags are; flags go before it",
+  "seq_len": "tokens a row; longer rows are cut",
+  "packing": "put several short rows into one sequence",
+  "buckets": "pad rows to one of so many lengths, not all to --seq-len; 0: do not",
+  "train_on_prompt": "learn the questions too, not only the answers",
+  "chat_template": "how conversations are written; auto: as the model's own template says",
   "steps": "training steps",
   "batch_size": "rows a forward pass",
   "grad_accum": "forward passes a step",
-  "seq_len": "tokens a row; longer rows are cut",
-  "rank": "rank of the adapters",
-  "alpha": "the adapters are scaled by alpha / rank",
-  "dropout": "dropout in the adapters",
-  "targets": "layers to adapt, a regular expression for their names or full paths",
+  "seed": "of the adapters, the order of the rows, and dropout",
+  "devices": "local devices to spread a batch's rows over; 0: all",
+  "fsdp": "hold a part of the base model on each device, not a copy",
   "quantize": "how the base model's linear layers are held",
   "dtype": "dtype of everything else in the base model, and of its arithmetic; auto is float32 "
   "on a CPU, bfloat16 elsewhere",
+  "rank": "rank of the adapters",
+  "alpha": "the adapters are scaled by alpha / rank",
+  "dropout": "dropout in the adapters",
+  "targets": "layers to adapt, a regular expression for their names or full paths; all-linear is "
+  "every linear layer but the head",
+  "init": "how adapters start",
+  "rslora": "scale the adapters by alpha / sqrt(rank)",
+  "dora": "train the magnitude of the weights apart from their direction",
+  "rank_pattern": "ranks of some layers, such as q_proj=8,down_proj=32, or JSON",
+  "alpha_pattern": "alphas of some layers, the same way",
+  "modules_to_save": "modules to train whole, such as lm_head,embed_tokens",
+  "neftune_alpha": "noise on the embeddings in training, 5 for example; 0: none",
+  "optim": "optimizer, by the names of optax_lowmem.create",
   "lr": "peak learning rate",
+  "lora_plus_ratio": "learning rate of the second factors over that of the first; 0: the same",
   "schedule": "what follows the warmup: constant, or a fall to 0",
   "warmup": "steps in which the learning rate rises from 0 (default: a twentieth of the steps)",
+  "weight_decay": "the optimizer's weight decay (default: the optimizer's own)",
   "max_grad_norm": "clip gradients to this norm; 0 does not",
-  "optim": "optimizer, by the names of optax_lowmem.create",
-  "seed": "of the adapters, the order of the rows, and dropout",
   "out": "folder for the results, new or empty (default: qlora-out, or qlora-out-2, ...)",
   "resume": "folder of a run to continue; its other arguments are kept",
   "eval_every": "measure the held-out loss every so many steps too; 0: only first and last",
   "eval_batches": "held-out batches to measure",
+  "patience": "stop after so many measurements without a lower held-out loss; 0: never",
   "save_every": "save the training state every so many steps; 0: only at the end",
   "stop_after": "stop at this step, as if by Ctrl-C, to be continued with --resume; 0: do not",
+  "tensorboard": "write TensorBoard's event files too",
   "dry_run": "print shapes and memory; load no weights, train nothing",
 }
 CHOICES = {
-  "quantize": ("nf4", "none"),
+  "quantize": ("nf4", "fp4", "int8", "none"),
+  "init": ("default", "gaussian", "pissa", "loftq"),
   "dtype": ("auto", "float32", "bfloat16"),
   "schedule": ("constant", "linear", "cosine"),
+  "chat_template": ("auto", "chatml", "llama-2", "llama-3", "mistral", "plain"),
 }
 
 
-def parse(description: str, argv: Sequence[str] | None = None) -> Settings:
+def parse(description: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Settings:
   """The settings of a run, checked.
 
   Raises:
     ValueError, OSError: with a sentence for the user.
   """
   parser = argparse.ArgumentParser(
-    description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
-  )
-  for field in fields(Settings):
-    name, default = field.name, field.default
-    if name == "dry_run":
-      parser.add_argument("--dry-run", action="store_true", help=HELP[name])
-      continue
-    text = HELP[name] + (f" (default: {default})" if default is not None else "")
-    kind = type(default) if default is not None else int if name == "warmup" else str
-    parser.add_argument(
-      f"--{name.replace('_', '-')}", type=kind, choices=CHOICES.get(name), help=text
-    )
+    prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  for each in fields(Settings):
+    flag, default, kind = flag_of(each.name), default_of(each), kind_of(each)
+    text = HELP[each.name] + (f" (default: {default})" if default not in (None, {}, []) else "")
+    if kind is bool:
+      parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    else:
+      parser.add_argument(flag, type=_reader(kind), choices=CHOICES.get(each.name), help=text)
   given = vars(parser.parse_args(argv))
-  saved = _resumed(Path(given["resume"]), given) if "resume" in given else {}
+  if given.get("config"):
+    given = from_yaml(Path(given["config"])) | given
+  saved = resumed(Path(given["resume"]), given, set(HELP)) if given.get("resume") else {}
   settings = Settings(**saved | given)
   check(settings)
   if settings.dtype == "auto":
@@ -108,82 +159,89 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Settings:
   return settings
 
 
-def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-  """The saved run's settings, after making sure that none of them is contradicted."""
-  file = folder / "run.json"
-  if not file.is_file():
-    raise FileNotFoundError(f"--resume {folder}: there is no run in that folder (no run.json).")
-  try:
-    saved = {k: v for k, v in json.loads(file.read_text("utf-8"))["settings"].items() if k in HELP}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"--resume {folder}: run.json is damaged ({error}).") from error
-  for name, value in given.items():
-    if name not in CHANGEABLE and saved.get(name) != value:
-      raise ValueError(
-        f"--{name.replace('_', '-')} {value} contradicts the run in {folder}, which has "
-        f"{saved.get(name)}. Leave it out to continue that run, or start a new one."
-      )
-  return saved | {"out": str(folder), "stop_after": 0, "dry_run": False}
-
-
-def check(s: Settings) -> None:
-  """Raises ValueError for a setting no run can have."""
-  least = {"steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "rank": 1}
-  least |= {"eval_every": 0, "eval_batches": 1, "save_every": 0, "stop_after": 0, "seed": 0}
-  for name, low in least.items():
-    if (value := getattr(s, name)) < low:
-      raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
-  for name in ("alpha", "lr"):
-    if not (math.isfinite(value := getattr(s, name)) and value > 0):
-      raise ValueError(f"--{name} must be a positive number, got {value}.")
-  if not 0 <= s.dropout < 1:
-    raise ValueError(f"--dropout must be at least 0 and less than 1, got {s.dropout}.")
-  if not (math.isfinite(s.max_grad_norm) and s.max_grad_norm >= 0):
-    raise ValueError(f"--max-grad-norm must be 0 or a positive number, got {s.max_grad_norm}.")
-  if s.warmup is not None and not 0 <= s.warmup < s.steps:
-    raise ValueError(
-      f"--warmup must be at least 0 and less than --steps {s.steps}, got {s.warmup}."
-    )
-  if s.model is not None and not Path(s.model).exists():
-    raise FileNotFoundError(f"--model {s.model}: there is no such file or directory.")
-  if s.data is not None and not Path(s.data).is_file():
-    raise FileNotFoundError(f"--data {s.data}: there is no such file.")
-
-
-def output_folder(s: Settings) -> Path:
-  """The folder to write to. A run never writes into a folder that holds something else.
+def from_yaml(path: Path) -> dict[str, Any]:
+  """The settings in a YAML file.
 
   Raises:
-    FileExistsError: where `--out` is a file or a folder with something in it.
+    FileNotFoundError: where there is none.
+    ValueError: for a file that is not a mapping of known names to values that fit them.
   """
-  if s.out is None:
-    names = ["qlora-out"] + [f"qlora-out-{i}" for i in range(2, 1000)]
-    return next(Path(name) for name in names if not _occupied(Path(name)))
-  out = Path(s.out)
-  if _occupied(out) and not (s.resume and out.resolve() == Path(s.resume).resolve()):
-    hint = f", or continue that run with --resume {out}" if (out / "run.json").exists() else ""
-    raise FileExistsError(f"--out {out} exists and is not empty. Choose another folder{hint}.")
-  return out
+  if not path.is_file():
+    raise FileNotFoundError(f"--config {path}: there is no such file.")
+  try:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"--config {path} must hold lines such as `rank: 16`.")
+  known, settings = {each.name: each for each in fields(Settings)}, {}
+  for key, value in content.items():
+    name = str(key).replace("-", "_")
+    if name not in known or name == "config":
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f" Did you mean {near[0]!r}?" if near else ""
+      raise ValueError(f"--config {path}: there is no setting {key!r}.{hint}")
+    try:
+      settings[name] = _converted(known[name], value)
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"--config {path}: {key}: {value!r} {error}.") from error
+    if name in CHOICES and settings[name] not in CHOICES[name]:
+      raise ValueError(f"--config {path}: {key} must be one of {', '.join(CHOICES[name])}.")
+  return settings
 
 
-def _occupied(path: Path) -> bool:
-  return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+def flag_of(name: str) -> str:
+  return f"--{name.replace('_', '-')}"
 
 
-def save_settings(s: Settings, out: Path, data_sha256: str) -> None:
-  """Writes run.json, from which the run can be resumed."""
-  settings = asdict(s) | {"resume": None}
-  for name in ("model", "data"):  # so that it can be resumed from anywhere
-    settings[name] = str(Path(path).resolve()) if (path := settings[name]) else None
-  record = {"settings": settings, "data_sha256": data_sha256}
-  (out / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def default_of(each: "Field[Any]") -> Any:
+  return each.default if each.default is not MISSING else each.default_factory()  # type: ignore
 
 
-def check_same_data(folder: Path, data_sha256: str, data: Path) -> None:
-  """Raises ValueError where the resumed run saw other data."""
-  before = json.loads((folder / "run.json").read_text("utf-8")).get("data_sha256")
-  if before != data_sha256:
-    raise ValueError(
-      f"{data} is not the data of the run in {folder} (another SHA-256). Name the same file "
-      "with --data, or start a new run."
-    )
+def kind_of(each: "Field[Any]") -> Any:
+  """A setting's type, without the None it may be."""
+  given = each.type
+  if isinstance(given, types.UnionType):
+    return next(t for t in typing.get_args(given) if t is not type(None))
+  return given
+
+
+def _reader(kind: Any) -> Callable[[str], Any]:
+  """Makes a flag's text a value: `a,b` a list, `a=1,b=2` or JSON a mapping."""
+  if typing.get_origin(kind) is list:
+    return lambda text: [part.strip() for part in text.split(",") if part.strip()]
+  if typing.get_origin(kind) is dict:
+    number = typing.get_args(kind)[1]
+
+    def pairs(text: str) -> dict[str, Any]:
+      if text.lstrip().startswith("{"):
+        return {str(k): number(v) for k, v in json.loads(text).items()}
+      cut = [part.rpartition("=") for part in text.split(",") if part.strip()]
+      return {name.strip(): number(value) for name, _, value in cut}
+
+    return pairs
+  return kind
+
+
+def _converted(each: "Field[Any]", value: Any) -> Any:
+  """A value of YAML as the setting wants it; YAML reads 1e-3 as a text."""
+  kind, optional = kind_of(each), default_of(each) is None
+  if value is None and optional:
+    return None
+  if typing.get_origin(kind) is dict:
+    if not isinstance(value, Mapping):
+      raise ValueError("is not a mapping of names to numbers")
+    number = typing.get_args(kind)[1]
+    return {str(name): number(n) for name, n in value.items()}
+  if typing.get_origin(kind) is list:
+    return [str(part) for part in value] if isinstance(value, list) else _reader(kind)(str(value))
+  if kind is bool:
+    if not isinstance(value, bool):
+      raise ValueError("is neither true nor false")
+    return value
+  if isinstance(value, (bool, list, dict)) or (kind is int and isinstance(value, float)):
+    raise ValueError(f"is not {'an' if kind is int else 'a'} {kind.__name__}")
+  try:
+    return kind(value)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"is not {'an' if kind is int else 'a'} {kind.__name__}") from error

@@ -1,43 +1,28 @@
-"""Training rows from a file: Alpaca JSON, chat messages, or plain text; and their batches.
+"""Training rows from a file: conversations, instructions, completions or plain text.
 
-Alpaca is a JSON list of ``{"instruction", "input" (optional), "output"}``; chat is a line of JSON
-for each ``{"messages": [{"role", "content"}, ...]}``. Either row may stand in either layout (a
-list, or one object a line): the content decides, not the file's name. Everything else is plain
-text, all of which is learned.
+================================================  =========================================
+``{"messages": [{"role", "content"}, ...]}``      chat, as OpenAI's; answers are learned
+``{"conversations": [{"from", "value"}, ...]}``   ShareGPT; answers are learned
+``{"instruction", "input" (optional), "output"}`` Alpaca; the output is learned
+``{"prompt", "completion"}``                      without a template; the completion is learned
+``{"text"}``                                      all of it is learned
+anything that is not JSON                         all of it is learned, cut at every ``seq_len``
+================================================  =========================================
+
+The rows may stand in a JSON list or one a line: the content decides, not the file's name.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from chat import ROLES, ChatTokenizer, Message
-
-
-class DataError(ValueError):
-  """A data file that cannot be used; the message names file and line, and what was expected."""
-
-
-class Row(NamedTuple):
-  """One sequence: at most ``seq_len + 1`` tokens, each a target for the tokens before it."""
-
-  ids: np.ndarray  # int32
-  learned: np.ndarray  # bool, the tokens that count in the loss
-
-
-class Batch(NamedTuple):
-  """Rows of one shape ``(..., rows, seq_len)``; a leading axis counts the accumulated parts.
-
-  The fields are numpy arrays, inside ``jit`` JAX arrays, in a dry run shapes.
-  """
-
-  inputs: Any  # int32
-  targets: Any  # int32, inputs shifted by one
-  learned: Any  # bool, where the target counts
-  lengths: Any  # int32 (..., rows), tokens that are not padding
+from batches import Batch as Batch
+from batches import Row
+from chat import ChatTokenizer
+from formats import read
+from json_files import DataError as DataError
+from json_files import decode, layout_of, lines, listed
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,9 @@ class Dataset:
     return [self.rows[i] for i in order[held:]], [self.rows[i] for i in order[:held]]
 
 
-def load(path: str | Path, tokenizer: ChatTokenizer, seq_len: int) -> Dataset:
+def load(
+  path: str | Path, tokenizer: ChatTokenizer, seq_len: int, *, train_on_prompt: bool = False
+) -> Dataset:
   """Read, check and tokenize a data file.
 
   Rows longer than `seq_len` are cut, rows in which nothing is left to learn are dropped; both are
@@ -68,8 +55,8 @@ def load(path: str | Path, tokenizer: ChatTokenizer, seq_len: int) -> Dataset:
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no data file at {path}.")
-  text = _decode(path)
-  layout = _layout(path, text)
+  text = decode(path)
+  layout = layout_of(path, text)
   encoded: list[tuple[list[int], list[bool]]] = []
   kinds = set()
   if layout == "text":
@@ -79,16 +66,21 @@ def load(path: str | Path, tokenizer: ChatTokenizer, seq_len: int) -> Dataset:
     pieces = [ids[i : i + seq_len + 1] for i in range(0, len(ids) - 1, seq_len)]
     encoded = [(piece, [True] * len(piece)) for piece in pieces]
   else:
-    for where, raw in (_listed if layout == "list" else _lines)(path, text):
-      kind, messages = _messages(raw, where)
-      kinds.add(kind)
+    for where, raw in (listed if layout == "list" else lines)(path, text):
+      example = read(raw, where)
+      kinds.add(example.kind)
       try:
-        encoded.append(tokenizer.encode_chat(messages))
+        if example.messages:
+          encoded.append(tokenizer.encode_chat(example.messages))
+        else:
+          encoded.append(tokenizer.encode_completion(example.prompt, example.text))
       except ValueError as error:
         raise DataError(f"{where}: {error}.") from error
   if not encoded:
     raise DataError(f"{path} has no rows: the list is empty.")
 
+  if train_on_prompt:
+    encoded = [(ids, [True] * len(ids)) for ids, _ in encoded]
   rows = [
     Row(np.asarray(ids[: seq_len + 1], np.int32), np.asarray(learned[: seq_len + 1], bool))
     for ids, learned in encoded
@@ -108,171 +100,3 @@ def load(path: str | Path, tokenizer: ChatTokenizer, seq_len: int) -> Dataset:
       f"--seq-len (now {seq_len})."
     )
   return Dataset(" and ".join(sorted(kinds)), kept, notes)
-
-
-class Batches:
-  """Endless shuffled batches. ``at(step)`` depends on nothing but the seed and the step.
-
-  Row number ``k`` of the run is row ``k % n`` of the ``k // n``-th shuffle, so training resumes
-  at any step without replaying what came before.
-  """
-
-  def __init__(
-    self, rows: list[Row], batch_size: int, parts: int, seq_len: int, pad_id: int, seed: int
-  ):
-    self.rows, self.shape, self.seq_len, self.pad_id = (
-      rows,
-      (parts, batch_size),
-      seq_len,
-      pad_id,
-    )
-    self.seed = seed
-    self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0))
-
-  def at(self, step: int) -> Batch:
-    """The batch of training step `step` (from 0), of shape ``(parts, batch_size, seq_len)``."""
-    size = self.shape[0] * self.shape[1]
-    rows = [self._row(k) for k in range(step * size, (step + 1) * size)]
-    flat = pad(rows, size, self.seq_len, self.pad_id)
-    return Batch(*(a.reshape(*self.shape, *a.shape[1:]) for a in flat))
-
-  def _row(self, k: int) -> Row:
-    epoch, i = divmod(k, len(self.rows))
-    if self._shuffled[0] != epoch:
-      order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-      self._shuffled = epoch, order
-    return self.rows[self._shuffled[1][i]]
-
-
-def pad(rows: list[Row], size: int, seq_len: int, pad_id: int) -> Batch:
-  """Rows side by side; short ones padded on the right, missing ones empty, neither counted."""
-  ids = np.full((size, seq_len + 1), pad_id, np.int32)
-  learned = np.zeros((size, seq_len + 1), bool)
-  lengths = np.zeros(size, np.int32)
-  for i, row in enumerate(rows):
-    ids[i, : len(row.ids)] = row.ids
-    learned[i, : len(row.ids)] = row.learned
-    lengths[i] = len(row.ids) - 1
-  return Batch(ids[:, :-1], ids[:, 1:], learned[:, 1:], lengths)
-
-
-def _decode(path: Path) -> str:
-  raw = path.read_bytes()
-  try:
-    text = raw.decode("utf-8-sig")
-  except UnicodeDecodeError as error:
-    line = raw.count(b"\n", 0, error.start) + 1
-    raise DataError(
-      f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8. Save the file as UTF-8."
-    ) from error
-  if not text.strip():
-    raise DataError(f"{path} is empty; expected Alpaca JSON, chat messages or plain text.")
-  return text
-
-
-def _layout(path: Path, text: str) -> str:
-  """ "list" (of JSON objects), "lines" (a JSON object each) or "text"."""
-  start = text.lstrip()
-  second = start[1:].lstrip()[:1]
-  named_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
-  if start[0] == "[" and (named_json or second in ("{", "]")):
-    return "list"
-  if start[0] == "{" and (named_json or second in ('"', "}")):
-    return "lines"
-  if named_json:
-    line = text[: len(text) - len(start)].count("\n") + 1
-    raise DataError(
-      f"{path}, line {line}: expected a JSON list or JSON objects, found {start[:20]!r}. "
-      "Plain text is read from files not named .json or .jsonl."
-    )
-  return "text"
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-  """``(place, object)`` for each line of JSON."""
-  for number, line in enumerate(text.split("\n"), 1):
-    if line.strip():
-      where = f"{path}, line {number}"
-      try:
-        yield where, json.loads(line)
-      except json.JSONDecodeError as error:
-        raise DataError(
-          f"{where}, column {error.colno}: {error.msg}; expected one complete JSON "
-          "object a line (or a JSON list of objects)."
-        ) from error
-
-
-def _listed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-  """``(place, object)`` for each item of a JSON list, read one by one to know their lines."""
-  decoder, position, line, row = json.JSONDecoder(), text.index("[") + 1, 1, 0
-  line += text.count("\n", 0, position)
-
-  def skip(position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-      position += 1
-    return position
-
-  if text[skip(position) :].startswith("]"):
-    return
-  while True:
-    row, start = row + 1, skip(position)
-    line += text.count("\n", position, start)
-    where = f"{path}, row {row} (line {line})"
-    try:
-      value, stop = decoder.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-      raise DataError(
-        f"{where}: {error.msg} at line {error.lineno}, column {error.colno}; expected a "
-        "JSON object."
-      ) from error
-    yield where, value
-    position = skip(stop)
-    line += text.count("\n", start, position)
-    if text[position : position + 1] == "]":
-      after = skip(position + 1)
-      line += text.count("\n", position, after)
-      if rest := text[after : after + 20]:
-        raise DataError(f"{path}, line {line}: unexpected {rest!r} after the list's end.")
-      return
-    if text[position : position + 1] != ",":
-      found = text[position : position + 10] or "the end of the file"
-      raise DataError(f"{path}, line {line}: expected ',' or ']' after row {row}, found {found!r}.")
-    position += 1
-
-
-def _messages(raw: Any, where: str) -> tuple[str, list[Message]]:
-  """The kind of a row and its messages, checked."""
-  if not isinstance(raw, dict):
-    raise DataError(
-      f"{where}: expected a JSON object, found {type(raw).__name__} {str(raw)[:30]!r}."
-    )
-  if "messages" in raw:
-    return "chat messages", _chat(raw["messages"], where)
-  if "instruction" in raw or "output" in raw:
-    for key in ("instruction", "output"):
-      if not isinstance(raw.get(key), str):
-        found = f"is {type(raw[key]).__name__}" if key in raw else "is missing"
-        raise DataError(f"{where}: '{key}' {found}; an Alpaca row needs it as a text.")
-    extra = raw.get("input") or ""
-    if not isinstance(extra, str):
-      raise DataError(f"{where}: 'input' is {type(extra).__name__}; expected a text, or nothing.")
-    question = raw["instruction"] + (f"\n\n{extra}" if extra else "")
-    answer = [{"role": "assistant", "content": raw["output"]}] if raw["output"].strip() else []
-    return "Alpaca instructions", [{"role": "user", "content": question}, *answer]
-  raise DataError(
-    f"{where}: expected the keys 'messages' (chat) or 'instruction' and 'output' (Alpaca), "
-    f"found {', '.join(map(repr, raw)) or 'none'}."
-  )
-
-
-def _chat(messages: Any, where: str) -> list[Message]:
-  if not isinstance(messages, list) or not messages:
-    raise DataError(f"{where}: 'messages' must be a list of at least one message.")
-  for i, message in enumerate(messages, 1):
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-      raise DataError(f"{where}, message {i}: expected 'role' and 'content', both texts.")
-    if message.get("role") not in ROLES:
-      raise DataError(
-        f"{where}, message {i}: 'role' is {message.get('role')!r}; expected {', '.join(ROLES)}."
-      )
-  return [{"role": m["role"], "content": m["content"]} for m in messages]

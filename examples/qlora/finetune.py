@@ -1,46 +1,50 @@
 """Fine-tune a language model in 4 bits: QLoRA with 8-bit AdamW, in plain JAX, Flax and optax.
 
-    python finetune.py                                      # a small real model and data set
-    python finetune.py --model DIR --data rows.json --out my-adapter
-    python finetune.py --model DIR --seq-len 2048 --dry-run      # would it fit?
-    python finetune.py --resume my-adapter                  # go on where it stopped
+  python finetune.py                                      # a small real model and data set
+  python finetune.py --model DIR --data rows.json --out my-adapter
+  python finetune.py --config run.yaml --lr 2e-4          # settings from a file; flags go before it
+  python finetune.py --resume my-adapter                  # go on where it stopped
+  python finetune.py plan --model DIR --seq-len 2048      # would it fit?
+  python finetune.py chat my-adapter                      # talk to the result
+  python finetune.py merge my-adapter --out my-model      # a model without adapters
 
 The base model is frozen, its linear layers packed in 4 bits (NF4). Beside each stands a trained
 low-rank correction (LoRA), in float32, and only for these does an optimizer state exist, in 8 bits.
-Read from `finetune` down to see how it is put together; the rest of this file are the pieces.
+Read `finetune` to see how it is put together: the step is in training.py, what is trained in
+recipe.py, the data in data.py and batches.py, what is kept in checkpoints.py.
 """
 
 import math
+import shutil
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-import optax_lowmem as lowmem
-from arguments import Settings, check_same_data, output_folder, parse, save_settings
+from arguments import Settings, parse
+from batches import Batch, Batches
 from chat import ChatTokenizer
-from data import Batch, Batches, load, pad
+from checkpoints import found, load_state, replacing, save_state
+from data import Dataset, load
+from evaluation import HeldOut, since_best
 from fetch import MODEL_NAME, default_data, default_model, sha256_of
-from llama import abstract_llama, load_llama
 from llama_config import LlamaConfig
+from merging import merge
+from neftune import without_noise
 from optax_lowmem import nn as lowmem_nn
-from report import (
-  Metrics,
-  byte_parts,
-  loss_picture,
-  memory_in_use,
-  read_records,
-  running_mean,
-)
-from resume import load_state, save_state
+from recipe import abstract_model, loaded_model
+from recipe import adapted as adapted
+from recipe import optimizer as optimizer
+from report import Metrics, byte_parts, loss_picture, memory_in_use, read_records, running_mean
+from runs import check_same_data, output_folder, save_settings
 from sampling import Samples
+from spreading import dealt, devices_in_a_row, everywhere, in_parts
+from talking import talk
 from terminal import (
   CtrlC,
   StepBar,
@@ -51,136 +55,10 @@ from terminal import (
   say,
   sentences,
 )
+from tracking import Board
+from training import State, Steps, merged, split
+from training import compiled as compiled
 from weights import open_checkpoint
-
-
-class State(NamedTuple):
-  """All that training changes, and all that a resumed run needs."""
-
-  lora: Any  # the adapters, nnx.LoRAParam
-  opt_state: Any
-  rngs: Any  # of dropout; empty without
-
-
-# ------------------------------------------------------------------------ the model and its pieces
-
-
-def optimizer(s: Settings) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
-  """Clipping, then the named optimizer, at a learning rate that rises and falls."""
-  warmup = s.steps // 20 if s.warmup is None else s.warmup
-  rest = max(1, s.steps - warmup)
-  after = {
-    "constant": optax.constant_schedule(s.lr),
-    "linear": optax.linear_schedule(s.lr, 0.0, rest),
-    "cosine": optax.cosine_decay_schedule(s.lr, rest),
-  }[s.schedule]
-  # The first step's rate is lr / (warmup + 1), not 0: a step at 0 would be wasted.
-  rise = optax.linear_schedule(s.lr / (warmup + 1), s.lr, max(1, warmup))
-  schedule = optax.join_schedules([rise, after], [warmup])
-  clip = optax.clip_by_global_norm(s.max_grad_norm) if s.max_grad_norm else optax.identity()
-  return optax.chain(clip, lowmem.create(s.optim, schedule)), schedule
-
-
-def adapted(model: nnx.Module, s: Settings) -> nnx.Module:
-  """The model with fresh adapters, which change nothing yet."""
-  rngs = nnx.Rngs(params=s.seed, dropout=s.seed + 1)
-  model = lowmem_nn.add_lora(model, s.rank, s.alpha, s.targets, dropout=s.dropout, rngs=rngs)
-  if "lm_head" in nnx.state(model, nnx.LoRAParam):
-    raise ValueError(
-      f"--targets {s.targets!r} matches lm_head too, which this script keeps frozen (see "
-      "head_loss). Name the layers inside the blocks only, for example '.*_proj'."
-    )
-  return model
-
-
-def split(model: nnx.Module, init: Callable[[Any], Any]) -> tuple[Any, State, Any]:
-  """``(graph, what is trained, what is frozen)``; `merged` puts them together again."""
-  graph, lora, rngs, frozen = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
-  return graph, State(lora, init(lora), rngs), frozen
-
-
-def merged(graph: Any, state: State, frozen: Any) -> Any:
-  return nnx.merge(graph, state.lora, state.rngs, frozen, copy=True)
-
-
-def head_loss(
-  model: Any,
-  hidden: jax.Array,
-  batch: Batch,
-  *,
-  divisor: jax.Array | float,
-  with_gradient: bool,
-  chunk: int = 128,
-) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy summed over the learned tokens, by `divisor`; its gradient in `hidden`.
-
-  The logits of all positions would be the largest array of the run: 49,152 numbers a token for
-  SmolLM2. So the head is applied to `chunk` positions at a time, and only to learned ones. As the
-  head is frozen, a chunk's gradient is taken at once and its logits are never needed again.
-  """
-  flat, targets = hidden.reshape(-1, hidden.shape[-1]), batch.targets.reshape(-1)
-  first = jnp.argsort(~batch.learned.reshape(-1), stable=True)  # learned positions first
-  first = jnp.pad(first, (0, -len(first) % chunk)).reshape(-1, chunk)
-  counted = jnp.arange(first.size).reshape(-1, chunk) < batch.learned.sum()
-
-  def losses(rows: jax.Array, targets: jax.Array, counted: jax.Array) -> jax.Array:
-    logits = model.head(rows).astype(jnp.float32)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.where(counted, each, 0.0).sum() / divisor
-
-  def one_chunk(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    total, gradient = carry
-    rows = (flat[first[i]], targets[first[i]], counted[i])
-    if not with_gradient:
-      return total + losses(*rows), gradient
-    loss, slope = jax.value_and_grad(losses)(*rows)
-    return total + loss, gradient.at[first[i]].add(slope)
-
-  chunks = counted.any(axis=1).sum()
-  start = jnp.zeros(()), jnp.zeros_like(flat if with_gradient else flat[:0])
-  total, gradient = jax.lax.fori_loop(0, chunks, one_chunk, start)
-  return total, gradient.reshape(hidden.shape if with_gradient else gradient.shape)
-
-
-def train_step(graph: Any, tx: Any, state: State, frozen: Any, batch: Batch) -> tuple[State, Any]:
-  """One step of the optimizer; the gradients of `batch`'s leading axis are summed."""
-  learned = batch.learned.sum()
-
-  def accumulate(carry: Any, part: Batch) -> tuple[Any, jax.Array]:
-    total, rngs = carry
-
-    def hidden_of(lora: Any) -> tuple[jax.Array, Any]:
-      model = merged(graph, State(lora, None, rngs), frozen)
-      return model.hidden(part.inputs), nnx.state(model, nnx.RngState)
-
-    hidden, pull_back, rngs = jax.vjp(hidden_of, state.lora, has_aux=True)
-    model = merged(graph, state, frozen)
-    loss, gradient = head_loss(model, hidden, part, divisor=learned, with_gradient=True)
-    (grads,) = pull_back(gradient)
-    return (jax.tree.map(jnp.add, total, grads), rngs), loss
-
-  zeros = jax.tree.map(jnp.zeros_like, state.lora)
-  (grads, rngs), losses = jax.lax.scan(accumulate, (zeros, state.rngs), batch)
-  updates, opt_state = tx.update(grads, state.opt_state, state.lora)
-  lora = optax.apply_updates(state.lora, updates)
-  measured = {"loss": losses.sum(), "grad_norm": optax.tree.norm(grads)}
-  return State(lora, opt_state, rngs), measured
-
-
-def eval_step(graph: Any, state: State, frozen: Any, batch: Batch) -> jax.Array:
-  """Cross-entropy summed over the learned tokens of a batch."""
-  model = merged(graph, state, frozen)
-  hidden = model.hidden(batch.inputs)
-  return head_loss(model, hidden, batch, divisor=1.0, with_gradient=False)[0]
-
-
-def compiled(graph: Any, tx: Any, state: State, frozen: Any, batch: Batch) -> Any:
-  """`train_step`, compiled; the old state's memory is given to the new one."""
-  step = jax.jit(partial(train_step, graph, tx), donate_argnums=0)
-  return step.lower(state, frozen, batch).compile()
-
-
-# ------------------------------------------------------------------------------------ the whole run
 
 
 def finetune(s: Settings) -> int:
@@ -189,72 +67,67 @@ def finetune(s: Settings) -> int:
   with sentences():  # what can be refused is refused here, before anything slow begins
     tx, schedule = optimizer(s)
     out = output_folder(s)
+    mesh = devices_in_a_row(s.devices, s.batch_size)
+    shards = 1 if mesh is None else mesh.size
     model_path = Path(s.model) if s.model else default_model(say)
     config = open_checkpoint(model_path).config
-    quantize = "nf4" if s.quantize == "nf4" else None
-    shapes = abstract_llama(config, quantize, jnp.dtype(s.dtype))
-    shapes = nnx.eval_shape(partial(adapted, s=s), shapes)
+    shapes = abstract_model(config, s)
     if s.dry_run:
       return dry_run(s, tx, *split(shapes, partial(jax.eval_shape, tx.init)))
-    tokenizer = ChatTokenizer.from_model(model_path)
+    tokenizer = ChatTokenizer.from_model(model_path, s.chat_template)
     check_fit(s, tokenizer, config)
-    data_path = Path(s.data) if s.data else default_data(say)
-    data_sha256 = sha256_of(data_path)
-    if s.resume:
-      check_same_data(Path(s.resume), data_sha256, data_path)
-    data = load(data_path, tokenizer, s.seq_len)
+    data, data_sha256 = read_data(s, tokenizer)
     rows, held_rows = data.split()
     held_rows = held_rows[: s.eval_batches * s.batch_size]
     say(f"Model: {model_path.name}, {config.parameter_count():,} parameters.")
-    say(f"Data: {data_path.name}, {data.kind}, {tokenizer.template.name} template.")
     say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
-    for note in data.notes:
-      say(note)
-    model = adapted(load_llama(model_path, quantize, dtype=jnp.dtype(s.dtype)), s)
-    graph, state, frozen = split(model, tx.init)
+    graph, state, frozen = split(loaded_model(model_path, s), tx.init)
+    state, frozen = everywhere(state, mesh), (in_parts if s.fsdp else everywhere)(frozen, mesh)
     start, records = 0, []
     if s.resume:
-      state, start = load_state(Path(s.resume) / "state.safetensors", state)
-      records = read_records(Path(s.resume) / "metrics.jsonl", until=start)
+      before = Path(s.resume)
+      state, start = load_state(found(before / "last") / "state.safetensors", state)
+      records = read_records(before / "metrics.jsonl", until=start)
       if start >= s.steps:
-        raise ValueError(f"--resume {s.resume}: all {start} steps are done already.")
+        raise ValueError(f"--resume {before}: all {start} steps are done already.")
     out.mkdir(parents=True, exist_ok=True)
+    board = Board(out / "tensorboard", start) if s.tensorboard else None
 
-  shape = {"seq_len": s.seq_len, "pad_id": tokenizer.pad_id}
-  batches = Batches(rows, s.batch_size, s.grad_accum, seed=s.seed, **shape)
-  held_out = [
-    pad(held_rows[i : i + s.batch_size], s.batch_size, **shape)
-    for i in range(0, len(held_rows), s.batch_size)
-  ]
+  batches = Batches(
+    rows, s.batch_size, s.grad_accum, s.seq_len, tokenizer.pad_id, s.seed,
+    packing=s.packing, buckets=s.buckets,
+  )  # fmt: skip
   model = merged(graph, state, frozen)
-  model.eval()  # no dropout
+  model.eval()  # no dropout, no noise
   quiet = nnx.graphdef(model)
-  eval_fn = jax.jit(partial(eval_step, quiet))
+  measure = HeldOut(quiet, frozen, batches.once(held_rows), mesh)
   samples = Samples(quiet, tokenizer, held_rows)
-
-  def measure() -> dict[str, Any]:
-    loss = sum(float(eval_fn(state, frozen, batch)) for batch in held_out)
-    return {"held_out_loss": loss / sum(int(batch.learned.sum()) for batch in held_out)}
 
   def speak() -> dict[str, Any]:
     return {"samples": samples(state.lora, state.rngs, frozen)}
 
-  def save(step: int) -> None:
-    save_state(out / "state.safetensors", state, step)
-    model = merged(graph, state, frozen)
-    lowmem_nn.save_peft(model, out / "adapter", base_model=s.model or MODEL_NAME, overwrite=True)
+  def save(name: str, step: int | None = None) -> None:
+    with replacing(out / name) as folder:
+      model = without_noise(merged(graph, state, frozen))
+      lowmem_nn.save_peft(model, folder, base_model=s.model or MODEL_NAME)
+      if step is not None:
+        save_state(folder / "state.safetensors", state, step)
 
-  step_fn = compiled(graph, tx, state, frozen, batches.at(start))
   if start == 0:
     say("Held-out loss and samples before training ...")
-    records = [{"step": 0, **measure(), **speak()}]
+    records = [{"step": 0, **measure(state), **speak()}]
   save_settings(s, out, data_sha256)
-  metrics = Metrics(out / "metrics.jsonl", records)
+  metrics = Metrics(out / "metrics.jsonl", records, board)
+  if start == 0:
+    save("last", 0)
+  elif math.isfinite(since_best(records)[0]) and not (out / "best").exists():
+    shutil.copytree(found(before / "best"), out / "best")
+  steps, done, ended = Steps(graph, tx, shards=shards), start, False
 
   with CtrlC() as ctrl_c, StepBar(start, s.steps) as bar:
     for step in range(start, s.steps):
       batch, clock = batches.at(step), time.perf_counter()
-      state, measured = step_fn(state, frozen, batch)
+      state, measured = steps(state, frozen, dealt(batch, mesh))
       measured = {name: float(value) for name, value in measured.items()}
       seconds = time.perf_counter() - clock
       done, tokens = step + 1, int(batch.lengths.sum())
@@ -262,27 +135,37 @@ def finetune(s: Settings) -> int:
         complain(
           f"Step {done} gave a loss of {measured['loss']} and a gradient norm of "
           f"{measured['grad_norm']}; training cannot go on. Try a lower --lr (now "
-          f"{s.lr}). What --save-every saved before is in {out}."
+          f"{s.lr}). What --save-every saved before is in {out / 'last'}."
         )
         return 1
       metrics.add(step=done, **measured, lr=float(schedule(step)), tokens=tokens, seconds=seconds)
       bar.advance(done, running_mean(metrics.losses())[-1], tokens, seconds, memory_in_use())
-      if ctrl_c.asked or done == s.stop_after:
+      ended = done == s.steps
+      if ended or (s.eval_every and done % s.eval_every == 0):
+        now, (best, missed) = measure(state), since_best(metrics.records)
+        better = now["held_out_loss"] < best
+        ended = ended or bool(s.patience and not better and missed + 1 >= s.patience)
+        metrics.add(step=done, **now, **(speak() if ended else {}))
+        if better:
+          save("best")
+      stopped = ctrl_c.asked or done == s.stop_after
+      if ended or stopped or (s.save_every and done % s.save_every == 0):
+        save("last", done)
+      if ended or stopped:
         break
-      if s.eval_every and done % s.eval_every == 0 and done < s.steps:
-        metrics.add(step=done, **measure())
-      if s.save_every and done % s.save_every == 0:
-        save(done)
-  save(done)
-  if done < s.steps:
+
+  save("adapter")
+  if board:
+    board.close()
+  if not ended:
     say(f"Stopped after step {done}. The adapter so far is in {out / 'adapter'}.")
     say(f"To go on: python {sys.argv[0]} --resume {out}")
     return 130 if ctrl_c.asked else 0
-
-  metrics.add(step=done, **measure(), **speak())
+  if done < s.steps:
+    say(f"{s.patience} measurements brought no lower held-out loss; stopped after step {done}.")
   loss_picture(out / "loss.png", metrics.having("loss"), metrics.having("held_out_loss"))
-  parts = byte_parts(frozen, state.lora, state.opt_state, s.optim)
-  print_bytes(parts, step_fn.memory_analysis().temp_size_in_bytes)
+  parts = byte_parts(frozen, state.lora, state.opt_state, s.optim, s.quantize)
+  print_bytes(parts, steps.temporaries())
   conclude(out, metrics, parts, seconds=time.perf_counter() - begun)
   return 0
 
@@ -291,12 +174,26 @@ def dry_run(s: Settings, tx: Any, graph: Any, state: State, frozen: Any) -> int:
   """Prints the shapes of what would be trained and the memory of a step; from shapes alone."""
   shape = (s.grad_accum, s.batch_size, s.seq_len)
   ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
-  batch = Batch(ids, ids, mask, jax.ShapeDtypeStruct(shape[:2], jnp.int32))
+  packed = (ids, ids) if s.packing else ()
+  batch = Batch(ids, ids, mask, jax.ShapeDtypeStruct(shape[:2], jnp.int32), *packed)
   print_shapes(state.lora)
   say(f"Compiling a step of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens ...")
   temporaries = compiled(graph, tx, state, frozen, batch).memory_analysis().temp_size_in_bytes
-  print_bytes(byte_parts(frozen, state.lora, state.opt_state, s.optim), temporaries)
+  print_bytes(byte_parts(frozen, state.lora, state.opt_state, s.optim, s.quantize), temporaries)
   return 0
+
+
+def read_data(s: Settings, tokenizer: ChatTokenizer) -> tuple[Dataset, str]:
+  """The rows, and the SHA-256 of their file; says what they are."""
+  path = Path(s.data) if s.data else default_data(say)
+  sha256 = sha256_of(path)
+  if s.resume:
+    check_same_data(Path(s.resume), sha256, path)
+  data = load(path, tokenizer, s.seq_len, train_on_prompt=s.train_on_prompt)
+  say(f"Data: {path.name}, {data.kind}, {tokenizer.template.name} template.")
+  for note in data.notes:
+    say(note)
+  return data, sha256
 
 
 def check_fit(s: Settings, tokenizer: ChatTokenizer, config: LlamaConfig) -> None:
@@ -314,13 +211,26 @@ def check_fit(s: Settings, tokenizer: ChatTokenizer, config: LlamaConfig) -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
+  argv = sys.argv[1:] if argv is None else argv
+  command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
   try:
-    with sentences():
-      settings = parse(__doc__ or "", argv)
-    return finetune(settings)
+    return COMMANDS[command](rest)
   except KeyboardInterrupt:
     complain("Stopped at once; what was not saved yet is lost.")
     return 130
+
+
+def train(argv: list[str]) -> int:
+  with sentences():
+    settings = parse(__doc__ or "", argv)
+  return finetune(settings)
+
+
+def plan(argv: list[str]) -> int:
+  return train([*argv, "--dry-run"])
+
+
+COMMANDS = {"train": train, "plan": plan, "merge": merge, "chat": talk}
 
 
 if __name__ == "__main__":

@@ -1,38 +1,27 @@
-"""The shape of a Llama, read from a ``config.json`` or from GGUF metadata.
-
-A configuration that asks for something this model does not compute is refused by name. A feature
-that is ignored gives plausible text and wrong numbers, which is worse than an error.
-"""
+"""The numbers that fix a Llama, or one of its relatives, and the tensors they call for."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-REQUIRED_KEYS = (
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-)
+from rope_scaling import Divided, RopeScaling
 
-# Key -> the values that mean what `llama.py` computes. A key that is absent or null is fine.
-ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-  "hidden_act": ("silu", "swish"),
-  "attention_bias": (False,),
-  "mlp_bias": (False,),
-  "attention_dropout": (0,),
-  "sliding_window": (),
-  "partial_rotary_factor": (1,),
-  "quantization_config": (),
-}
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """The numbers that fix a Llama's shape and arithmetic, named as in ``config.json``.
+  """The numbers that fix a model's shape and arithmetic, named as in ``config.json`` if there.
+
+  Args:
+    rope_scaling: what is done to the rotary frequencies; None for nothing.
+    windows: how many tokens each layer's tokens see at most, themselves among them, None for no
+      limit; () where no layer has one.
+    qkv_bias: whether q_proj, k_proj and v_proj have biases.
+    o_bias: whether o_proj has one.
+    mlp_bias: whether gate_proj, up_proj and down_proj have them.
+    qk_norm: whether each head's queries and keys are normalized.
 
   Raises:
     ValueError: if a size is not a positive integer, or if the sizes do not fit together.
@@ -56,12 +45,18 @@ class LlamaConfig:
   rope_theta: float = 10000.0
   max_position_embeddings: int = 2048
   tie_word_embeddings: bool = False
+  rope_scaling: RopeScaling | None = None
+  windows: tuple[int | None, ...] = ()
+  qkv_bias: bool = False
+  o_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.type == "int":
-        _check_size(field.name, value)
+        check_size(field.name, value)
       if field.type == "float" and not (_is_number(value) and 0 < value < float("inf")):
         raise ValueError(f"`{field.name}` must be a positive number, got {value!r}.")
       if field.type == "bool" and type(value) is not bool:
@@ -75,136 +70,71 @@ class LlamaConfig:
       raise ValueError(
         f"`head_dim` must be even, got {self.head_dim}: rotary embeddings turn pairs."
       )
+    if len(self.windows) not in (0, self.num_hidden_layers):
+      raise ValueError(
+        f"`windows` must have {self.num_hidden_layers} entries, one a layer, or none, "
+        f"got {len(self.windows)}."
+      )
+    for window in self.windows:
+      if window is not None:
+        check_size("windows", window)
+    if isinstance(self.rope_scaling, Divided):
+      if len(self.rope_scaling.factors) != self.head_dim // 2:
+        raise ValueError(
+          f"`rope_scaling` has {len(self.rope_scaling.factors)} factors, but a head of size "
+          f"{self.head_dim} has {self.head_dim // 2} pairs."
+        )
 
   def parameter_count(self) -> int:
     """Returns the number of weights; a tied output layer is counted once."""
-    attention = 2 * self.hidden_size * self.head_dim
-    attention *= self.num_attention_heads + self.num_key_value_heads
-    layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-    tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-    return self.num_hidden_layers * layer + tables + self.hidden_size
+    d, ff = self.hidden_size, self.intermediate_size
+    q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
+    layer = 2 * d * (q + kv) + 3 * d * ff + 2 * d
+    layer += self.qkv_bias * (q + 2 * kv) + self.o_bias * d + self.mlp_bias * (2 * ff + d)
+    layer += self.qk_norm * 2 * self.head_dim
+    tables = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+    return self.num_hidden_layers * layer + tables + d
 
 
-def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
-  """Reads the dictionary of a Hugging Face ``config.json``.
-
-  Args:
-    config: the parsed file. Absent optional keys take Hugging Face's defaults for Llama.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    ValueError: if the architecture is another one, if a required key is missing, or if the
-      configuration asks for a feature that `llama.py` does not compute.
-
-  Example:
-    >>> config_from_hf({"model_type": "gpt2"})
-    Traceback (most recent call last):
-    ...
-    ValueError: `model_type` is 'gpt2'; supported: 'llama'.
-  """
-  if config.get("model_type") != "llama":
-    raise ValueError(f"`model_type` is {config.get('model_type')!r}; supported: 'llama'.")
-  missing = [key for key in REQUIRED_KEYS if config.get(key) is None]
-  if missing:
-    raise ValueError(f"config.json lacks {', '.join(missing)}.")
-  for key, supported in ONLY_SUPPORTED.items():
-    value = config.get(key)
-    if value is not None and value not in supported:
-      wanted = " or ".join(repr(each) for each in supported) or "no such key"
-      raise ValueError(f"`{key}` is {value!r}, which is not supported; needs {wanted}.")
-
-  # transformers 5 writes `rope_parameters`; before that, `rope_theta` and `rope_scaling`.
-  rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-  rope_type = rope.get("rope_type", rope.get("type", "default"))
-  if rope_type != "default":
-    raise ValueError(f"Rope scaling {rope_type!r} is not supported; needs 'default'.")
-  if rope.get("partial_rotary_factor") not in (None, 1):
-    raise ValueError("`partial_rotary_factor` other than 1 is not supported.")
-
-  values = {key: config[key] for key in REQUIRED_KEYS}
-  for key, value in values.items():
-    _check_size(key, value)
-  heads, hidden = values["num_attention_heads"], values["hidden_size"]
-  if config.get("head_dim") is None and hidden % heads:
-    raise ValueError(
-      f"`hidden_size` ({hidden}) is not a multiple of `num_attention_heads` ({heads}) "
-      "and config.json has no `head_dim`."
-    )
-  for key, default in {
-    "num_key_value_heads": heads,
-    "head_dim": hidden // heads,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-  }.items():
-    values[key] = default if config.get(key) is None else config[key]
-  theta = rope.get("rope_theta", config.get("rope_theta"))
-  return LlamaConfig(**values, rope_theta=10000.0 if theta is None else theta)
-
-
-def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool, vocab_size: int) -> LlamaConfig:
-  """Reads the metadata of a GGUF file.
+def expected_shapes(config: LlamaConfig) -> dict[str, Shape]:
+  """Returns the shape of every tensor a model has, under its Hugging Face name.
 
   Args:
-    metadata: the file's key-value pairs, as Python values.
-    tied: whether the file has no output layer of its own (the metadata does not say).
-    vocab_size: the number of rows of the embedding table (the metadata need not say).
+    config: the model's configuration.
 
   Returns:
-    The configuration.
-
-  Raises:
-    ValueError: as `config_from_hf`.
-
-  Example:
-    >>> config_from_gguf({"general.architecture": "mamba"}, tied=True, vocab_size=8)
-    Traceback (most recent call last):
-    ...
-    ValueError: `general.architecture` is 'mamba'; supported: 'llama'.
+    A dictionary; linear weights are (out, in).
   """
-  architecture = metadata.get("general.architecture")
-  if architecture != "llama":
-    raise ValueError(f"`general.architecture` is {architecture!r}; supported: 'llama'.")
-  values: dict[str, Any] = {}
-  for key, field in {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-    "context_length": "max_position_embeddings",
-  }.items():
-    value = metadata.get(f"llama.{key}")
-    if isinstance(value, list):
-      raise ValueError(f"`llama.{key}` differs from layer to layer, which is not supported.")
-    if value is not None:
-      values[field] = value
-  config = config_from_hf(
-    {"model_type": "llama", "vocab_size": vocab_size, "tie_word_embeddings": tied, **values}
-  )
-  for key, supported in {
-    "rope.scaling.type": (None, "none"),
-    "rope.scale_linear": (None, 1),
-    "rope.dimension_count": (None, config.head_dim),
-    "attention.value_length": (None, config.head_dim),
-    "attention.sliding_window": (None, 0),
-    "expert_count": (None, 0),
-    "vocab_size": (None, vocab_size),
-  }.items():
-    value = metadata.get(f"llama.{key}")
-    if value not in supported:
-      raise ValueError(
-        f"`llama.{key}` is {value!r}, which is not supported; needs {supported[1]!r}."
-      )
-  return config
+  d, ff = config.hidden_size, config.intermediate_size
+  q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+  linears: dict[str, tuple[Shape, bool]] = {
+    "self_attn.q_proj": ((q, d), config.qkv_bias),
+    "self_attn.k_proj": ((kv, d), config.qkv_bias),
+    "self_attn.v_proj": ((kv, d), config.qkv_bias),
+    "self_attn.o_proj": ((d, q), config.o_bias),
+    "mlp.gate_proj": ((ff, d), config.mlp_bias),
+    "mlp.up_proj": ((ff, d), config.mlp_bias),
+    "mlp.down_proj": ((d, ff), config.mlp_bias),
+  }
+  layer: dict[str, Shape] = {"input_layernorm.weight": (d,)}
+  for name, (shape, bias) in linears.items():
+    layer[f"{name}.weight"] = shape
+    if bias:
+      layer[f"{name}.bias"] = shape[:1]
+  if config.qk_norm:
+    layer |= {f"self_attn.{each}_norm.weight": (config.head_dim,) for each in ("q", "k")}
+  layer["post_attention_layernorm.weight"] = (d,)
+  shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, d)}
+  for i in range(config.num_hidden_layers):
+    shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+  shapes["model.norm.weight"] = (d,)
+  if not config.tie_word_embeddings:
+    shapes["lm_head.weight"] = (config.vocab_size, d)
+  return shapes
 
 
-def _check_size(name: str, value: Any) -> None:
+def check_size(name: str, value: Any) -> None:
+  """Refuses what is no positive integer."""
   if type(value) is not int or value < 1:
     raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 

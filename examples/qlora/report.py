@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_lowmem as lowmem
+from runs import write_whole
 
 
 class Part(NamedTuple):
@@ -23,7 +24,9 @@ class Part(NamedTuple):
   usual: int
 
 
-def byte_parts(frozen: Any, lora: Any, opt_state: Any, optimizer: str) -> list[Part]:
+def byte_parts(
+  frozen: Any, lora: Any, opt_state: Any, optimizer: str, quantize: str = "nf4"
+) -> list[Part]:
   """Where the bytes are, counted from the arrays themselves, or from their shapes in a dry run.
 
   Args:
@@ -31,7 +34,9 @@ def byte_parts(frozen: Any, lora: Any, opt_state: Any, optimizer: str) -> list[P
     lora: the adapter's variables.
     opt_state: the optimizer's state.
     optimizer: its name.
+    quantize: how the base is packed.
   """
+  bits = "8-bit" if quantize == "int8" else "4-bit"
 
   def packed(x: Any) -> bool:
     return isinstance(x, lowmem.QuantizedArray)
@@ -53,7 +58,10 @@ def byte_parts(frozen: Any, lora: Any, opt_state: Any, optimizer: str) -> list[P
     Part(f"optimizer state ({optimizer})", 0, nbytes(opt_state), nbytes(adam)),
   ]
   if four:
-    parts.insert(0, Part("4-bit base weights (NF4)", count(four), nbytes(four), 2 * count(four)))
+    parts.insert(
+      0,
+      Part(f"{bits} base weights ({quantize.upper()})", count(four), nbytes(four), 2 * count(four)),
+    )
   return parts
 
 
@@ -150,16 +158,20 @@ def running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 
 class Metrics:
-  """What was measured, as records in memory and as lines of a JSONL file."""
+  """What was measured, as records in memory, as lines of a JSONL file, and for TensorBoard."""
 
-  def __init__(self, path: Path, records: Sequence[dict[str, Any]] = ()):
-    self.path, self.records = path, list(records)
-    path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+  def __init__(self, path: Path, records: Sequence[dict[str, Any]] = (), board: Any = None):
+    self.path, self.records, self.board = path, list(records), board
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in self.records))
+    if board and len(self.records) == 1:
+      board.add(self.records[0])
 
   def add(self, **record: Any) -> None:
     self.records.append(record)
     with open(self.path, "a", encoding="utf-8") as file:
       file.write(json.dumps(record) + "\n")
+    if self.board:
+      self.board.add(record)
 
   def having(self, key: str) -> list[dict[str, Any]]:
     """The records that hold `key`."""
@@ -172,5 +184,6 @@ class Metrics:
 
 def read_records(path: Path, until: int) -> list[dict[str, Any]]:
   """An earlier run's records, without those after step `until`, which will be done again."""
-  lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-  return [r for r in map(json.loads, lines) if r["step"] <= until]
+  lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+  # What follows the last line break is empty, or was cut off when the process was killed.
+  return [r for r in map(json.loads, lines[:-1]) if r["step"] <= until]

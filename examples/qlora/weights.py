@@ -17,29 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from llama_config import LlamaConfig, config_from_gguf, config_from_hf
-
-Shape = tuple[int, ...]
+from config_files import config_from_hf
+from llama_config import LlamaConfig, Shape
+from llama_config import expected_shapes as expected_shapes
 
 # Buffers that old checkpoints carry and that follow from the configuration.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-
-GGUF_LAYER_NAMES = {
-  "attn_norm": "input_layernorm",
-  "attn_q": "self_attn.q_proj",
-  "attn_k": "self_attn.k_proj",
-  "attn_v": "self_attn.v_proj",
-  "attn_output": "self_attn.o_proj",
-  "ffn_norm": "post_attention_layernorm",
-  "ffn_gate": "mlp.gate_proj",
-  "ffn_up": "mlp.up_proj",
-  "ffn_down": "mlp.down_proj",
-}
-GGUF_NAMES = {
-  "token_embd.weight": "model.embed_tokens.weight",
-  "output_norm.weight": "model.norm.weight",
-  "output.weight": "lm_head.weight",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,37 +38,6 @@ class Checkpoint:
   read: Callable[[str], np.ndarray]
 
 
-def expected_shapes(config: LlamaConfig) -> dict[str, Shape]:
-  """Returns the shape of every tensor a model has, under its Hugging Face name.
-
-  Args:
-    config: the model's configuration.
-
-  Returns:
-    A dictionary; linear weights are (out, in).
-  """
-  d, ff = config.hidden_size, config.intermediate_size
-  q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-  layer: dict[str, Shape] = {
-    "input_layernorm": (d,),
-    "self_attn.q_proj": (q, d),
-    "self_attn.k_proj": (kv, d),
-    "self_attn.v_proj": (kv, d),
-    "self_attn.o_proj": (d, q),
-    "post_attention_layernorm": (d,),
-    "mlp.gate_proj": (ff, d),
-    "mlp.up_proj": (ff, d),
-    "mlp.down_proj": (d, ff),
-  }
-  shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, d)}
-  for i in range(config.num_hidden_layers):
-    shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-  shapes["model.norm.weight"] = (d,)
-  if not config.tie_word_embeddings:
-    shapes["lm_head.weight"] = (config.vocab_size, d)
-  return shapes
-
-
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
   """Opens a model and checks, without reading its weights, that they are all there.
 
@@ -98,14 +50,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
   Raises:
     FileNotFoundError: if there is nothing at `path`.
-    ValueError: if the model is not a supported Llama, if a file is truncated, or if tensors are
+    ValueError: if the model is not supported, if a file is truncated, or if tensors are
       missing, misshapen or unexpected.
   """
+  from gguf_files import open_gguf
+
   path = pathlib.Path(path)
   if not path.exists():
     raise FileNotFoundError(f"There is no model at {path}.")
   try:
-    checkpoint = _open_directory(path) if path.is_dir() else _open_gguf(path)
+    checkpoint = _open_directory(path) if path.is_dir() else open_gguf(path)
     _check_tensors(checkpoint)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
@@ -134,17 +88,14 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     raise ValueError(f"wrong shape of {_listing(wrong)}.")
   if extra:
     raise ValueError(
-      f"unexpected {_listing(extra)}. A model with more tensors than a plain "
-      "Llama computes something else."
+      f"unexpected {_listing(extra)}. A model with more tensors than its configuration asks for "
+      "computes something else."
     )
 
 
 def _listing(names: list[str], limit: int = 20) -> str:
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
   return f"{len(names)} tensor{'s' * (len(names) > 1)}: " + "; ".join(names[:limit]) + more
-
-
-# --- Hugging Face directories -------------------------------------------------------------------
 
 
 def _open_directory(path: pathlib.Path) -> Checkpoint:
@@ -209,62 +160,3 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise ValueError(f"{file.name} must hold a JSON object.")
   return content
-
-
-# --- GGUF ----------------------------------------------------------------------------------------
-
-
-def _open_gguf(path: pathlib.Path) -> Checkpoint:
-  import gguf
-
-  try:
-    reader = gguf.GGUFReader(path)
-  except Exception as error:  # the reader trusts the file: any numpy error may come out of it
-    raise ValueError(
-      f"truncated or not a GGUF file ({error}); it has {path.stat().st_size} bytes. "
-      "(Of a Hugging Face model, give the directory.)"
-    ) from error
-  metadata = {
-    key: field.contents()
-    for key, field in reader.fields.items()
-    if key.startswith(("general.architecture", "llama."))
-  }
-  tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-  if "rope_freqs.weight" in tensors:
-    raise ValueError("rope_freqs.weight says rope scaling 'llama3', which is not supported.")
-  shapes = {n: tuple(int(s) for s in reversed(t.shape)) for n, t in tensors.items()}
-  # The table says how many tokens there are; metadata need not. Its absence is reported later.
-  table = shapes.get("model.embed_tokens.weight", (metadata.get("llama.vocab_size", 1),))
-  config = config_from_gguf(metadata, tied="lm_head.weight" not in tensors, vocab_size=table[0])
-
-  def read(name: str) -> np.ndarray:
-    tensor = tensors[name]
-    try:
-      array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-      raise ValueError(
-        f"{path}: {name} is stored as {tensor.tensor_type.name}, which `gguf` cannot decode."
-      ) from error
-    array = array.reshape(shapes[name])
-    if name.endswith(("q_proj.weight", "k_proj.weight")):
-      array = _unpermute(array, config.head_dim)
-    return array
-
-  return Checkpoint(config, shapes, read)
-
-
-def _hf_name(name: str) -> str:
-  """The Hugging Face name of a GGUF tensor, or `name` where there is none."""
-  if name in GGUF_NAMES:
-    return GGUF_NAMES[name]
-  match name.split("."):
-    case ["blk", layer, part, "weight"] if part in GGUF_LAYER_NAMES:
-      return f"model.layers.{layer}.{GGUF_LAYER_NAMES[part]}.weight"
-  return name
-
-
-def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
-  # GGUF orders the rows of a head so that a rotated pair is adjacent, (dim/2, 2); Hugging Face's
-  # rotate-half convention wants the first halves before the second halves, (2, dim/2).
-  rows = weight.reshape(-1, head_dim // 2, 2, weight.shape[-1])
-  return rows.swapaxes(1, 2).reshape(weight.shape)

@@ -13,22 +13,32 @@
 ['lora_a', 'lora_b']
 """
 
+from optax_lowmem.nn._embed import LoRAEmbed as LoRAEmbed
+from optax_lowmem.nn._init import LoftQ as LoftQ
 from optax_lowmem.nn._lora import LoRALinear as LoRALinear
+from optax_lowmem.nn._merge import merge_lora as merge_lora
 from optax_lowmem.nn._nf4 import NF4Linear as NF4Linear
-from optax_lowmem.nn._nf4 import QuantizedWeight as QuantizedWeight
-from optax_lowmem.nn._peft import load_peft as load_peft
 from optax_lowmem.nn._peft import save_peft as save_peft
+from optax_lowmem.nn._peft_load import load_peft as load_peft
+from optax_lowmem.nn._plus import scale_lora_b as scale_lora_b
+from optax_lowmem.nn._quantized import QuantizedLinear as QuantizedLinear
+from optax_lowmem.nn._quantized import QuantizedWeight as QuantizedWeight
+from optax_lowmem.nn._quantized_einsum import QuantizedEinsum as QuantizedEinsum
 from optax_lowmem.nn._surgery import add_lora as add_lora
-from optax_lowmem.nn._surgery import merge_lora as merge_lora
 from optax_lowmem.nn._surgery import quantize_model as quantize_model
 
 __all__ = [
+  "LoRAEmbed",
   "LoRALinear",
+  "LoftQ",
   "NF4Linear",
+  "QuantizedEinsum",
+  "QuantizedLinear",
   "QuantizedWeight",
   "add_lora",
   "load_peft",
   "merge_lora",
   "quantize_model",
   "save_peft",
+  "scale_lora_b",
 ]

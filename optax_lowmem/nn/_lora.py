@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._nf4 import NF4Linear, check_weight
-
-
-def check_lora(rank: int, alpha: float, dropout: float, rngs: nnx.Rngs) -> None:
-  """Refuses settings that mean nothing, before any module is touched."""
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-    raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
-  if not (math.isfinite(alpha) and alpha > 0):
-    raise ValueError(
-      f"`alpha` must be a positive number, got {alpha!r}. "
-      "The adapter is scaled by alpha / rank; alpha = 2 * rank is usual."
-    )
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
-  if not isinstance(rngs, nnx.Rngs):
-    raise TypeError(f"`rngs` must be an nnx.Rngs, got {rngs!r}. Pass `nnx.Rngs(0)`.")
-
-
-def check_base(name: str, base: nnx.Module) -> None:
-  """Refuses a base layer that an adapter cannot be put on."""
-  if isinstance(base, LoRALinear):
-    raise ValueError(
-      f"`{name}` has a LoRA adapter already. "
-      "Call `merge_lora` first, or train the adapter that is there."
-    )
-  if not isinstance(base, (nnx.Linear, NF4Linear)):
-    raise TypeError(f"`{name}` must be an nnx.Linear or an NF4Linear, got {type(base).__name__}.")
-  if isinstance(base, nnx.Linear):
-    check_weight(name, base.kernel[...])
+from optax_lowmem.nn._adapter import Adapter, check_adaptable, check_lora
+from optax_lowmem.nn._base import (
+  check_dense,
+  contraction_of,
+  is_linear,
+  matrix_shape,
+  output_bias,
+  with_matrix,
+)
+from optax_lowmem.nn._init import Init
 
 
 @jax.custom_vjp
-def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   """x A B."""
   return (x @ a) @ b
 
 
-def _low_rank_forward(x, a, b):
+def low_rank_forward(x, a, b):
   low = x @ a
   return low @ b, (x, low, a, b)
 
 
-def _low_rank_backward(residuals, g):
+def low_rank_backward(residuals, g):
   # Derived by JAX, the gradient of A is written ((g B^T)^T x)^T, which XLA's CPU backend computes
   # three times slower than x^T (g B^T): a fifth of a whole QLoRA step of a 135M model.
   x, low, a, b = residuals
@@ -62,10 +43,10 @@ def _low_rank_backward(residuals, g):
   return d @ a.T, da, jax.lax.dot_general(low, g, over_batch)
 
 
-_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+low_rank.defvjp(low_rank_forward, low_rank_backward)
 
 
-class LoRALinear(nnx.Module):
+class LoRALinear(Adapter):
   r"""A linear layer plus a trainable low-rank correction.
 
   .. math:: y = \mathrm{base}(x) + s \, (\mathrm{drop}(x) \, A) \, B, \qquad s = \alpha / r
@@ -75,24 +56,39 @@ class LoRALinear(nnx.Module):
   base's output. Train them, and nothing else, with `nnx.Optimizer(model, tx,
   wrt=nnx.LoRAParam)`.
 
+  With `use_dora`, a trainable magnitude :math:`m` (one an output) takes the place of the norm of
+  each row of the weight; no gradient goes through the norm:
+
+  .. math:: y = \frac{m}{\|W + s (AB)^T\|} \left(W x + s\,B^T A^T x\right) + b
+
   Dropout follows `model.train()` and `model.eval()`. With `dropout=0` there is no random state.
   A stack of layers has a random key for each.
+
+  The base may be an `nnx.LinearGeneral` or an `nnx.Einsum`; in and out then are the products of
+  the axes that are summed over and of those that are not, and axes that the kernel shares with
+  both input and output (experts, say) have factors of their own.
 
   Invariants: `lora_a.shape == (..., in_features, rank)` and
   `lora_b.shape == (..., rank, out_features)`, with the leading axes of the base.
 
   Args:
-    base: an `nnx.Linear` or an `NF4Linear`, with or without leading axes.
-    rank: r, the inner size of the correction.
-    alpha: the numerator of the scale.
+    base: an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `QuantizedLinear` (`NF4Linear`) or
+      `QuantizedEinsum`, with or without leading axes.
+    rank: r, the inner size of the correction; or one for each layer of a stack, of which 0 is no
+      adapter.
+    alpha: the numerator of the scale; or one for each layer of a stack.
     dropout: the share of the inputs of A that are zeroed in training.
     use_rslora: scale by alpha / sqrt(rank) instead (rank-stabilized LoRA).
+    use_dora: learn the magnitude of each output's weights apart (weight-decomposed LoRA).
+    lora_bias: learn a bias after B too, scaled as the product is.
+    init: `"default"`; `"gaussian"`, A normal with deviation 1 / r; `"pissa"`, the largest
+      singular vectors of the weight, which are taken out of the base; `"loftq"` or a `LoftQ`.
     rngs: gives the key for A (stream `params`) and those of dropout (stream `dropout`).
 
   Raises:
-    TypeError: `base` is neither an `nnx.Linear` nor an `NF4Linear`, or `rngs` no `nnx.Rngs`.
-    ValueError: `base` has an adapter already, or holds integers, NaN or Inf; `rank`, `alpha` or
-      `dropout` is out of range.
+    TypeError: `base` is none of these, or `rngs` no `nnx.Rngs`.
+    ValueError: `base` has an adapter already, or holds integers, NaN or Inf; `rank`, `alpha`,
+      `dropout` or `init` is out of range.
 
   >>> import jax.numpy as jnp
   >>> from flax import nnx
@@ -107,89 +103,108 @@ class LoRALinear(nnx.Module):
     Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv:2106.09685.
     Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023,
     arXiv:2312.03732.
+    Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, arXiv:2402.09353.
+    Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation, 2024,
+    arXiv:2404.02948.
   """
 
   def __init__(
     self,
-    base: nnx.Linear | NF4Linear,
-    rank: int,
-    alpha: float,
+    base: Any,
+    rank: int | Sequence[int],
+    alpha: float | Sequence[float],
     *,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_bias: bool = False,
+    init: Init = "default",
     rngs: nnx.Rngs,
   ):
     check_lora(rank, alpha, dropout, rngs)
     check_base("base", base)
-    # The output axis is last in an nnx.Linear's kernel (in, out) and last but one in ours.
-    if isinstance(base, NF4Linear):
-      *stack, out_features, in_features = base.weight.get_value().shape
-    else:
-      *stack, in_features, out_features = base.kernel[...].shape
-    bound = 1 / math.sqrt(in_features)
-    self.base = base
-    a_shape = (*stack, in_features, rank)
-    self.lora_a = nnx.LoRAParam(
-      jax.random.uniform(rngs.params(), a_shape, jnp.float32, -bound, bound)
+    if lora_bias and use_dora:
+      raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
+    super().__init__(
+      base,
+      rank,
+      alpha,
+      dropout=dropout,
+      use_rslora=use_rslora,
+      use_dora=use_dora,
+      init=init,
+      rngs=rngs,
     )
-    self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, rank, out_features), jnp.float32))
-    self.dropout = nnx.data(None)
-    if dropout > 0:
-      self.dropout = nnx.Dropout(dropout, rngs=rngs)
-      if stack:  # one key and one counter for each layer, so that nnx.scan can slice them
-        self.dropout.rngs = rngs["dropout"].split(tuple(stack))
-    self.rank = rank
-    self.alpha = alpha
-    self.use_rslora = use_rslora
-
-  @property
-  def in_features(self) -> int:
-    return self.lora_a[...].shape[-2]
-
-  @property
-  def out_features(self) -> int:
-    return self.lora_b[...].shape[-1]
-
-  @property
-  def scale(self) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-    return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+    self.lora_bias = nnx.data(None)
+    if lora_bias:
+      self.lora_bias = nnx.LoRAParam(jnp.zeros(matrix_shape(base)[:-1], jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.base(x)
-    x = x.astype(y.dtype)
+    dropped = x.astype(y.dtype)
     if self.dropout is not None:
-      x = self.dropout(x)
-    a, b = self.lora_a[...], self.lora_b[...]
-    correction: Any = _low_rank(x, a.astype(y.dtype), (self.scale * b).astype(y.dtype))
-    return y + correction
+      dropped = self.dropout(dropped)
+    shape = contraction_of(self.base)
+    correction = self._correction(dropped, shape)
+    if self.magnitude is None:
+      return y + correction
+    factor = self.factor().astype(y.dtype)
+    if shape is not None:
+      factor = shape.spread(factor, x.ndim)
+    bias = output_bias(self.base, y, x.ndim)
+    plain = y if bias is None else y - bias
+    if self.dropout is None or self.dropout.deterministic:
+      y = factor * (plain + correction)
+      return y if bias is None else y + bias
+    # As PEFT: what the magnitude changes of the base's output is dropped too.
+    kept = self.base(dropped)
+    kept = kept if bias is None else kept - bias
+    return y + (factor - 1) * kept + factor * correction
 
-  def merge(self) -> nnx.Linear:
-    """One plain `nnx.Linear` that computes what this layer computes without dropout.
+  def _correction(self, x: jax.Array, shape: Any) -> jax.Array:
+    a, b = self.lora_a[...].astype(x.dtype), self.scaled_b().astype(x.dtype)
+    flat = x if shape is None else shape.flatten(x)
+    low: Any = low_rank(flat, a, b) if a.ndim == 2 else jnp.matmul(jnp.matmul(flat, a), b)
+    if self.lora_bias is not None:
+      bias = self.scaled_bias().astype(low.dtype)
+      low = low + (bias if bias.ndim == 1 else bias[..., None, :])
+    return low if shape is None else shape.unflatten(low, x)
 
-    Its kernel is W + scale * A B in float32, whatever the dtype of the base; from an
-    `NF4Linear`, W is the decoded weight. The bias is the base's.
+  def scaled_bias(self) -> jax.Array:
+    """s times the adapter's own bias."""
+    bias: Any = self.lora_bias
+    return bias[...] * self._spread_scale(bias[...].ndim)
+
+  def merge(self, original: jax.Array | None = None, dtype: Any = jnp.float32) -> Any:
+    """One plain layer that computes what this layer computes without dropout.
+
+    An `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`. Its kernel is W + scale * A B, computed
+    in float32; from a quantized base, W is the decoded weight, or `original`. The bias is the
+    base's, plus that of the adapter if it has one.
+
+    Args:
+      original: W as a matrix (..., out, in), in place of what the base holds.
+      dtype: of the kernel.
     """
-    base = self.base
-    if isinstance(base, NF4Linear):
-      kernel, extra = jnp.swapaxes(base.dequantize(), -1, -2), {}
-    else:
-      kernel = base.kernel[...].astype(jnp.float32)
-      names = ("dot_general", "promote_dtype", "preferred_element_type")
-      extra = {name: getattr(base, name) for name in names}
-    product = jnp.matmul(self.lora_a[...], self.lora_b[...], precision="highest")
-    merged = kernel + self.scale * product
-    linear = nnx.Linear(
-      self.in_features,
-      self.out_features,
-      use_bias=False,
-      dtype=base.dtype,
-      param_dtype=jnp.float32,
-      precision=base.precision,
-      kernel_init=lambda *_: merged,
-      rngs=nnx.Rngs(0),
-      **extra,
+    layer = with_matrix(self.base, self.merged_matrix(original), dtype)
+    if self.lora_bias is not None:
+      if layer.bias is None:
+        raise ValueError(
+          "the adapter has a bias (`lora_bias`) and its base has none to add it to. Keep the "
+          "adapter, or give the base a bias of zeros."
+        )
+      bias = self.scaled_bias().reshape(layer.bias[...].shape)
+      layer.bias = nnx.Param(layer.bias[...] + bias.astype(layer.bias[...].dtype))
+    return layer
+
+
+def check_base(name: str, base: Any) -> None:
+  """Refuses a base layer that an adapter of linear layers cannot be put on."""
+  check_adaptable(name, base)
+  if not is_linear(base):
+    raise TypeError(
+      f"`{name}` must be an nnx.Linear, nnx.LinearGeneral, nnx.Einsum or a quantized one, "
+      f"got {type(base).__name__}."
     )
-    bias: Any = base.bias
-    linear.bias, linear.use_bias = bias, bias is not None
-    return linear
+  contraction_of(base)
+  check_dense("" if name == "base" else name, base)

@@ -1,116 +1,28 @@
-"""A frozen linear layer whose weight rests in 4 bits."""
+"""A frozen linear layer whose weight rests in 4-bit NormalFloat."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
-import jax.core
-import jax.numpy as jnp
-from flax import nnx
-
-from optax_lowmem._blocks import QuantizedArray, quantize
+from optax_lowmem.nn._quantized import QuantizedLinear
 
 
-class QuantizedWeight(nnx.Variable[QuantizedArray]):
-  """The Variable that holds a frozen `QuantizedArray`.
+class NF4Linear(QuantizedLinear):
+  r"""A `QuantizedLinear` in 4-bit NormalFloat, with the bits of bitsandbytes.
 
-  It is not an `nnx.Param`, so that an optimizer or a gradient over `nnx.Param` leaves the
-  packed bits alone.
-  """
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _multiply(x: jax.Array, weight: QuantizedArray, precision: Any) -> jax.Array:
-  """x @ W^T in x's dtype. What is kept for the backward pass is the packed weight only."""
-  # Decoding depends on no activation, so the compiler is free to decode every weight of a block
-  # at once. Tying it to x, here and below, makes it wait: the gradient of 16 blocks of 7 linears
-  # of width 256 took 3.2 MiB of temporaries instead of 6.8 (CPU, jax 0.12; jax 0.10 drops
-  # barriers on CPU: 6.6 both ways), for a time 10 % longer at 32 tokens.
-  weight, x = jax.lax.optimization_barrier((weight, x))
-  dense = weight.dequantize(x.dtype)
-  return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
-
-
-def _multiply_forward(x, weight, precision):
-  return _multiply(x, weight, precision), weight
-
-
-def _multiply_backward(precision, weight, g):
-  # The weight is decoded a second time. Left to itself, JAX would keep every layer's dense
-  # weight from the forward pass, which is all that 4-bit storage saved.
-  weight, g = jax.lax.optimization_barrier((weight, g))
-  dense = weight.dequantize(g.dtype)
-  dx = jax.lax.dot_general(g, dense, (((g.ndim - 1,), (0,)), ((), ())), precision=precision)
-  return dx, None  # None: no gradient for the frozen weight
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
-
-
-def over_stack(fn, levels: int, mapper=jax.vmap):
-  """`fn`, mapped over `levels` leading axes."""
-  for _ in range(levels):
-    fn = functools.partial(jax.lax.map, fn) if mapper is jax.lax.map else mapper(fn)
-  return fn
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantize_stack(weight: jax.Array, block_size: int, double_quantize: bool) -> QuantizedArray:
-  """Quantizes each (out, in) matrix on its own, one after another to keep temporaries small."""
-  one = functools.partial(
-    quantize, codebook="nf4", block_size=block_size, double_quantize=double_quantize
-  )
-  return over_stack(one, weight.ndim - 2, jax.lax.map)(weight)
-
-
-def check_weight(name: str, weight: jax.Array) -> None:
-  """Refuses a weight that is not a floating-point matrix, or that holds NaN or Inf."""
-  if weight.ndim < 2:
-    raise ValueError(
-      f"`{name}` must have at least two axes, got shape {weight.shape}. "
-      "A linear layer's weight is a matrix; leading axes stack layers."
-    )
-  if not jnp.issubdtype(weight.dtype, jnp.floating):
-    raise ValueError(
-      f"`{name}` must be floating point, got {weight.dtype}. "
-      "Convert it with `.astype(jnp.float32)` if its values are the weights."
-    )
-  # Under jit and eval_shape there are no values to look at.
-  if not isinstance(weight, jax.core.Tracer) and not bool(jnp.isfinite(weight).all()):
-    raise ValueError(
-      f"`{name}` holds NaN or Inf, which no 4-bit code or adapter can stand for. "
-      "Check the file that it was loaded from."
-    )
-
-
-class NF4Linear(nnx.Module):
-  r"""A linear layer with a frozen weight in 4-bit NormalFloat.
-
-  .. math:: y = x \hat W^T + b
-
-  where :math:`\hat W` is the (out, in) weight decoded from 4-bit codes and one scale per block
-  of 64 inputs; the scales themselves are 8-bit codes by default, 4.127 bits a parameter in
-  all. The weight is decoded to the dtype of `x` for the product, and again in the backward
-  pass, and never kept. It receives no gradient.
+  Blocks are of 64 inputs; their scales themselves are 8-bit codes by default, 4.127 bits a
+  parameter in all.
 
   The bits are those of bitsandbytes (row-major (out, in), high nibble first, double
   quantization in blocks of 256) where `in_features` is a multiple of `block_size`. Otherwise
   each row here ends in a shorter block of its own, where bitsandbytes lets blocks run on into
   the next row: the values differ slightly and the packed bytes are laid out differently.
 
-  The weight may have leading axes, one layer for each index, for use under `nnx.scan` or
-  `nnx.vmap`; each layer is quantized on its own.
-
-  Invariants: `weight.shape == (..., out_features, in_features)` and
-  `bias.shape == (..., out_features)`.
-
   Args:
-    weight: a `QuantizedArray` of logical shape (out, in), with or without leading axes.
-    bias: None, an array or an `nnx.Param` of shape (..., out).
-    dtype: the dtype of the computation; None takes that of `x`.
-    precision: passed to `jax.lax.dot_general`.
+    weight: as in `QuantizedLinear`, of codebook `"nf4"`.
+    bias: as in `QuantizedLinear`.
+    dtype: as in `QuantizedLinear`.
+    precision: as in `QuantizedLinear`.
 
   Raises:
     TypeError: `weight` is not a `QuantizedArray`.
@@ -128,104 +40,4 @@ class NF4Linear(nnx.Module):
     Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, arXiv:2305.14314.
   """
 
-  def __init__(
-    self,
-    weight: QuantizedArray,
-    bias: jax.Array | nnx.Variable | None = None,
-    *,
-    dtype: Any = None,
-    precision: Any = None,
-  ):
-    if not isinstance(weight, QuantizedArray):
-      raise TypeError(
-        f"`weight` must be a QuantizedArray, got {type(weight).__name__}. "
-        "Use `NF4Linear.from_weight` to quantize a dense weight."
-      )
-    if weight.codebook.name != "nf4":
-      raise ValueError(
-        f"`weight` must be quantized with the codebook 'nf4', got {weight.codebook.name!r}."
-      )
-    if weight.ndim < 2:
-      raise ValueError(f"`weight` must have at least two axes (out, in), got shape {weight.shape}.")
-    if bias is not None and tuple(bias.shape) != weight.shape[:-1]:
-      raise ValueError(
-        f"`bias` must have shape {weight.shape[:-1]} for a weight of shape "
-        f"{weight.shape}, got {tuple(bias.shape)}."
-      )
-    self.weight = QuantizedWeight(weight)
-    if bias is not None and not isinstance(bias, nnx.Variable):
-      bias = nnx.Param(jnp.asarray(bias))
-    self.bias = nnx.data(bias)
-    self.dtype = dtype
-    self.precision = precision
-
-  @classmethod
-  def from_weight(
-    cls,
-    weight: jax.Array,
-    bias: jax.Array | nnx.Variable | None = None,
-    *,
-    block_size: int = 64,
-    double_quantize: bool = True,
-    dtype: Any = None,
-    precision: Any = None,
-  ) -> NF4Linear:
-    """Quantizes a dense weight of shape (..., out, in).
-
-    Args:
-      weight: a floating-point array; leading axes stack layers.
-      bias: None, an array or an `nnx.Param` of shape (..., out), kept as it is.
-      block_size: how many inputs share a scale.
-      double_quantize: store the scales in 8 bits too.
-      dtype: as in `NF4Linear`.
-      precision: as in `NF4Linear`.
-
-    Returns:
-      The layer.
-
-    Raises:
-      ValueError: the weight is not a floating-point matrix or holds NaN or Inf.
-    """
-    weight = jnp.asarray(weight)
-    check_weight("weight", weight)
-    q = _quantize_stack(weight, block_size, double_quantize)
-    return cls(q, bias, dtype=dtype, precision=precision)
-
-  @classmethod
-  def from_quantized(
-    cls, q: QuantizedArray, bias: jax.Array | nnx.Variable | None = None, dtype: Any = None
-  ) -> NF4Linear:
-    """Wraps a weight that is quantized already: `NF4Linear(q, bias, dtype=dtype)`."""
-    return cls(q, bias, dtype=dtype)
-
-  @property
-  def in_features(self) -> int:
-    return self.weight.get_value().shape[-1]
-
-  @property
-  def out_features(self) -> int:
-    return self.weight.get_value().shape[-2]
-
-  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-    """The dense weight, of shape (..., out, in)."""
-    q = self.weight.get_value()
-    return over_stack(lambda one: one.dequantize(dtype), q.ndim - 2)(q)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    q = self.weight.get_value()
-    if q.ndim != 2:
-      raise ValueError(
-        f"this NF4Linear holds a stack of layers, its weight has shape {q.shape}. "
-        "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
-      )
-    x = jnp.asarray(x, self.dtype)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(
-        f"`x` must be floating point, got {x.dtype}. Convert it, or give the layer a `dtype`."
-      )
-    if x.ndim == 0 or x.shape[-1] != q.shape[1]:
-      raise ValueError(
-        f"`x` must have {q.shape[1]} features on its last axis, got shape {x.shape}."
-      )
-    y: Any = _multiply(x, q, self.precision)
-    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+  _codebooks: Any = ("nf4",)

@@ -1,84 +1,124 @@
-"""Adapters in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters, written in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
+import collections
+import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._lora import LoRALinear
-from optax_lowmem.nn._peft_files import (
-  CONFIG,
-  PREFIX,
-  WEIGHTS,
-  import_safetensors,
-  read_config,
-  read_tensors,
-  write_adapter,
-)
-from optax_lowmem.nn._places import (
-  Place,
-  adaptable,
-  check_replaceable,
-  listing,
-  nearest,
-  places,
-  replace,
-)
+from optax_lowmem.nn._adapter import Adapter
+from optax_lowmem.nn._base import contraction_of, dense_variable, stack_shape
+from optax_lowmem.nn._embed import LoRAEmbed
+from optax_lowmem.nn._peft_files import CONFIG, PREFIX, WEIGHTS, import_safetensors, write_adapter
+from optax_lowmem.nn._places import Place, adaptable, layer_names, places
+from optax_lowmem.nn._targets import pattern_value
+from optax_lowmem.nn._trainable import trained_beside
 
-M = TypeVar("M", bound=nnx.Module)
+EMBEDDINGS = ("embed_tokens", "lm_head")  # whose base weights PEFT saves beside their adapters
 
 
-class _Entry(NamedTuple):
-  """A place, and what its layers (one, or one for each index of the stack) are called in PEFT."""
+class _Layer(NamedTuple):
+  """One layer's adapter as PEFT holds it."""
 
-  place: Place
-  names: list[str]
-  stacked: bool
-
-
-def _entries(found: Sequence[Place], stack: str) -> list[_Entry]:
-  entries = []
-  for place in found:
-    module = place.module.base if isinstance(place.module, LoRALinear) else place.module
-    shape = (
-      module.kernel[...].shape
-      if isinstance(module, nnx.Linear)
-      else module.weight.get_value().shape
-    )
-    parts = place.path.split(".")
-    if len(shape) == 2:
-      entries.append(_Entry(place, [place.path], False))
-    elif len(shape) == 3 and parts.count(stack) == 1:
-      at = parts.index(stack) + 1
-      names = [".".join([*parts[:at], str(i), *parts[at:]]) for i in range(shape[0])]
-      entries.append(_Entry(place, names, True))
-    else:
-      entries.append(_Entry(place, [], True))
-  return entries
+  rank: int
+  alpha: float
+  tensors: dict[str, np.ndarray]  # by the end of their name
 
 
-def _nameable(entry: _Entry, stack: str) -> None:
-  if not entry.names:
+def check_nameable(place: Place, stack: str) -> list[str]:
+  """The names of an adapter's layers in PEFT."""
+  names = layer_names(place, stack)
+  if not names:
     raise ValueError(
-      f"`{entry.place.path}` is a stack of layers, and where its layer number belongs in "
+      f"`{place.path}` is a stack of layers, and where its layer number belongs in "
       f"PEFT's name is not clear: the path must have one part {stack!r} and the weight one "
       "leading axis. Name the part in `stack`."
     )
+  return names
 
 
-def _target_modules(adapted: Sequence[_Entry], everything: Sequence[_Entry]) -> list[str]:
+def check_matrix(place: Place) -> None:
+  """Refuses layers that have no one matrix in PyTorch."""
+  module: Any = place.module
+  contraction = contraction_of(module.base if isinstance(module, Adapter) else module)
+  if contraction is not None and len(contraction.matrix_shape) > 2:
+    raise ValueError(
+      f"`{place.path}` multiplies by one matrix for each index of an axis that its kernel shares "
+      "with input and output, for which PEFT has no adapter. Merge it with `merge_lora` instead."
+    )
+
+
+def _layers(place: Place, names: Sequence[str], save_embeddings: bool) -> dict[str, _Layer]:
+  """{name: adapter} of one place; layers of a stack that have none are left out."""
+  lora: Any = place.module
+  stacked, count = bool(stack_shape(lora.base)), len(names)
+  ranks, alphas = lora.ranks or (lora.rank,) * count, lora.alphas or (lora.alpha,) * count
+
+  def each(value: Any) -> np.ndarray:
+    value = np.asarray(value, np.float32)
+    return value if stacked else value[None]
+
+  a, b = each(lora.lora_a[...]), each(lora.lora_b[...])
+  other = [("lora_magnitude_vector", lora.magnitude), ("lora_B.bias", None)]
+  other[1] = ("lora_B.bias", getattr(lora, "lora_bias", None))
+  if lora.start_a is not None:
+    start_a, start_b = each(lora.start_a[...]), each(lora.start_b[...])
+  embed = isinstance(lora, LoRAEmbed)
+  ends = ("lora_embedding_A", "lora_embedding_B") if embed else ("lora_A.weight", "lora_B.weight")
+  found = {}
+  for i, (name, rank, alpha) in enumerate(zip(names, ranks, alphas, strict=True)):
+    if rank == 0:
+      continue
+    one_a, one_b = a[i][:, :rank], b[i][:rank]
+    if lora.start_a is not None:
+      # The base gave up the product of the first factors: what was learned is the difference.
+      one_a = np.concatenate([one_a, start_a[i][:, :rank]], axis=1)
+      one_b = np.concatenate([one_b, -start_b[i][:rank]])
+      rank, alpha = 2 * rank, alpha * (math.sqrt(2) if lora.use_rslora else 2)
+    tensors = {ends[0]: one_a.T, ends[1]: one_b.T}  # PEFT: (r, in), (out, r)
+    tensors |= {end: each(v[...])[i].reshape(-1) for end, v in other if v is not None}
+    weight = dense_variable(lora.base)
+    if save_embeddings and name.rpartition(".")[2] in EMBEDDINGS and weight is not None:
+      one = each(weight[...])[i]
+      tensors["base_layer.weight"] = one if embed else one.T
+    found[name] = _Layer(rank, alpha, tensors)
+  return found
+
+
+def _target_modules(names: Sequence[str], everything: Sequence[str]) -> list[str]:
   """The shortest `target_modules` with which PEFT adapts these layers and no others."""
-  names = [name for entry in adapted for name in entry.names]
   lasts = {name.rpartition(".")[2] for name in names}
-  same = {n for entry in everything for n in entry.names if n.rpartition(".")[2] in lasts}
+  same = {name for name in everything if name.rpartition(".")[2] in lasts}
   return sorted(lasts if same == set(names) else names)
+
+
+def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """The commonest value, and a pattern of PEFT's that gives the others."""
+  common = collections.Counter(values.values()).most_common(1)[0][0]
+  by_last: dict[str, set[Any]] = {}
+  for name, value in values.items():
+    by_last.setdefault(name.rpartition(".")[2], set()).add(value)
+  pattern = {}
+  for name, value in values.items():
+    last = name.rpartition(".")[2]
+    if len(by_last[last]) > 1 and value != common:
+      pattern[name] = value
+    elif len(by_last[last]) == 1 and value != common:
+      pattern[last] = value
+  if any(pattern_value(pattern, name, common) != value for name, value in values.items()):
+    pattern = {"^" + re.escape(n): v for n, v in values.items() if v != common}
+  return common, pattern
+
+
+def _number(value: float) -> int | float:
+  return int(value) if value == int(value) else value
 
 
 def save_peft(
@@ -88,6 +128,7 @@ def save_peft(
   base_model: str | None = None,
   task_type: str = "CAUSAL_LM",
   stack: str = "layers",
+  save_embedding_layers: bool = True,
   overwrite: bool = False,
 ) -> pathlib.Path:
   """Writes the adapters of a model as PEFT writes them.
@@ -96,12 +137,24 @@ def save_peft(
   PyTorch model. A stacked module `model.layers.self_attn.q_proj` is written as
   `model.layers.{i}.self_attn.q_proj`, one for each layer.
 
+  Ranks and alphas that differ become PEFT's `rank_pattern` and `alpha_pattern`; what
+  `modules_to_save` and `bias` of `add_lora` made trainable is written as PEFT writes it.
+
+  The file is an adapter of the *original* weights. Where the base was changed when the adapter
+  was made (`init` "pissa" or "loftq"), it holds the difference to the start, B A - B0 A0, as a
+  plain adapter of twice the rank. For PiSSA on a float base that gives the same logits; with a
+  quantized base they differ by the error of quantization, as those of any adapter do that is
+  moved to a base of other bits.
+
   Args:
-    model: a module with `LoRALinear` layers in it, all of one rank, alpha and dropout.
+    model: a module with adapters in it, all of one dropout, and all or none of them rsLoRA, DoRA
+      and with a bias.
     dir: the directory to write to; it is made if needed.
     base_model: name or path of the base model, for the configuration.
     task_type: PEFT's task type, for the configuration.
     stack: the part of a stacked module's path after which the layer number belongs.
+    save_embedding_layers: write the base weights of adapted embeddings and heads
+      (`embed_tokens`, `lm_head`) too, as PEFT does.
     overwrite: replace an adapter that is in `dir` already.
 
   Returns:
@@ -134,151 +187,94 @@ def save_peft(
         f"`dir` {str(dir)!r} holds an adapter already ({', '.join(there)}). "
         "Choose another directory, or pass `overwrite=True`."
       )
-  everything = _entries(adaptable(places(model)), stack)
-  adapted = [entry for entry in everything if isinstance(entry.place.module, LoRALinear)]
-  if not adapted:
-    raise ValueError("`model` holds no LoRALinear, there is no adapter to save.")
-  tensors: dict[str, np.ndarray] = {}
+  everything = places(model)
+  layers: dict[str, _Layer] = {}
   settings: dict[tuple[Any, ...], str] = {}
-  for entry in adapted:
-    _nameable(entry, stack)
-    lora: Any = entry.place.module
+  for place in everything:
+    if not isinstance(place.module, Adapter):
+      continue
+    names = check_nameable(place, stack)
+    check_matrix(place)
+    layers |= _layers(place, names, save_embedding_layers)
+    lora: Any = place.module
+    linear = not isinstance(lora, LoRAEmbed)
     rate = 0.0 if lora.dropout is None else lora.dropout.rate
-    settings.setdefault((lora.rank, lora.alpha, lora.use_rslora, rate), entry.place.path)
-    for part, value in (("A", lora.lora_a[...]), ("B", lora.lora_b[...])):
-      value = np.swapaxes(np.asarray(value, np.float32), -1, -2)  # PEFT: (r, in), (out, r)
-      for name, one in zip(entry.names, value if entry.stacked else value[None], strict=True):
-        tensors[f"{PREFIX}{name}.lora_{part}.weight"] = np.ascontiguousarray(one)
-  if len(settings) > 1:
+    key = (lora.use_rslora, lora.use_dora, *((rate, lora.lora_bias is not None) if linear else ()))
+    settings.setdefault(key, place.path)
+  if not layers:
+    raise ValueError("`model` holds no LoRALinear, there is no adapter to save.")
+  longest = max(settings, key=len)
+  if any(key != longest[: len(key)] for key in settings):
     raise ValueError(
-      "`model` has adapters of different (rank, alpha, use_rslora, dropout): "
+      "`model` has adapters of different (use_rslora, use_dora, dropout, lora_bias): "
       + ", ".join(f"{value} at `{path}`" for value, path in settings.items())
       + ". One adapter file holds one of each."
     )
-  ((rank, alpha, use_rslora, rate),) = settings
+  use_rslora, use_dora, rate, lora_bias = (*longest, 0.0, False)[:4]
+  if lora_bias and len(settings) > 1:
+    raise ValueError(
+      "`lora_bias` on linear layers does not go with adapters on embeddings in PEFT."
+    )
+  tensors = {
+    f"{PREFIX}{name}.{end}": np.ascontiguousarray(value)
+    for name, layer in layers.items()
+    for end, value in layer.tensors.items()
+  }
+  bias, modules = _beside(everything, stack, set(layers), tensors)
+  all_names = [n for p in adaptable(everything) for n in layer_names(p, stack)]
+  rank, rank_pattern = _pattern({name: layer.rank for name, layer in layers.items()})
+  alpha, alpha_pattern = _pattern({name: layer.alpha for name, layer in layers.items()})
   config = {
     "peft_type": "LORA",
     "task_type": task_type,
     "base_model_name_or_path": base_model,
     "r": rank,
-    "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+    "lora_alpha": _number(alpha),
     "lora_dropout": rate,
-    "target_modules": _target_modules(adapted, everything),
-    "bias": "none",
+    "target_modules": _target_modules(list(layers), all_names),
+    "bias": bias,
     "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
     "use_rslora": use_rslora,
   }
-  write_adapter(dir, config, tensors)
+  optional = {
+    "use_dora": use_dora,
+    "lora_bias": lora_bias,
+    "rank_pattern": rank_pattern,
+    "alpha_pattern": {key: _number(value) for key, value in alpha_pattern.items()},
+    "modules_to_save": modules,
+    "ensure_weight_tying": bool(modules) and is_tied(model),
+  }
+  write_adapter(dir, config | {key: value for key, value in optional.items() if value}, tensors)
   return dir
 
 
-def _expects(config: dict[str, Any], name: str) -> bool:
-  """Whether PEFT, following `target_modules`, put an adapter on the layer of this name."""
-  targets = config.get("target_modules")
-  if not targets or config.get("layers_to_transform") or config.get("exclude_modules"):
-    return False
-  if isinstance(targets, str):
-    return targets != "all-linear" and re.fullmatch(targets, name) is not None
-  return any(name == target or name.endswith("." + target) for target in targets)
+def is_tied(model: Any) -> bool:
+  """Whether the model says that its output layer is its embedding."""
+  return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
-def load_peft(
-  model: M, dir: str | os.PathLike[str], *, stack: str = "layers", rngs: nnx.Rngs | None = None
-) -> M:
-  """Loads an adapter that PEFT or `save_peft` wrote, in place.
-
-  Layers without an adapter get a `LoRALinear`; layers with one get its values replaced, and must
-  agree with it in rank and scale. Everything is read and checked first: a file that does not fit
-  leaves the model as it was.
-
-  Args:
-    model: a module whose paths are those of the PyTorch model, stacked or not.
-    dir: the directory of `adapter_config.json` and `adapter_model.safetensors`.
-    stack: the part of a stacked module's path after which the layer number belongs.
-    rngs: with it, new `LoRALinear` layers get the adapter's dropout, to go on training; without
-      it they have none.
-
-  Returns:
-    `model`.
-
-  Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: the adapter is more than plain LoRA or rsLoRA on linear layers (DoRA, embeddings,
-      `modules_to_save`, patterns of ranks), or does not fit `model`: unknown or missing layers,
-      other shapes, another rank or scale.
-    ImportError: the package safetensors is not installed.
-
-  >>> import tempfile
-  >>> from flax import nnx
-  >>> from optax_lowmem import nn
-  >>> def make():
-  ...     return nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
-  >>> model = nn.add_lora(make(), rank=2, alpha=4, targets=".*", rngs=nnx.Rngs(1))
-  >>> with tempfile.TemporaryDirectory() as folder:
-  ...     other = nn.load_peft(make(), nn.save_peft(model, folder))
-  >>> bool((other.layers[0].lora_a[...] == model.layers[0].lora_a[...]).all())
-  True
-
-  References:
-    https://huggingface.co/docs/peft/developer_guides/checkpoint
-  """
-  dir = pathlib.Path(dir)
-  config = read_config(dir / CONFIG)
-  modules = read_tensors(dir / WEIGHTS)
-  rank, alpha = config["r"], config["lora_alpha"]
-  dropout = float(config.get("lora_dropout") or 0.0) if rngs is not None else 0.0
-  entries = _entries(adaptable(places(model)), stack)
-  known = [name for entry in entries for name in entry.names]
-  unknown = [name for name in modules if name not in set(known)]
-  if unknown:
-    raise ValueError(
-      f"the adapter in {str(dir)!r} is for `{unknown[0]}`, which `model` does not have."
-      f"{nearest(unknown[0], known)} Available modules: {listing(known)}."
-    )
-  ready: list[tuple[Place, LoRALinear, np.ndarray, np.ndarray]] = []
-  for entry in entries:
-    missing = [name for name in entry.names if name not in modules]
-    adapted = isinstance(entry.place.module, LoRALinear)
-    if len(missing) == len(entry.names) and not adapted:
-      if not any(_expects(config, name) for name in missing):
-        continue
-    if missing or not entry.names:
+def _beside(
+  everything: Sequence[Place], stack: str, adapted: set[str], tensors: dict[str, np.ndarray]
+) -> tuple[str, list[str]]:
+  """Adds what is trained beside adapters to `tensors`; returns `bias` and `modules_to_save`."""
+  biases, modules = set(), dict[str, set[str]]()
+  for tensor, names in trained_beside(everything, stack).values():
+    value = np.asarray(tensor.variable[...], np.float32)
+    value = tensor.to_torch(value)
+    for name, one in zip(names, value if tensor.lead else value[None], strict=True):
+      inner = f"{name}.base_layer" if name in adapted else name
+      tensors[f"{PREFIX}{inner}.{tensor.suffix}"] = np.ascontiguousarray(one)
+      modules.setdefault(name, set()).add(tensor.suffix)
+  for name, suffixes in list(modules.items()):
+    if suffixes == {"bias"}:
+      biases.add(name)
+      del modules[name]
+    elif name in adapted:
       raise ValueError(
-        f"the adapter in {str(dir)!r} lacks `{missing[0] if missing else entry.place.path}`"
-        ". It must have every layer that its `target_modules` names, every layer of a "
-        "stack, and every layer that has an adapter in `model`."
+        f"`{name}` has an adapter, and its weight is trained too. Train one of them."
       )
-    lora: Any = entry.place.module
-    if not adapted:
-      lora = LoRALinear(
-                lora, rank, alpha, dropout=dropout, use_rslora=bool(config.get("use_rslora")),
-                rngs=rngs or nnx.Rngs(0),
-            )  # fmt: skip
-    values = []
-    for part, variable in (("A", lora.lora_a), ("B", lora.lora_b)):
-      want = variable[...].shape[-2:][::-1]
-      for name in entry.names:
-        got = modules[name][part].shape
-        if got != want:
-          raise ValueError(
-            f"the adapter in {str(dir)!r} has lora_{part} of shape {got} for `{name}`, "
-            f"where rank {lora.rank} and the layer of `model` need {want}."
-          )
-      stacked = np.stack([modules[name][part].T for name in entry.names])
-      values.append(stacked if entry.stacked else stacked[0])
-    ready.append((entry.place, lora, *values))
-  for place, lora, _, _ in ready:
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    if abs(lora.scale - scale) > 1e-6 * scale:
-      raise ValueError(
-        f"the adapter in {str(dir)!r} has scale {scale:g}, the one at `{place.path}` "
-        f"{lora.scale:g}. Give `model` the same alpha, rank and use_rslora."
-      )
-  check_replaceable([place for place, lora, _, _ in ready if lora is not place.module])
-  for place, lora, a, b in ready:
-    lora.lora_a[...], lora.lora_b[...] = jnp.asarray(a), jnp.asarray(b)
-    if lora is not place.module:
-      replace(place, lora)
-  return model
+  if not biases:
+    return "none", sorted(modules)
+  return ("lora_only" if biases <= adapted else "all"), sorted(modules)

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +14,41 @@ import numpy as np
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# What an adapter's configuration may say without changing what a plain adapter computes. Any other
-# key that is set means something that is not supported here, whatever PEFT may add later.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"}
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "target_modules", "task_type",
+# What is read of a configuration, and what may stand in it without changing what an adapter
+# computes. Any other key that is set means something that is not supported here, whatever PEFT may
+# add later.
+_READ = {
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
 }  # fmt: skip
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# These start an adapter in another way and leave the base as it was.
+_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+_NAMES = {
+  r"(.+)\.lora_([AB])\.weight": None,
+  r"(.+)\.lora_embedding_([AB])": None,
+  r"(.+)\.lora_B\.bias": "bias",
+  r"(.+)\.lora_magnitude_vector(?:\.weight)?": "magnitude",
+  r"(.+)\.base_layer\.weight": "base weight",
+  r"(.+)\.base_layer\.bias": "base bias",
+}
+
+
+class AdapterFile(NamedTuple):
+  """The tensors of an adapter, in float32.
+
+  Attributes:
+    layers: {module name: {"A": (r, in), "B": (out, r), "magnitude": (out,), …}}.
+    plain: {name of a tensor of the base: value}, of modules to save and of biases.
+  """
+
+  layers: dict[str, dict[str, np.ndarray]]
+  plain: dict[str, np.ndarray]
 
 
 def import_safetensors():
@@ -66,34 +93,31 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
   if not isinstance(config, dict) or config.get("peft_type") != "LORA":
     raise ValueError(f"{str(path)!r} does not describe a LoRA adapter (`peft_type` 'LORA').")
-  if config.get("use_dora"):
-    refuse("use_dora", "DoRA adapters are not supported, only plain LoRA and rsLoRA.")
-  if config.get("modules_to_save"):
-    refuse("modules_to_save", "whole trained modules in an adapter are not supported.")
-  if config.get("bias", "none") != "none":
-    refuse("bias", "trained biases are not supported, only 'none'.")
-  if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+  if config.get("bias", "none") not in ("none", "all", "lora_only"):
+    refuse("bias", "only 'none', 'all' and 'lora_only' are known.")
+  if config.get("init_lora_weights", True) not in _INITS:
     refuse("init_lora_weights", "it changes the base weights, which is not supported.")
   for key, value in config.items():
     if value and key not in _READ | _HARMLESS:
-      refuse(key, "only plain LoRA and rsLoRA on linear layers are supported.")
+      refuse(key, "what it means is not supported.")
   rank, alpha = config.get("r"), config.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1:
     refuse("r", "the rank must be a positive integer.")
   if not isinstance(alpha, (int, float)) or not alpha > 0:
     refuse("lora_alpha", "it must be a positive number.")
+  for key in ("rank_pattern", "alpha_pattern"):
+    if not all(isinstance(v, (int, float)) and v > 0 for v in (config.get(key) or {}).values()):
+      refuse(key, "its values must be positive numbers.")
   return config
 
 
-def read_tensors(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-  """{module name: {"A": (r, in), "B": (out, r)}} in float32."""
+def read_tensors(path: pathlib.Path) -> AdapterFile:
   if not path.exists():
     raise FileNotFoundError(
       f"there is no {WEIGHTS} in {str(path.parent)!r}. Adapters saved as .bin are not read; "
       "save them with safetensors."
     )
   safetensors = import_safetensors()
-  modules: dict[str, dict[str, np.ndarray]] = {}
   try:
     with safetensors.safe_open(path, framework="np") as file:
       tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -101,21 +125,33 @@ def read_tensors(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
     raise ValueError(
       f"{str(path)!r} is not a whole safetensors file: {error}. Copy it again."
     ) from error
+  found = AdapterFile({}, {})
   for name, value in tensors.items():
-    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
-    if not match:
-      if name.endswith("lora_magnitude_vector"):
-        why = "It belongs to DoRA, which is not supported."
-      elif "lora_embedding_" in name:
-        why = "Adapters on embeddings are not supported."
-      else:
-        why = f"Names of plain LoRA are {PREFIX}<module>.lora_A.weight and lora_B.weight."
-      raise ValueError(f"{str(path)!r} holds the tensor {name!r}. {why}")
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise ValueError(f"{str(path)!r}: {name!r} is {value.dtype}, not floating point.")
-    modules.setdefault(match[1], {})[match[2]] = value.astype(np.float32)
-  for name, pair in modules.items():
-    if len(pair) < 2:
-      missing = "B" if "A" in pair else "A"
-      raise ValueError(f"{str(path)!r} lacks {PREFIX}{name}.lora_{missing}.weight.")
-  return modules
+    _sort(path, name, value.astype(np.float32), found)
+  for name, parts in found.layers.items():
+    for part in "AB":
+      if part not in parts:
+        raise ValueError(f"{str(path)!r} lacks {PREFIX}{name}.lora_{part}.weight.")
+  return found
+
+
+def _sort(path: pathlib.Path, name: str, value: np.ndarray, found: AdapterFile) -> None:
+  inner = name.removeprefix(PREFIX)
+  for pattern, part in _NAMES.items():
+    match = re.fullmatch(pattern, inner)
+    if match and inner != name:
+      part = part or match[2]
+      if part.startswith("base"):  # of a layer with an adapter
+        found.plain[f"{match[1]}.{part.removeprefix('base ')}"] = value
+      else:
+        found.layers.setdefault(match[1], {})[part] = value
+      return
+  if inner == name or ".lora_" in name or not re.fullmatch(r".+\.(weight|bias)", name):
+    raise ValueError(
+      f"{str(path)!r} holds the tensor {name!r}, which is not supported. Names of LoRA are "
+      f"{PREFIX}<module>.lora_A.weight, lora_B.weight, lora_embedding_A, lora_embedding_B and "
+      "lora_magnitude_vector; a module that is saved whole is <module>.weight and <module>.bias."
+    )
+  found.plain[inner] = value

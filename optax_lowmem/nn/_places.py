@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from optax_lowmem.nn._lora import LoRALinear
-from optax_lowmem.nn._nf4 import NF4Linear
+from optax_lowmem.nn._adapter import Adapter
+from optax_lowmem.nn._base import is_embed, is_linear, stack_shape
 
 
 class Place(NamedTuple):
@@ -33,7 +33,7 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]]:
 def places(model: nnx.Module) -> list[Place]:
   """Every module below `model`, in the order of its attributes.
 
-  The base of a `LoRALinear` goes by the path of the `LoRALinear` itself: an adapter does not
+  The base of an adapter goes by the path of the adapter itself: an adapter does not
   change what a layer is called.
   """
   found: dict[int, Place] = {}
@@ -43,7 +43,7 @@ def places(model: nnx.Module) -> list[Place]:
     for key, child in _children(node):
       if not isinstance(child, (dict, list, tuple, nnx.Pytree)):
         continue
-      below = path if isinstance(node, LoRALinear) else (*path, str(key))
+      below = path if isinstance(node, Adapter) else (*path, str(key))
       if isinstance(child, nnx.Module):
         place = found.setdefault(id(child), Place(".".join(below), child, []))
         place.holders.append((node, key))
@@ -73,20 +73,36 @@ def check_replaceable(chosen: Sequence[Place]) -> None:
       )
 
 
-def is_linear(module: Any) -> bool:
-  """Whether a module is a plain linear layer: subclasses that compute something else are not."""
-  return isinstance(module, nnx.Linear) and type(module).__call__ is nnx.Linear.__call__
-
-
 def adaptable(everything: Sequence[Place]) -> list[Place]:
-  """The linear layers as a user sees them: the base under a `LoRALinear` is not one."""
-  bases = {id(p.module.base) for p in everything if isinstance(p.module, LoRALinear)}
+  """Linear layers and embeddings as a user sees them: the base under an adapter is not one."""
+  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
   return [
     place
     for place in everything
-    if (is_linear(place.module) or isinstance(place.module, (NF4Linear, LoRALinear)))
+    if (isinstance(place.module, Adapter) or is_linear(place.module) or is_embed(place.module))
     and id(place.module) not in bases
   ]
+
+
+def base_of(module: Any) -> Any:
+  """The layer under an adapter, or the layer itself."""
+  return module.base if isinstance(module, Adapter) else module
+
+
+def layer_names(place: Place, stack: str) -> list[str]:
+  """What a layer, or each layer of a stack, is called in PyTorch; nothing if that is not clear."""
+  return names_in_stack(place.path, stack_shape(base_of(place.module)), stack)
+
+
+def names_in_stack(path: str, lead: tuple[int, ...], stack: str) -> list[str]:
+  """`path`, with each layer's number after the part `stack` if there are leading axes."""
+  parts = path.split(".")
+  if not lead:
+    return [path]
+  if len(lead) > 1 or parts.count(stack) != 1:
+    return []
+  at = parts.index(stack) + 1
+  return [".".join([*parts[:at], str(i), *parts[at:]]) for i in range(lead[0])]
 
 
 def patterns(argument: str, regex: str | Sequence[str]) -> list[re.Pattern[str]]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._lora import LoRALinear, check_base, check_lora
-from optax_lowmem.nn._nf4 import NF4Linear, check_weight
-from optax_lowmem.nn._places import (
-  adaptable,
-  check_replaceable,
-  choose,
-  is_linear,
-  matches,
-  patterns,
-  places,
-  replace,
+from optax_lowmem.nn._adapter import check_lora
+from optax_lowmem.nn._base import GENERAL, check_dense, contraction_of, is_embed, is_linear
+from optax_lowmem.nn._embed import LoRAEmbed, check_embed
+from optax_lowmem.nn._init import Init, check_init, quantized
+from optax_lowmem.nn._lora import LoRALinear, check_base
+from optax_lowmem.nn._places import choose, matches, patterns, places, replace
+from optax_lowmem.nn._quantized import check_codebook
+from optax_lowmem.nn._targets import Target, find_targets
+from optax_lowmem.nn._trainable import (
+  below,
+  check_bias,
+  check_saved,
+  find_saved,
+  train_biases,
+  train_modules,
 )
 
 M = TypeVar("M", bound=nnx.Module)
@@ -29,24 +34,29 @@ def quantize_model(
   *,
   targets: str | Sequence[str] | None = None,
   exclude: str | Sequence[str] | None = r"(^|\.)lm_head$",
-  block_size: int = 64,
-  double_quantize: bool = True,
+  codebook: str = "nf4",
+  block_size: int | None = 64,
+  double_quantize: bool | None = None,
 ) -> M:
-  """Turns `nnx.Linear` layers into `NF4Linear`, in place.
+  """Turns linear layers into quantized ones, in place.
+
+  `nnx.Linear` becomes `NF4Linear`, or `QuantizedLinear` with another codebook;
+  `nnx.LinearGeneral` and `nnx.Einsum` become `QuantizedEinsum`.
 
   Layers are turned one at a time, so no more than one dense weight is held beside the model.
-  The base of a `LoRALinear` is quantized under it. Layers that are `NF4Linear` already, and
-  subclasses of `nnx.Linear` with a `__call__` of their own, are left as they are. Everything is
-  checked before the first layer is changed.
+  The base of a `LoRALinear` is quantized under it. Layers that are quantized already, and
+  subclasses with a `__call__` of their own, are left as they are, and so is what modules hold as
+  an `nnx.Param` of their own. Everything is checked before the first layer is changed.
 
   Args:
     model: any NNX module that holds the layers: as attributes, in `nnx.List`, `nnx.Dict`, lists
       or dicts, stacked along leading axes or not.
     targets: a regular expression or a list of them, each matching a module's whole dotted path
-      or the last part of it. None means every `nnx.Linear`.
+      or the last part of it. None means every linear layer.
     exclude: the same, for layers to leave alone. None excludes nothing.
-    block_size: how many inputs share a scale.
-    double_quantize: store the scales in 8 bits too.
+    codebook: `"nf4"`, `"fp4"` or `"int8"`.
+    block_size: how many inputs share a scale; None is all inputs of an output.
+    double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
 
   Returns:
     `model`.
@@ -61,57 +71,86 @@ def quantize_model(
   >>> type(nn.quantize_model(mlp).layers[0]).__name__
   'NF4Linear'
   """
+  check_codebook(codebook)
   everything = places(model)
   skip = [] if exclude is None else patterns("exclude", exclude)
   possible = [
     place
     for place in everything
-    if is_linear(place.module) and not any(matches(pattern, place.path) for pattern in skip)
+    if is_linear(place.module)
+    and isinstance(place.module, (nnx.Linear, *GENERAL))
+    and not any(matches(pattern, place.path) for pattern in skip)
   ]
   chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
   for place in chosen:
-    linear = place.module
-    check_weight(f"{place.path}.kernel", linear.kernel[...])
-    if linear.dot_general is not jax.lax.dot_general or linear.preferred_element_type is not None:
-      raise ValueError(
-        f"`{place.path}` sets `dot_general` or `preferred_element_type`, which an "
-        "NF4Linear does not have. Name it in `exclude`."
-      )
+    check_dense(place.path, place.module)
+    _check_product(place.path, place.module)
   while chosen:
     place = chosen.pop(0)
-    linear = place.module
-    new = NF4Linear.from_weight(
-      linear.kernel[...].swapaxes(-1, -2),
-      linear.bias,
-      block_size=block_size,
-      double_quantize=double_quantize,
-      dtype=linear.dtype,
-      precision=linear.precision,
-    )
-    replace(place, new)
+    replace(place, quantized(place.module, codebook, block_size, double_quantize))
   return model
+
+
+def _check_product(path: str, layer: Any) -> None:
+  """Refuses a layer that multiplies in a way of its own, which a quantized one would not."""
+  contraction_of(layer)
+  own = getattr(layer, "dot_general", None) not in (None, jax.lax.dot_general)
+  own = own or getattr(layer, "dot_general_cls", None) is not None
+  own = own or getattr(layer, "einsum_op", jnp.einsum) is not jnp.einsum
+  if own or layer.preferred_element_type is not None:
+    raise ValueError(
+      f"`{path}` sets `dot_general`, `einsum_op` or `preferred_element_type`, which a quantized "
+      "layer does not have. Name it in `exclude`."
+    )
 
 
 def add_lora(
   model: M,
   rank: int,
   alpha: float,
-  targets: str | Sequence[str],
+  targets: str | Sequence[str] = "all-linear",
   *,
   dropout: float = 0.0,
   use_rslora: bool = False,
+  use_dora: bool = False,
+  lora_bias: bool = False,
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  modules_to_save: Sequence[str] | None = None,
+  bias: str = "none",
+  init: Init = "default",
+  stack: str = "layers",
   rngs: nnx.Rngs,
 ) -> M:
-  r"""Puts a `LoRALinear` around the layers that `targets` names, in place.
+  r"""Puts an adapter around the layers that `targets` names, in place.
+
+  Linear layers, quantized or not, get a `LoRALinear`, embeddings a `LoRAEmbed`. All that is to be
+  trained is an `nnx.LoRAParam`, and nothing else is.
+
+  In a stack of layers, the layers may differ in rank and alpha, and some may have no adapter:
+  `targets` and the keys of the patterns match `model.layers.1.self_attn.q_proj` too, where the
+  path of the stacked module is `model.layers.self_attn.q_proj`. The factors of a layer of lower
+  rank are filled up with zeros, which stay zero in training.
 
   Args:
-    model: any NNX module that holds `nnx.Linear` or `NF4Linear` layers.
+    model: any NNX module that holds the layers.
     rank: as in `LoRALinear`.
     alpha: as in `LoRALinear`.
-    targets: a regular expression or a list of them, each matching a module's whole dotted path
+    targets: `"all-linear"`, which is every linear layer but the output head, or a regular
+      expression or a list of them, each matching a module's whole dotted path
       (`model.layers.self_attn.q_proj`) or the last part of it (`q_proj|v_proj`).
-    dropout: as in `LoRALinear`.
+    dropout: as in `LoRALinear`; of linear layers only, as in PEFT.
     use_rslora: as in `LoRALinear`.
+    use_dora: as in `LoRALinear`.
+    lora_bias: as in `LoRALinear`.
+    rank_pattern: ranks of some layers, by regular expressions that match the end of a name; the
+      first that does counts, as in PEFT.
+    alpha_pattern: the same for alpha.
+    modules_to_save: names of modules, or last parts of them, that are trained whole. They are
+      left out of `targets`.
+    bias: `"lora_only"` also trains the biases of adapted layers, `"all"` those of all layers.
+    init: as in `LoRALinear`.
+    stack: the part of a stacked module's path after which the layer number belongs.
     rngs: as in `LoRALinear`.
 
   Returns:
@@ -131,42 +170,42 @@ def add_lora(
   ValueError: `targets` 'layer.0' matches no module that can be changed. Nearest: layers.0. ...
   """
   check_lora(rank, alpha, dropout, rngs)
+  check_init(init)
+  check_bias(bias)
+  if lora_bias and use_dora:
+    raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
   everything = places(model)
-  chosen = choose("targets", targets, everything, adaptable(everything))
-  for place in chosen:
-    check_base(place.path, place.module)
-  for place in chosen:
-    new = LoRALinear(place.module, rank, alpha, dropout=dropout, use_rslora=use_rslora, rngs=rngs)
-    replace(place, new)
+  saved = find_saved(everything, modules_to_save or ())
+  check_saved(saved)
+  found = find_targets(
+    everything, targets, rank, alpha, rank_pattern, alpha_pattern, stack, below(saved, everything)
+  )
+  for target in found:
+    check = check_embed if is_embed(target.place.module) else check_base
+    check(target.place.path, target.place.module)
+    check_lora(target.rank, target.alpha, dropout, rngs)
+  train_modules(saved)
+  while found:
+    target = found.pop(0)
+    replace(
+      target.place,
+      adapter(
+        target,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        lora_bias=lora_bias,
+        init=init,
+        rngs=rngs,
+      ),
+    )
+  train_biases(places(model), bias)
   return model
 
 
-def merge_lora(model: M) -> M:
-  """Turns every `LoRALinear` into one plain `nnx.Linear`, in place.
-
-  The kernel becomes W + scale * A B in float32; where the base is an `NF4Linear`, W is its
-  decoded weight, so the merged model no longer is in 4 bits.
-
-  Args:
-    model: any NNX module with `LoRALinear` layers in it.
-
-  Returns:
-    `model`.
-
-  Raises:
-    ValueError: there is no `LoRALinear` in `model`.
-
-  >>> from flax import nnx
-  >>> from optax_lowmem import nn
-  >>> mlp = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
-  >>> mlp = nn.add_lora(mlp, rank=2, alpha=4, targets=".*", rngs=nnx.Rngs(1))
-  >>> type(nn.merge_lora(mlp).layers[0]).__name__
-  'Linear'
-  """
-  chosen = [place for place in places(model) if isinstance(place.module, LoRALinear)]
-  if not chosen:
-    raise ValueError("`model` holds no LoRALinear, there is nothing to merge.")
-  check_replaceable(chosen)
-  for place in chosen:
-    replace(place, place.module.merge())
-  return model
+def adapter(target: Target, *, dropout: float, lora_bias: bool, **options: Any) -> Any:
+  """An adapter for a layer; embeddings have neither dropout nor a bias, as in PEFT."""
+  base, rank, alpha = target.place.module, target.rank, target.alpha
+  if is_embed(base):
+    return LoRAEmbed(base, rank, alpha, **options)
+  return LoRALinear(base, rank, alpha, dropout=dropout, lora_bias=lora_bias, **options)

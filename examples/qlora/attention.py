@@ -1,0 +1,98 @@
+"""Grouped-query attention: causal, and within a row's own segments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_config import LlamaConfig
+from rope import Rope, apply_rope
+
+# Queries, keys and values (B, T, heads, head_dim) to what the queries see, (B, T, heads, head_dim),
+# and anything to be kept.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def segments_of_lengths(lengths: jax.Array, time: int) -> jax.Array:
+  """One segment a row: (B, `time`) int32, 1 for the first `lengths[b]` tokens and 0 after them.
+
+  >>> segments_of_lengths(jnp.array([2, 3]), 3).tolist()
+  [[1, 1, 0], [1, 1, 1]]
+  """
+  return (jnp.arange(time) < lengths[:, None]).astype(jnp.int32)
+
+
+def positions_in_segments(segments: jax.Array) -> jax.Array:
+  """The place of each token in its segment, (B, T) int32.
+
+  A segment is a run of equal numbers in `segments` (B, T).
+
+  >>> positions_in_segments(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
+  [[0, 1, 2, 0, 1, 0]]
+  """
+  index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+  begins = segments != jnp.roll(segments, 1, axis=1)
+  return index - jax.lax.cummax(jnp.where(begins & (index > 0), index, 0), axis=1)
+
+
+def windows_of_layers(config: LlamaConfig) -> jax.Array | None:
+  """The window of each layer, int32; None where no layer has one, so that no mask is made."""
+  if not any(config.windows):
+    return None
+  unlimited = jnp.iinfo(jnp.int32).max
+  return jnp.array([unlimited if w is None else w for w in config.windows], jnp.int32)
+
+
+def attend_within(segments: jax.Array | None, window: jax.Array | None) -> Attend:
+  """Causal attention of whole rows; each token sees its own segment up to itself.
+
+  The mask is made of comparisons, which XLA fuses into the softmax; scores and softmax are float32.
+
+  Args:
+    segments: (B, T) int32, or None where each row is one segment.
+    window: how many tokens one sees at most, itself among them; None for no limit.
+  """
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+    if window is not None:
+      index = jnp.arange(q.shape[1])
+      near = (index[:, None] - index < window)[None, None]
+      mask = near if mask is None else mask & near
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), None
+
+  return attend
+
+
+class Attention(nnx.Module):
+  """The projections around an `Attend`."""
+
+  def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
+    d, self.head_dim = config.hidden_size, config.head_dim
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    inward = functools.partial(linear, use_bias=config.qkv_bias)
+    self.q_proj, self.k_proj, self.v_proj = inward(d, q), inward(d, kv), inward(d, kv)
+    self.o_proj = linear(q, d, use_bias=config.o_bias)
+    if config.qk_norm:
+      norm = functools.partial(
+        nnx.RMSNorm, config.head_dim, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs
+      )
+      self.q_norm, self.k_norm = norm(), norm()
+    self.qk_norm = config.qk_norm
+
+  def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
+    q, k, v = (
+      proj(x).reshape(*x.shape[:-1], -1, self.head_dim)
+      for proj in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    if self.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    out, kept = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+    return self.o_proj(out.reshape(*x.shape[:-1], -1)), kept

@@ -1,0 +1,115 @@
+"""A run on disk, so that it continues bit for bit where it stopped, wherever it was stopped.
+
+``last/`` holds the newest adapter in PEFT's format and, in ``state.safetensors``, what else a run
+needs to go on: the optimizer's state, the random state and the number of steps done, from which
+the position in the data follows. ``best/`` holds the adapter that had the lowest held-out loss.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+T = TypeVar("T")
+
+
+def _is_key(x: jax.Array) -> bool:
+  return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _named(tree: object) -> list[tuple[str, jax.Array]]:
+  return [(jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+  """A new folder to write to, which takes the place of `folder` once all is written.
+
+  A process may be killed at any moment: either the old content or the new one is whole, under
+  this name or beside it, and `found` finds it.
+  """
+  new, old = _beside(folder, "partial"), _beside(folder, "old")
+  for left in (new, old) if folder.exists() else (new,):
+    shutil.rmtree(left, ignore_errors=True)
+  new.mkdir(parents=True)
+  yield new
+  for path in [*new.iterdir(), new]:
+    _flush(path)
+  if folder.exists():
+    os.replace(folder, old)
+  os.replace(new, folder)
+  _flush(folder.parent)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def found(folder: Path) -> Path:
+  """`folder`; or the one before it, where a process was killed while it was being replaced."""
+  old = _beside(folder, "old")
+  return old if old.exists() and not folder.exists() else folder
+
+
+def _beside(folder: Path, what: str) -> Path:
+  return folder.with_name(f"{folder.name}.{what}")
+
+
+def _flush(path: Path) -> None:
+  """Waits until a file, or the list of a folder's files, is on the disk."""
+  try:
+    descriptor = os.open(path, os.O_RDONLY)
+  except PermissionError:  # Windows opens no folders
+    return
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def save_state(path: Path, tree: object, step: int) -> None:
+  """Writes every array of a tree, and the number of steps done, to one safetensors file."""
+  arrays = {n: np.asarray(jax.random.key_data(x) if _is_key(x) else x) for n, x in _named(tree)}
+  path.write_bytes(save(arrays, metadata={"step": str(step)}))
+
+
+def load_state(path: Path, like: T) -> tuple[T, int]:
+  """Reads what :func:`save_state` wrote into a tree of the same structure, shapes and dtypes.
+
+  Each array is put where the one of `like` lies: on its devices, in its kind of memory.
+
+  Returns:
+    ``(tree, steps done)``.
+
+  Raises:
+    FileNotFoundError: where there is no such file.
+    ValueError: where it is damaged, or belongs to another model, adapter or optimizer.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"There is no {path.name} in {path.parent}, so that run cannot be continued. It is "
+      "written when a run begins, by --save-every, by Ctrl-C and at the end of a run."
+    )
+  leaves = []
+  try:
+    with safe_open(path, framework="np") as file:
+      step, names = int((file.metadata() or {})["step"]), set(file.keys())
+      for name, wanted in _named(like):
+        data = jax.random.key_data(wanted) if _is_key(wanted) else wanted
+        found = file.get_tensor(name) if name in names else None
+        if found is None or found.shape != data.shape or found.dtype != data.dtype:
+          has = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
+          raise ValueError(
+            f"{path} does not fit this run: {name} {has}, expected {data.dtype}{list(data.shape)}."
+          )
+        if _is_key(wanted):
+          found = jax.random.wrap_key_data(found, impl=jax.random.key_impl(wanted))
+        leaves.append(jax.device_put(found, wanted.sharding))
+  except (SafetensorError, KeyError) as error:
+    raise ValueError(f"{path} is not a complete training state: {error}") from error
+  return jax.tree.unflatten(jax.tree.structure(like), leaves), step

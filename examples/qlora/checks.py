@@ -1,0 +1,47 @@
+"""What no run can have is refused before anything slow begins."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from arguments import Settings
+
+LEAST = {"steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "rank": 1, "eval_batches": 1}
+LEAST |= dict.fromkeys(
+  ("eval_every", "save_every", "stop_after", "seed", "buckets", "patience", "devices"), 0
+)
+
+
+def check(s: "Settings") -> None:
+  """Raises ValueError for a setting no run can have."""
+  for name, low in LEAST.items():
+    if (value := getattr(s, name)) < low:
+      raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
+  for name in ("alpha", "lr"):
+    if not (math.isfinite(value := getattr(s, name)) and value > 0):
+      raise ValueError(f"--{name} must be a positive number, got {value}.")
+  if not 0 <= s.dropout < 1:
+    raise ValueError(f"--dropout must be at least 0 and less than 1, got {s.dropout}.")
+  for name in ("max_grad_norm", "neftune_alpha", "weight_decay", "lora_plus_ratio"):
+    value = getattr(s, name)
+    if value is not None and not (math.isfinite(value) and value >= 0):
+      flag = name.replace("_", "-")
+      raise ValueError(f"--{flag} must be 0 or a positive number, got {value}.")
+  if s.warmup is not None and not 0 <= s.warmup < s.steps:
+    raise ValueError(
+      f"--warmup must be at least 0 and less than --steps {s.steps}, got {s.warmup}."
+    )
+  if s.init == "loftq" and s.quantize == "none":
+    raise ValueError("--init loftq makes up for quantization; --quantize none leaves nothing to.")
+  if s.packing and s.buckets:
+    raise ValueError(
+      f"--packing fills every row, so there is nothing left for --buckets {s.buckets} to save. "
+      "Choose one of the two."
+    )
+  if s.patience and not s.eval_every:
+    raise ValueError(f"--patience {s.patience} needs --eval-every, which says when to measure.")
+  if s.model is not None and not Path(s.model).exists():
+    raise FileNotFoundError(f"--model {s.model}: there is no such file or directory.")
+  if s.data is not None and not Path(s.data).is_file():
+    raise FileNotFoundError(f"--data {s.data}: there is no such file.")

@@ -1,0 +1,194 @@
+"""Models in GGUF, the format of llama.cpp: their configuration and their tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from config_files import config_from_hf
+from llama_config import LlamaConfig
+from rope_scaling import Divided, Linear
+from weights import Checkpoint
+
+GGUF_LAYER_NAMES = {
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+GGUF_NAMES = {
+  "token_embd.weight": "model.embed_tokens.weight",
+  "output_norm.weight": "model.norm.weight",
+  "output.weight": "lm_head.weight",
+}
+
+
+def open_gguf(path: pathlib.Path) -> Checkpoint:
+  """Opens a GGUF file; see `weights.open_checkpoint`, which checks its tensors too."""
+  import gguf
+
+  try:
+    reader = gguf.GGUFReader(path)
+  except Exception as error:  # the reader trusts the file: any numpy error may come out of it
+    raise ValueError(
+      f"truncated or not a GGUF file ({error}); it has {path.stat().st_size} bytes. "
+      "(Of a Hugging Face model, give the directory.)"
+    ) from error
+  named = reader.fields.get("general.architecture")
+  architecture = named.contents() if named else None
+  metadata = {
+    key: field.contents()
+    for key, field in reader.fields.items()
+    if key.startswith(("general.architecture", f"{architecture}."))
+  }
+  tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+  factors = tensors.pop("rope_freqs.weight", None)
+  shapes = {n: tuple(int(s) for s in reversed(t.shape)) for n, t in tensors.items()}
+  # The table says how many tokens there are; metadata need not. Its absence is reported later.
+  table = shapes.get("model.embed_tokens.weight", (metadata.get(f"{architecture}.vocab_size", 1),))
+  config = config_from_gguf(
+    metadata,
+    tied="lm_head.weight" not in tensors,
+    vocab_size=table[0],
+    biases={
+      "attention_bias": "model.layers.0.self_attn.q_proj.bias" in tensors,
+      "mlp_bias": "model.layers.0.mlp.up_proj.bias" in tensors,
+    },
+    rope_factors=None if factors is None else tuple(map(float, np.ravel(factors.data))),
+  )
+
+  def read(name: str) -> np.ndarray:
+    tensor = tensors[name]
+    try:
+      array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+      raise ValueError(
+        f"{path}: {name} is stored as {tensor.tensor_type.name}, which `gguf` cannot decode."
+      ) from error
+    array = array.reshape(shapes[name])
+    # llama.cpp turns adjacent pairs in its architecture "llama" only; Qwens are as they were.
+    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+      array = _unpermute(array, config.head_dim)
+    return array
+
+  return Checkpoint(config, shapes, read)
+
+
+def _hf_name(name: str) -> str:
+  """The Hugging Face name of a GGUF tensor, or `name` where there is none."""
+  if name in GGUF_NAMES:
+    return GGUF_NAMES[name]
+  match name.split("."):
+    case ["blk", layer, part, ("weight" | "bias") as kind] if part in GGUF_LAYER_NAMES:
+      return f"model.layers.{layer}.{GGUF_LAYER_NAMES[part]}.{kind}"
+  return name
+
+
+def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
+  # GGUF orders the rows of a head so that a rotated pair is adjacent, (dim/2, 2); Hugging Face's
+  # rotate-half convention wants the first halves before the second halves, (2, dim/2).
+  rows = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])  # a bias has no more axes
+  return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def config_from_gguf(
+  metadata: Mapping[str, Any],
+  *,
+  tied: bool,
+  vocab_size: int,
+  biases: Mapping[str, bool] | None = None,
+  rope_factors: tuple[float, ...] | None = None,
+) -> LlamaConfig:
+  """Reads the metadata of a GGUF file.
+
+  Args:
+    metadata: the file's key-value pairs, as Python values.
+    tied: whether the file has no output layer of its own (the metadata does not say).
+    vocab_size: the number of rows of the embedding table (the metadata need not say).
+    biases: of an architecture "llama", which of ``attention_bias`` and ``mlp_bias`` the file's
+      tensors show.
+    rope_factors: the file's ``rope_freqs.weight``.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    ValueError: as `config_from_hf`.
+
+  Example:
+    >>> config_from_gguf({"general.architecture": "mamba"}, tied=True, vocab_size=8)
+    Traceback (most recent call last):
+    ...
+    ValueError: `general.architecture` is 'mamba'; supported: 'llama', 'qwen2', 'qwen3'.
+  """
+  kind = metadata.get("general.architecture")
+  if kind not in ("llama", "qwen2", "qwen3"):  # Mistral's files say "llama"
+    raise ValueError(f"`general.architecture` is {kind!r}; supported: 'llama', 'qwen2', 'qwen3'.")
+  values: dict[str, Any] = {}
+  for key, field in {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "context_length": "max_position_embeddings",
+  }.items():
+    value = metadata.get(f"{kind}.{key}")
+    if isinstance(value, list):
+      raise ValueError(f"`{kind}.{key}` differs from layer to layer, which is not supported.")
+    if value is not None:
+      values[field] = value
+  # llama.cpp's defaults, where Hugging Face's are others.
+  if (heads := values.get("num_attention_heads")) is not None:
+    values.setdefault("num_key_value_heads", heads)
+    if isinstance(hidden := values.get("hidden_size"), int) and hidden % heads == 0:
+      values.setdefault("head_dim", hidden // heads)
+  if kind == "llama":
+    values |= biases or {}
+  scaling: Linear | Divided | None = None
+  match metadata.get(f"{kind}.rope.scaling.type"), metadata.get(f"{kind}.rope.scaling.factor"):
+    case "linear", float(factor):
+      scaling = Linear(factor)
+    case ((None | "none"), _):
+      pass
+    case other, _:
+      raise ValueError(
+        f"`{kind}.rope.scaling.type` is {other!r}, which is not supported; needs 'none' or "
+        "'linear' with its factor."
+      )
+  if rope_factors is not None:
+    if scaling is not None:
+      raise ValueError("The file has both linear rope scaling and rope_freqs.weight.")
+    scaling = Divided(rope_factors)
+  config = config_from_hf(
+    {"model_type": kind, "vocab_size": vocab_size, "tie_word_embeddings": tied, **values}
+  )
+  config = dataclasses.replace(config, rope_scaling=scaling)
+  for key, supported in {
+    "rope.scale_linear": (None, 1),
+    "rope.dimension_count": (None, config.head_dim),
+    "attention.value_length": (None, config.head_dim),
+    "attention.sliding_window": (None, 0),
+    "expert_count": (None, 0),
+    "vocab_size": (None, vocab_size),
+  }.items():
+    value = metadata.get(f"{kind}.{key}")
+    if value not in supported:
+      raise ValueError(
+        f"`{kind}.{key}` is {value!r}, which is not supported; needs {supported[1]!r}."
+      )
+  return config

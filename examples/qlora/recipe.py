@@ -1,0 +1,101 @@
+"""What is trained, and by which rule: adapters, optimizer, learning rate."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import optax_lowmem as lowmem
+from arguments import Settings
+from llama import abstract_llama, load_llama
+from llama_config import LlamaConfig
+from neftune import with_noise
+from optax_lowmem import nn as lowmem_nn
+
+
+def learning_rate(s: Settings) -> Callable[[int], Any]:
+  """Rises in the first steps, then stays, or falls to 0."""
+  warmup = s.steps // 20 if s.warmup is None else s.warmup
+  rest = max(1, s.steps - warmup)
+  after = {
+    "constant": optax.constant_schedule(s.lr),
+    "linear": optax.linear_schedule(s.lr, 0.0, rest),
+    "cosine": optax.cosine_decay_schedule(s.lr, rest),
+  }[s.schedule]
+  # The first step's rate is lr / (warmup + 1), not 0: a step at 0 would be wasted.
+  rise = optax.linear_schedule(s.lr / (warmup + 1), s.lr, max(1, warmup))
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def optimizer(s: Settings) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
+  """Clipping, then the named optimizer, at a learning rate that rises and falls."""
+  schedule = learning_rate(s)
+  decay = {} if s.weight_decay is None else {"weight_decay": s.weight_decay}
+  try:
+    rule = lowmem.create(s.optim, schedule, **decay)
+  except TypeError as error:
+    raise ValueError(f"--weight-decay: {s.optim} has none ({error}).") from error
+  clip = optax.clip_by_global_norm(s.max_grad_norm) if s.max_grad_norm else optax.identity()
+  plus = lowmem_nn.scale_lora_b(s.lora_plus_ratio) if s.lora_plus_ratio else optax.identity()
+  return optax.chain(clip, rule, plus), schedule
+
+
+def adapted(model: Any, s: Settings) -> Any:
+  """The model with fresh adapters, which change nothing yet, and its base packed.
+
+  PiSSA and LoftQ start from the weights as they were, so there the base is packed afterwards.
+  """
+  rngs = nnx.Rngs(params=s.seed, dropout=s.seed + 1)
+  packed = {} if s.quantize == "none" else {"codebook": s.quantize}
+  model = lowmem_nn.add_lora(
+    model,
+    s.rank,
+    s.alpha,
+    s.targets,
+    dropout=s.dropout,
+    use_rslora=s.rslora,
+    use_dora=s.dora,
+    rank_pattern=s.rank_pattern or None,
+    alpha_pattern=s.alpha_pattern or None,
+    modules_to_save=s.modules_to_save or None,
+    init=lowmem_nn.LoftQ(**packed) if s.init == "loftq" else s.init,
+    rngs=rngs,
+  )
+  if packed and not packed_as_read(s):
+    kept = ["lm_head", *s.modules_to_save]
+    model = lowmem_nn.quantize_model(model, exclude=kept, **packed)
+  if s.neftune_alpha:
+    model = with_noise(model, s.neftune_alpha, nnx.Rngs(noise=s.seed + 2))
+  return model
+
+
+def packed_as_read(s: Settings) -> bool:
+  """Whether each matrix is packed as it is read, so that the whole base is never unpacked."""
+  return s.quantize == "nf4" and s.init in ("default", "gaussian") and not s.modules_to_save
+
+
+def abstract_model(config: LlamaConfig, s: Settings) -> Any:
+  """The adapted model's shapes, without its weights."""
+  base = abstract_llama(config, "nf4" if packed_as_read(s) else None, jnp.dtype(s.dtype))
+  return nnx.eval_shape(partial(adapted, s=s), base)
+
+
+def loaded_model(path: Path, s: Settings) -> Any:
+  """The adapted model."""
+  base = load_llama(path, "nf4" if packed_as_read(s) else None, dtype=jnp.dtype(s.dtype))
+  return adapted(base, s)
+
+
+def trained_model(path: Path, s: Settings, adapter: Path) -> Any:
+  """The model with the adapter that a run has left, to be used and not to be trained."""
+  base = load_llama(path, "nf4" if packed_as_read(s) else None, dtype=jnp.dtype(s.dtype))
+  if s.quantize != "none" and not packed_as_read(s):
+    kept = ["lm_head", *s.modules_to_save]
+    base = lowmem_nn.quantize_model(base, exclude=kept, codebook=s.quantize)
+  model = lowmem_nn.load_peft(base, adapter)
+  model.eval()
+  return model

@@ -1,0 +1,70 @@
+"""All local devices: each takes some rows of a batch, and holds the whole model or a part of it.
+
+The numbers are those of one device, up to rounding: JAX partitions the program, and adds up what
+the devices found.
+"""
+
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from batches import Batch
+
+T = TypeVar("T")
+
+
+def devices_in_a_row(count: int, batch_size: int) -> Mesh | None:
+  """The devices to train on, `count` of them or all; None for a single one.
+
+  Raises:
+    ValueError: where there are fewer, or the rows of a batch cannot be dealt out evenly.
+  """
+  there = jax.local_devices()
+  if count > len(there):
+    raise ValueError(f"--devices {count}: there are only {len(there)} here.")
+  count = count or len(there)
+  if batch_size % count:
+    raise ValueError(
+      f"--batch-size {batch_size} is not a multiple of the {count} devices, over which its rows "
+      f"are spread. Choose another one, or fewer --devices."
+    )
+  if count == 1:
+    return None
+  return Mesh(np.array(there[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def everywhere(tree: T, mesh: Mesh | None) -> T:
+  """A copy of each array on every device, in the kind of memory in which it is."""
+
+  def put(x: jax.Array) -> jax.Array:
+    kind = x.sharding.memory_kind
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(), memory_kind=kind))
+
+  return tree if mesh is None else jax.tree.map(put, tree)
+
+
+def in_parts(tree: T, mesh: Mesh | None) -> T:
+  """A part of each array on every device (as in FSDP), for a model too large for one of them.
+
+  Layers are stacked along their first axis and are used one after another, so they are cut along
+  the second; everything else along the first. What does not divide evenly is copied.
+  """
+
+  def put(path: tuple[object, ...], x: jax.Array) -> jax.Array:
+    axis = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
+    even = x.ndim > axis and x.shape[axis] % mesh.size == 0
+    spec = PartitionSpec(*[None] * axis, "data") if even else PartitionSpec()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  return tree if mesh is None else jax.tree_util.tree_map_with_path(put, tree)
+
+
+def dealt(batch: Batch, mesh: Mesh | None) -> Batch:
+  """Some rows of the batch on every device."""
+  if mesh is None:
+    return batch
+  parts = batch.inputs.ndim - 2  # a leading axis, in training
+  rows = NamedSharding(mesh, PartitionSpec(*[None] * parts, "data"))
+  return jax.tree.map(lambda x: jax.device_put(x, rows), batch)

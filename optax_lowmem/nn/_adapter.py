@@ -1,0 +1,195 @@
+"""What the adapters of all kinds of layers share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_lowmem.nn._base import matrix_of, stack_shape
+from optax_lowmem.nn._init import Init, check_init, initial_factors
+
+
+class LoRAScale(nnx.Variable[jax.Array]):
+  """One scale for each layer of a stack whose ranks or alphas differ; not trained."""
+
+
+class LoRAStart(nnx.Variable[jax.Array]):
+  """A factor as it was before training, where the base was changed to make room for it."""
+
+
+def check_lora(rank: Any, alpha: Any, dropout: float, rngs: nnx.Rngs) -> None:
+  """Refuses settings that mean nothing, before any module is touched."""
+  ranks = rank if isinstance(rank, (list, tuple)) else [rank]
+  least = 1 if ranks is not rank else 0
+  if any(isinstance(r, bool) or not isinstance(r, int) or r < least for r in ranks) or not any(
+    ranks
+  ):
+    raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
+  for a in alpha if isinstance(alpha, (list, tuple)) else [alpha]:
+    if not (math.isfinite(a) and a > 0):
+      raise ValueError(
+        f"`alpha` must be a positive number, got {alpha!r}. "
+        "The adapter is scaled by alpha / rank; alpha = 2 * rank is usual."
+      )
+  if not 0.0 <= dropout < 1.0:
+    raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
+  if not isinstance(rngs, nnx.Rngs):
+    raise TypeError(f"`rngs` must be an nnx.Rngs, got {rngs!r}. Pass `nnx.Rngs(0)`.")
+
+
+class Adapter(nnx.Module):
+  """The factors of a low-rank correction of `base`, and how they are scaled.
+
+  `rank` and `alpha` are those of every layer, or the largest of a stack whose layers differ; then
+  `ranks` and `alphas` hold them all, columns of A and rows of B beyond a layer's rank are zero,
+  and stay zero: the gradient of each is a product with the other.
+
+  Invariants: `lora_a.shape == (..., in_features, rank)`,
+  `lora_b.shape == (..., rank, out_features)`, and, with DoRA,
+  `magnitude.shape == (..., out_features)`.
+  """
+
+  def __init__(
+    self,
+    base: Any,
+    rank: int | Sequence[int],
+    alpha: float | Sequence[float],
+    *,
+    dropout: float,
+    use_rslora: bool,
+    use_dora: bool,
+    init: Init,
+    rngs: nnx.Rngs,
+  ):
+    check_lora(rank, alpha, dropout, rngs)
+    check_init(init)
+    stack = stack_shape(base)
+    self.ranks, self.alphas = _per_layer("rank", rank, stack), _per_layer("alpha", alpha, stack)
+    self.rank = max(rank) if isinstance(rank, (list, tuple)) else rank
+    self.alpha = max(alpha) if isinstance(alpha, (list, tuple)) else alpha
+    self.use_rslora = use_rslora
+    self.scales = nnx.data(None)
+    if self.ranks or self.alphas:
+      self.scales = LoRAScale(jnp.asarray(self.layer_scales(stack[0]), jnp.float32))
+    scale = self.scale
+    base, a, b, started = initial_factors(base, self.rank, self.ranks, scale, init, rngs)
+    self.base = base
+    self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+    self.start_a = nnx.data(LoRAStart(jnp.copy(a)) if started else None)
+    self.start_b = nnx.data(LoRAStart(jnp.copy(b)) if started else None)
+    self.magnitude = nnx.data(None)
+    if use_dora:
+      self.magnitude = nnx.LoRAParam(self.weight_norm())
+    self.dropout = nnx.data(None)
+    if dropout > 0:
+      self.dropout = nnx.Dropout(dropout, rngs=rngs)
+      if stack:  # one key and one counter for each layer, so that nnx.scan can slice them
+        self.dropout.rngs = rngs["dropout"].split(tuple(stack))
+
+  @property
+  def in_features(self) -> int:
+    return self.lora_a[...].shape[-2]
+
+  @property
+  def out_features(self) -> int:
+    return self.lora_b[...].shape[-1]
+
+  @property
+  def use_dora(self) -> bool:
+    return self.magnitude is not None
+
+  def _scale(self, rank: int, alpha: float) -> float:
+    return 0.0 if rank == 0 else alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+  def layer_scales(self, count: int) -> list[float]:
+    """The scale of each layer of a stack."""
+    ranks, alphas = self.ranks or (self.rank,) * count, self.alphas or (self.alpha,) * count
+    return [self._scale(r, a) for r, a in zip(ranks, alphas, strict=True)]
+
+  @property
+  def scale(self) -> Any:
+    """alpha / rank, or alpha / sqrt(rank) with `use_rslora`; an array of them if layers differ."""
+    return self._scale(self.rank, self.alpha) if self.scales is None else self.scales[...]
+
+  def scaled_b(self) -> jax.Array:
+    b = self.lora_b[...]
+    return b * self._spread_scale(b.ndim)
+
+  def delta(self, a: Any = None, b: Any = None) -> jax.Array:
+    """The scaled product of A and B as a matrix (..., out, in), in float32."""
+    a, b = self.lora_a[...] if a is None else a, self.lora_b[...] if b is None else b
+    product = jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
+    return self._spread_scale(product.ndim) * product
+
+  def weight_norm(self) -> jax.Array:
+    r"""The norm of each row of W + s (A B)^T, of which no gradient is taken.
+
+    Expanded, so that no product A B of a layer's size is made: :math:`\|w\|^2 + 2 s\,b \cdot
+    A^T w + s^2 b \cdot (A^T A) b`.
+    """
+    w = jax.lax.stop_gradient(matrix_of(self.base))
+    a = jax.lax.stop_gradient(self.lora_a[...])
+    b = jax.lax.stop_gradient(self.scaled_b()).swapaxes(-1, -2)
+    dot = functools.partial(jnp.matmul, precision="highest")
+    product = 2 * dot(w, a) + dot(b, dot(a.swapaxes(-1, -2), a))
+    squared = (w * w).sum(-1) + (product * b).sum(-1)
+    return jnp.sqrt(jnp.maximum(squared, 0.0))
+
+  def factor(self, norm: jax.Array | None = None) -> jax.Array:
+    """DoRA's magnitude over the norm: what the rows of the weight are multiplied by."""
+    magnitude: Any = self.magnitude
+    norm = self.weight_norm() if norm is None else norm
+    factor = jnp.where(norm > 0, magnitude[...] / jnp.where(norm > 0, norm, 1.0), 0.0)
+    if self.ranks and 0 in self.ranks:  # layers of a stack that have no adapter
+      factor = jnp.where(self._spread_scale(factor.ndim) > 0, factor, 1.0)
+    return factor
+
+  def _spread_scale(self, ndim: int) -> Any:
+    """The scale, to broadcast against an array of that rank whose first axes are the stack's."""
+    scale = self.scale
+    return scale if self.scales is None else scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))
+
+  def merged_matrix(self, original: jax.Array | None = None) -> jax.Array:
+    """The weight (..., out, in) that base and adapter amount to, in float32.
+
+    With `original`, that of the base before it was quantized, or before room was made in it for
+    the adapter, the adapter is added to that one instead.
+    """
+    delta = self.delta()
+    if original is None:
+      weight = matrix_of(self.base)
+    else:
+      weight = original
+      if self.start_a is not None and self.start_b is not None:
+        delta = delta - self.delta(self.start_a[...], self.start_b[...])
+    weight = weight + delta
+    if self.use_dora:
+      norm = jnp.sqrt((weight * weight).sum(-1))
+      weight = self.factor(norm)[..., None] * weight
+    return weight
+
+
+def _per_layer(name: str, value: Any, stack: tuple[int, ...]) -> tuple[Any, ...] | None:
+  """One value a layer, or None where they are all the same."""
+  if not isinstance(value, (list, tuple)):
+    return None
+  if len(stack) != 1 or len(value) != stack[0]:
+    raise ValueError(
+      f"`{name}` has {len(value)} values, and the base {stack or 'no'} leading axes. Give one "
+      "value, or one for each layer of a stack with one leading axis."
+    )
+  return tuple(value)
+
+
+def check_adaptable(name: str, base: Any) -> None:
+  if isinstance(base, Adapter):
+    raise ValueError(
+      f"`{name}` has a LoRA adapter already. "
+      "Call `merge_lora` first, or train the adapter that is there."
+    )

@@ -1,0 +1,150 @@
+"""`nnx.Einsum` and `nnx.LinearGeneral`, seen as one matrix product."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+  """Which axes of a kernel are inputs, outputs, and shared with the input (one matrix for each).
+
+  Attributes:
+    equation: of an `nnx.Einsum`, such as ``"BTD,NDH->BTNH"``; None for an `nnx.LinearGeneral`.
+    axis: of an `nnx.LinearGeneral`: the axes of the input that are summed over.
+    batch: how many leading axes of the input an `nnx.LinearGeneral` shares with its kernel.
+    kernel_shape: of one layer.
+  """
+
+  equation: str | None
+  axis: tuple[int, ...]
+  batch: int
+  kernel_shape: tuple[int, ...]
+
+  @classmethod
+  def of(cls, module: Any) -> Contraction:
+    """The contraction of a module.
+
+    Raises:
+      ValueError: the equation sums over an axis of one operand alone, or repeats a letter.
+    """
+    if isinstance(module, nnx.LinearGeneral):
+      batch = tuple(module.batch_axis.values())
+      shape = (*batch, *module.in_features, *module.out_features)
+      return cls(None, tuple(module.axis), len(batch), shape)
+    lhs, rhs, out = _split(module.einsum_str)
+    letters = [c for c in lhs + out if c != "."]
+    lonely = (set(rhs) - set(lhs) - set(out)) | (set(lhs) - set(rhs) - set(out) - {"."})
+    repeated = any(
+      len(set(side)) < len(side) for side in (lhs.replace("...", ""), rhs, out.replace("...", ""))
+    )
+    if lonely or repeated or "." in rhs or not letters:
+      raise ValueError(
+        f"the equation {module.einsum_str!r} is not a plain product of an input and a kernel: it "
+        "sums over an axis of one of them alone, repeats a letter, or has an ellipsis in the "
+        "kernel. Leave this module out of `targets`."
+      )
+    return cls(module.einsum_str, (), 0, tuple(module.kernel_shape))
+
+  def letters(self, ndim: int) -> tuple[str, str, str]:
+    """Letters of the axes of an input of rank `ndim`, of the kernel and of the output."""
+    if self.equation is not None:
+      lhs, rhs, out = _split(self.equation)
+      used = set(lhs + rhs + out)
+      free = [c for c in string.ascii_letters if c not in used]
+      dots = "".join(free[: ndim - len(lhs.replace("...", ""))])
+      return lhs.replace("...", dots), rhs, out.replace("...", dots)
+    lhs = string.ascii_lowercase[:ndim]
+    inputs = "".join(lhs[a] for a in self.axis)
+    batch = lhs[: self.batch]
+    outputs = string.ascii_uppercase[: len(self.kernel_shape) - len(inputs) - self.batch]
+    free = "".join(c for c in lhs if c not in inputs + batch)
+    return lhs, batch + inputs + outputs, batch + free + outputs
+
+  def groups(self) -> tuple[str, str, str]:
+    """The kernel's letters that are batch, input and output axes, each in the kernel's order."""
+    lhs, rhs, out = self.letters(self._least())
+    batch = "".join(c for c in rhs if c in lhs and c in out)
+    inputs = "".join(c for c in rhs if c in lhs and c not in out)
+    outputs = "".join(c for c in rhs if c not in lhs)
+    return batch, inputs, outputs
+
+  def sizes(self, letters: str) -> tuple[int, ...]:
+    rhs = self.letters(self._least())[1]
+    return tuple(self.kernel_shape[rhs.index(c)] for c in letters)
+
+  def _least(self) -> int:
+    """The smallest rank of an input."""
+    if self.equation is None:  # an axis may be counted from either end
+      return max(self.batch + len(self.axis), *(a + 1 if a >= 0 else -a for a in self.axis))
+    return len(_split(self.equation)[0].replace("...", ""))
+
+  @property
+  def matrix_shape(self) -> tuple[int, ...]:
+    """(out, in), or (batch, out, in) if the kernel has axes in common with input and output."""
+    batch, inputs, outputs = (self.sizes(group) for group in self.groups())
+    shape = (math.prod(outputs), math.prod(inputs))
+    return (math.prod(batch), *shape) if batch else shape
+
+  def to_matrix(self, kernel: jax.Array) -> jax.Array:
+    """A kernel (..., *kernel_shape) as matrices (..., *matrix_shape)."""
+    rhs, (batch, inputs, outputs) = self.letters(self._least())[1], self.groups()
+    lead = kernel.ndim - len(rhs)
+    order = [lead + rhs.index(c) for c in batch + outputs + inputs]
+    kernel = kernel.transpose(*range(lead), *order)
+    return kernel.reshape(*kernel.shape[:lead], *self.matrix_shape)
+
+  def to_kernel(self, matrix: jax.Array) -> jax.Array:
+    """The inverse of `to_matrix`."""
+    rhs, (batch, inputs, outputs) = self.letters(self._least())[1], self.groups()
+    here = batch + outputs + inputs
+    lead = matrix.ndim - len(self.matrix_shape)
+    kernel = matrix.reshape(*matrix.shape[:lead], *self.sizes(here))
+    return kernel.transpose(*range(lead), *(lead + here.index(c) for c in rhs))
+
+  def flatten(self, x: jax.Array) -> jax.Array:
+    """The input with its summed axes last and as one: (..., in), or (batch, n, in)."""
+    lhs, _, _ = self.letters(x.ndim)
+    batch, inputs, _ = self.groups()
+    free = [c for c in lhs if c not in batch + inputs]
+    x = x.transpose([lhs.index(c) for c in (*batch, *free, *inputs)])
+    n = math.prod(self.sizes(inputs))
+    if batch:
+      return x.reshape(math.prod(self.sizes(batch)), -1, n)
+    return x.reshape(*x.shape[: len(free)], n)
+
+  def unflatten(self, y: jax.Array, like: jax.Array) -> jax.Array:
+    """The product (..., out) of `flatten(like)`, with the axes of the layer's output."""
+    lhs, _, out = self.letters(like.ndim)
+    batch, inputs, outputs = self.groups()
+    free = [c for c in lhs if c not in batch + inputs]
+    sizes = [like.shape[lhs.index(c)] for c in free]
+    y = y.reshape(*self.sizes(batch), *sizes, *self.sizes(outputs))
+    here = (*batch, *free, *outputs)
+    return y.transpose([here.index(c) for c in out])
+
+  def spread(self, values: jax.Array, ndim: int) -> jax.Array:
+    """One value an output (out,) or (batch, out), to broadcast against the layer's output."""
+    _, _, out = self.letters(ndim)
+    batch, _, outputs = self.groups()
+    here = batch + outputs
+    order = [here.index(c) for c in out if c in here]
+    return self.spread_bias(jnp.reshape(values, self.sizes(here)).transpose(order), ndim)
+
+  def spread_bias(self, bias: jax.Array, ndim: int) -> jax.Array:
+    """A bias, which flax lays out as the output, to broadcast against the output."""
+    _, rhs, out = self.letters(ndim)
+    return bias.reshape([self.sizes(c)[0] if c in rhs else 1 for c in out])
+
+
+def _split(equation: str) -> tuple[str, str, str]:
+  inputs, out = equation.replace(" ", "").split("->")
+  lhs, rhs = inputs.split(",")
+  return lhs, rhs, out

@@ -1,0 +1,342 @@
+"""Adapters, read from the files of PEFT."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optax_lowmem.nn._adapter import Adapter
+from optax_lowmem.nn._base import is_embed, matrix_shape, stack_shape
+from optax_lowmem.nn._peft import check_matrix, is_tied
+from optax_lowmem.nn._peft_files import CONFIG, WEIGHTS, AdapterFile, read_config, read_tensors
+from optax_lowmem.nn._places import (
+  Place,
+  adaptable,
+  base_of,
+  check_replaceable,
+  layer_names,
+  listing,
+  names_in_stack,
+  nearest,
+  places,
+  replace,
+)
+from optax_lowmem.nn._surgery import adapter
+from optax_lowmem.nn._targets import Target, all_linear, pattern_value
+from optax_lowmem.nn._trainable import (
+  Tensor,
+  below,
+  check_saved,
+  find_saved,
+  tensors_of,
+  train_biases,
+  train_modules,
+)
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def load_peft(
+  model: M, dir: str | os.PathLike[str], *, stack: str = "layers", rngs: nnx.Rngs | None = None
+) -> M:
+  """Loads an adapter that PEFT or `save_peft` wrote, in place.
+
+  Layers without an adapter get a `LoRALinear` or `LoRAEmbed`; layers with one get its values
+  replaced, and must agree with it in rank, scale and kind. Where only some layers of a stack have
+  an adapter, or of another rank, the others are filled up with zeros, which training leaves zero.
+  Modules saved whole, and biases, become `nnx.LoRAParam` too. Everything is read and
+  checked first: a file that does not fit leaves the model as it was.
+
+  Args:
+    model: a module whose paths are those of the PyTorch model, stacked or not.
+    dir: the directory of `adapter_config.json` and `adapter_model.safetensors`.
+    stack: the part of a stacked module's path after which the layer number belongs.
+    rngs: with it, new `LoRALinear` layers get the adapter's dropout, to go on training; without
+      it they have none.
+
+  Returns:
+    `model`.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the adapter is of a kind that is not supported (its configuration sets a key that
+      is not known here), or does not fit `model`: unknown or missing layers, other shapes,
+      another rank or scale.
+    ImportError: the package safetensors is not installed.
+
+  >>> import tempfile
+  >>> from flax import nnx
+  >>> from optax_lowmem import nn
+  >>> def make():
+  ...     return nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+  >>> model = nn.add_lora(make(), rank=2, alpha=4, targets=".*", rngs=nnx.Rngs(1))
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...     other = nn.load_peft(make(), nn.save_peft(model, folder))
+  >>> bool((other.layers[0].lora_a[...] == model.layers[0].lora_a[...]).all())
+  True
+
+  References:
+    https://huggingface.co/docs/peft/developer_guides/checkpoint
+  """
+  dir = pathlib.Path(dir)
+  config = read_config(dir / CONFIG)
+  file = read_tensors(dir / WEIGHTS)
+  everything = places(model)
+  saved = find_saved(everything, config.get("modules_to_save") or ())
+  check_saved(saved)
+  skip = {id(place.module) for place in below(saved, everything)}
+  layers = [place for place in adaptable(everything) if id(place.module) not in skip]
+  known = [name for place in layers for name in layer_names(place, stack)]
+  unknown = [name for name in file.layers if name not in set(known)]
+  if unknown:
+    raise ValueError(
+      f"the adapter in {str(dir)!r} is for `{unknown[0]}`, which `model` does not have."
+      f"{nearest(unknown[0], known)} Available modules: {listing(known)}."
+    )
+  _check_tying(model, config, saved, file)
+  expects = _expects(config, everything, stack)
+  plan = _Plan(str(dir), config, file, stack, rngs)
+  ready = [r for place in layers if (r := plan.layer(place, expects)) is not None]
+  tensors = _plain_tensors(everything, saved, config, file, stack, str(dir))
+  check_replaceable([place for place, lora, _ in ready if lora is not place.module])
+  for place, lora, values in ready:
+    for variable, value in values:
+      variable[...] = jnp.asarray(value)
+    if lora is not place.module:
+      replace(place, lora)
+  train_modules(saved)
+  train_biases(places(model), config.get("bias", "none"))
+  for tensor, value in tensors:
+    old = tensor.variable
+    setattr(tensor.holder, tensor.field, type(old)(jnp.asarray(value), **old.get_metadata()))
+  return model
+
+
+class _Plan:
+  """What is to be put where, checked before anything is."""
+
+  def __init__(self, dir: str, config: dict[str, Any], file: AdapterFile, stack: str, rngs: Any):
+    self.dir, self.config, self.file, self.stack, self.rngs = dir, config, file, stack, rngs
+
+  def setting(self, what: str, default: Any, name: str) -> Any:
+    return pattern_value(self.config.get(what) or {}, name, default)
+
+  def layer(self, place: Place, expects: Callable[[str], bool]) -> Any:
+    """The place, its adapter, and the values of the adapter's Variables; None if it has none."""
+    modules, names = self.file.layers, layer_names(place, self.stack)
+    adapted = isinstance(place.module, Adapter)
+    missing = [name for name in names if name not in modules]
+    if len(missing) == len(names) and not adapted and not any(map(expects, missing)):
+      return None
+    lacks = [n for n in missing if expects(n) or len(missing) == len(names)]
+    if lacks or not names:
+      raise ValueError(
+        f"the adapter in {self.dir!r} lacks `{lacks[0] if lacks else place.path}`"
+        ". It must have every layer that its `target_modules` names, and every layer that has an "
+        "adapter in `model`."
+      )
+    check_matrix(place)
+    there = [name in modules for name in names]
+    ranks = tuple(
+      int(self.setting("rank_pattern", self.config["r"], n)) if have else 0
+      for n, have in zip(names, there, strict=True)
+    )
+    alphas = tuple(self.setting("alpha_pattern", self.config["lora_alpha"], n) for n in names)
+    lora = place.module if adapted else self.new(place, names, ranks, alphas)
+    self.check_shapes(place, lora, names, ranks)
+    if adapted:
+      self.check_settings(place, names, ranks, alphas)
+    return place, lora, self.values(lora, names, ranks)
+
+  def new(self, place: Place, names: Sequence[str], ranks: Any, alphas: Any) -> Any:
+    # A tuple only where layers differ, as `add_lora` gives it.
+    same = len(set(ranks)) == 1 and len(set(alphas)) == 1
+    dropout = float(self.config.get("lora_dropout") or 0.0) if self.rngs is not None else 0.0
+    target = Target(place, ranks[0] if same else ranks, alphas[0] if same else alphas)
+    return adapter(
+      target,
+      dropout=dropout,
+      use_rslora=bool(self.config.get("use_rslora")),
+      use_dora=bool(self.config.get("use_dora")),
+      lora_bias=bool(self.config.get("lora_bias")),
+      init="default",
+      rngs=self.rngs or nnx.Rngs(0),
+    )
+
+  def check_shapes(self, place: Place, lora: Any, names: Sequence[str], ranks: Any) -> None:
+    base = base_of(place.module)
+    out, inputs = matrix_shape(base)[len(stack_shape(base)) :]
+    for name, rank in zip(names, ranks, strict=True):
+      if not rank:
+        continue
+      want = {"A": (rank, inputs), "B": (out, rank)}
+      want |= {"magnitude": (out,)} if self.config.get("use_dora") else {}
+      want |= {"bias": (out,)} if self.config.get("lora_bias") and not is_embed(base) else {}
+      parts = self.file.layers[name]
+      if parts.keys() != want.keys():
+        wrong = sorted(parts.keys() ^ want.keys())
+        raise ValueError(
+          f"the adapter in {self.dir!r} {'lacks' if wrong[0] in want else 'holds'} the {wrong[0]} "
+          f"of `{name}`, and its configuration says otherwise."
+        )
+      for part, shape in want.items():
+        if parts[part].shape != shape:
+          raise ValueError(
+            f"the adapter in {self.dir!r} has lora_{part} of shape {parts[part].shape} for "
+            f"`{name}`, where rank {rank} and the layer of `model` need shape {shape}."
+          )
+
+  def check_settings(self, place: Place, names: Sequence[str], ranks: Any, alphas: Any) -> None:
+    lora: Any = place.module
+    count = len(names)
+    if (lora.ranks or (lora.rank,) * count) != ranks:
+      raise ValueError(
+        f"the adapter in {self.dir!r} has rank {ranks[0]} and so A and B of another shape than "
+        f"the one at `{place.path}`, which has rank {lora.ranks or lora.rank}."
+      )
+    root = self.config.get("use_rslora")
+    scales = [a / (r**0.5 if root else r) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)]
+    for have, want in zip(lora.layer_scales(count), scales, strict=True):
+      if abs(have - want) > 1e-6 * want:
+        raise ValueError(
+          f"the adapter in {self.dir!r} has scale {want:g}, the one at `{place.path}` "
+          f"{have:g}. Give `model` the same alpha, rank and use_rslora."
+        )
+    kinds = {"use_dora": lora.use_dora, "lora_bias": getattr(lora, "lora_bias", None) is not None}
+    for key, have in kinds.items():
+      if have != bool(self.config.get(key)) and not (key == "lora_bias" and is_embed(lora.base)):
+        raise ValueError(
+          f"the adapter in {self.dir!r} has {key}={not have}, the one at `{place.path}` {have}."
+        )
+    if lora.start_a is not None:
+      raise ValueError(
+        f"the base of `{place.path}` was changed when its adapter was made (`init`), and the one "
+        f"in {self.dir!r} is for an unchanged base. Load it into a new model."
+      )
+
+  def values(self, lora: Any, names: Sequence[str], ranks: Any) -> list[tuple[Any, np.ndarray]]:
+    """Each Variable of the adapter, and its value."""
+    stacked = bool(stack_shape(lora.base))
+    parts = {"A": lora.lora_a, "B": lora.lora_b, "magnitude": lora.magnitude}
+    parts["bias"] = getattr(lora, "lora_bias", None)
+    found = []
+    for part, variable in parts.items():
+      if variable is None:
+        continue
+      # Layers without an adapter keep the magnitude they have, which they do not use.
+      value = (
+        np.array(variable[...]) if part == "magnitude" else np.zeros(variable[...].shape, "f4")
+      )
+      every = value if stacked else value[None]
+      for i, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+        if not rank:
+          continue
+        one = self.file.layers[name][part]
+        if part == "A":
+          every[i, :, :rank] = one.T
+        elif part == "B":
+          every[i, :rank] = one.T
+        else:
+          every[i] = one.reshape(every[i].shape)
+      found.append((variable, value))
+    return found
+
+
+def _expects(
+  config: dict[str, Any], everything: Sequence[Place], stack: str
+) -> Callable[[str], bool]:
+  """Whether PEFT, following the configuration, put an adapter on the layer of a name."""
+  targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+  indices, below_ = config.get("layers_to_transform"), config.get("layers_pattern")
+  if isinstance(targets, str) and targets.lower() == "all-linear":
+    targets = [n for place in all_linear(everything) for n in layer_names(place, stack)]
+
+  def matches(wanted: Any, name: str) -> bool:
+    if isinstance(wanted, str):
+      return re.fullmatch(wanted, name) is not None
+    return any(name == one or name.endswith("." + one) for one in wanted)
+
+  def expects(name: str) -> bool:
+    if not targets or (excluded and matches(excluded, name)) or not matches(targets, name):
+      return False
+    if isinstance(targets, str) or indices is None or indices == []:
+      return True
+    parts = [below_] if isinstance(below_, str) else (below_ or [None])
+    found = None
+    for part in parts:
+      pattern = r".*?\.[^.]*\.(\d+)\." if part is None else rf"(?:^|.*?\.){part}\.(\d+)\."
+      found = found or re.match(pattern, name)
+    wanted = [indices] if isinstance(indices, int) else indices
+    return found is not None and int(found[1]) in wanted
+
+  return expects
+
+
+def _check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file: Any) -> None:
+  """In PEFT an output layer that is tied to the embedding follows it only if asked to."""
+  if not is_tied(model):
+    return
+  tying = bool(config.get("ensure_weight_tying"))
+  if not tying and any(isinstance(place.module, nnx.Embed) for place in saved):
+    raise ValueError(
+      "the adapter saves the embedding whole, and in PEFT the output layer that is tied to it "
+      "stays as it was, which here it would not. Save the adapter with `ensure_weight_tying`."
+    )
+  if tying and any("embed" in name.rpartition(".")[2] for name in file.layers):
+    raise ValueError(
+      "the adapter ties the output layer to an adapted embedding (`ensure_weight_tying`), which "
+      "is not supported. Train the adapter without it."
+    )
+
+
+def _plain_tensors(
+  everything: Sequence[Place],
+  saved: Sequence[Place],
+  config: dict[str, Any],
+  file: AdapterFile,
+  stack: str,
+  dir: str,
+) -> list[tuple[Tensor, np.ndarray]]:
+  """The Variables of the base that the file replaces, and their values."""
+  left = dict(file.plain)
+  whole = {id(place.module) for place in below(saved, everything)}
+  found: list[tuple[Tensor, np.ndarray]] = []
+  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
+  for place in everything:
+    if id(place.module) in bases:
+      continue
+    for tensor in tensors_of(place.module) or []:
+      names = names_in_stack(place.path, tensor.lead, stack)
+      full = [f"{name}.{tensor.suffix}" for name in names]
+      have = [name for name in full if name in left]
+      if len(have) < len(full) and (have or id(place.module) in whole):
+        lacking = next(name for name in full if name not in left)
+        raise ValueError(
+          f"the adapter in {dir!r} lacks `{lacking}`, which its `modules_to_save` or `bias` names."
+        )
+      if not have:
+        continue
+      shape = tensor.variable[...].shape
+      value = tensor.to_torch(np.stack([left.pop(name) for name in full]))
+      value = value if tensor.lead else value[0]
+      if value.shape != shape:
+        raise ValueError(
+          f"the adapter in {dir!r} has `{full[0]}` of another shape than `model`: {value.shape} "
+          f"here, {shape} needed."
+        )
+      found.append((tensor, value))
+  if left:
+    name = next(iter(left))
+    known = [p.path for p in everything]
+    raise ValueError(
+      f"the adapter in {dir!r} holds `{name}`, which `model` does not have, or has quantized."
+      f"{nearest(name.rpartition('.')[0], known)}"
+    )
+  return found

@@ -1,0 +1,114 @@
+"""A frozen `nnx.Einsum` or `nnx.LinearGeneral` whose weight rests in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem.nn._contraction import Contraction
+from optax_lowmem.nn._quantized import (
+  QuantizedWeight,
+  dequantize_stack,
+  floating,
+  multiply,
+  quantize_like,
+  quantize_stack,
+)
+
+
+class QuantizedEinsum(nnx.Module):
+  """What `nnx.Einsum` or `nnx.LinearGeneral` computes, with a frozen weight in 4 or 8 bits.
+
+  The kernel is held as a matrix (out, in) of the product of its output axes by the product of
+  those that are summed over, or as one such matrix for each index that it has in common with
+  input and output; blocks lie along the summed axes. As in `QuantizedLinear`, it is decoded for
+  each product and never kept, gets no gradient, and may have leading axes that stack layers.
+
+  Args:
+    layer: the float layer.
+    codebook: `"nf4"`, `"fp4"` or `"int8"`.
+    block_size: how many inputs share a scale; None is all inputs of an output.
+    double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
+
+  Raises:
+    ValueError: the equation is not a plain product, or `codebook` or `block_size` is none.
+
+  >>> import jax.numpy as jnp
+  >>> from flax import nnx
+  >>> from optax_lowmem import nn
+  >>> heads = nnx.LinearGeneral(64, (4, 16), rngs=nnx.Rngs(0))
+  >>> nn.QuantizedEinsum(heads)(jnp.ones((2, 7, 64))).shape
+  (2, 7, 4, 16)
+  """
+
+  def __init__(
+    self,
+    layer: nnx.Einsum | nnx.LinearGeneral,
+    *,
+    codebook: str = "nf4",
+    block_size: int | None = 64,
+    double_quantize: bool | None = None,
+  ):
+    self.contraction = Contraction.of(layer)
+    if double_quantize is None:
+      double_quantize = codebook != "int8"
+    matrix = self.contraction.to_matrix(layer.kernel[...])
+    self.weight = QuantizedWeight(quantize_stack(matrix, codebook, block_size, double_quantize))
+    bias: Any = layer.bias
+    self.bias = nnx.data(bias)
+    self.dtype, self.precision = layer.dtype, layer.precision
+
+  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+    """The dense weight as matrices (..., out, in)."""
+    return dequantize_stack(self.weight.get_value(), dtype)
+
+  def requantized(self, weight: jax.Array) -> QuantizedEinsum:
+    """A layer of the same kind with other matrices, quantized in the same way."""
+    new = nnx.merge(*nnx.split(self))
+    new.weight = QuantizedWeight(quantize_like(weight, self.weight.get_value()))
+    new.bias = self.bias
+    return new
+
+  def float_layer(self) -> Any:
+    """The layer that this was, with shapes in place of a kernel and without a bias."""
+    c = self.contraction
+    options: Any = {"dtype": self.dtype, "precision": self.precision}
+
+    def make():
+      if c.equation is not None:
+        return nnx.Einsum(c.equation, c.kernel_shape, rngs=nnx.Rngs(0), **options)
+      batch, ends = c.kernel_shape[: c.batch], c.batch + len(c.axis)
+      return nnx.LinearGeneral(
+        c.kernel_shape[c.batch : ends],
+        c.kernel_shape[ends:],
+        axis=c.axis,
+        batch_axis=dict(enumerate(batch)),
+        use_bias=False,
+        rngs=nnx.Rngs(0),
+        **options,
+      )
+
+    return nnx.eval_shape(make)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    q: QuantizedArray = self.weight.get_value()
+    shape = self.contraction.matrix_shape
+    if q.ndim != len(shape):
+      raise ValueError(
+        f"this QuantizedEinsum holds a stack of layers, its weight has shape {q.shape}. "
+        "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
+      )
+    x = floating(x, self.dtype)
+    flat = self.contraction.flatten(x)
+    if len(shape) == 2:
+      y: Any = multiply(flat, q, self.precision)
+    else:
+      y = jax.vmap(lambda x, q: multiply(x, q, self.precision))(flat, q)
+    y = self.contraction.unflatten(y, x)
+    if self.bias is None:
+      return y
+    return y + self.contraction.spread_bias(self.bias[...].astype(y.dtype), x.ndim)

@@ -1,0 +1,120 @@
+"""A run that is killed goes on as if it had not been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+import checkpoints
+import finetune
+import optax_lowmem as lowmem
+from qlora_cases import adapter, arguments, records, same, save_model, save_rows
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("qlora")
+  save_model(folder / "model")
+  save_rows(folder / "rows.json")
+  return folder
+
+
+class Killed(BaseException):
+  """What stands for a process that ends between two instructions."""
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_checkpoint_is_whole_wherever_its_writing_is_cut_off(tmp_path, monkeypatch, at):
+  folder, calls = tmp_path / "last", -100
+
+  def write(content):
+    with checkpoints.replacing(folder) as new:
+      (new / "a").write_text(content)
+      counted()
+      (new / "b").write_text(content)
+
+  def counted():
+    nonlocal calls
+    calls += 1
+    if calls == at:
+      raise Killed
+
+  def before(function):
+    def wrapper(*args, **kwargs):
+      counted()
+      return function(*args, **kwargs)
+
+    return wrapper
+
+  write("old")
+  calls = 0
+  for module, name in ((os, "replace"), (os, "fsync"), (checkpoints.shutil, "rmtree")):
+    monkeypatch.setattr(module, name, before(getattr(module, name)))
+  try:
+    write("new")
+  except Killed:
+    pass
+  calls = 100
+  for expected in ({"old", "new"}, {"newer"}):
+    found = checkpoints.found(folder)
+    content = {path.read_text() for path in found.iterdir()}
+    assert len(content) == 1 and content <= expected and len(list(found.iterdir())) == 2
+    write("newer")
+  assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_a_random_step_and_resumed_is_bit_for_bit_the_same(files, tmp_path, number):
+  options = "--steps 24 --dropout 0.2 --grad-accum 2 --batch-size 2 --rank 64 --packing".split()
+  options += "--save-every 2 --eval-every 4 --targets q_proj".split()
+  assert finetune.main(arguments(files, tmp_path / "whole", *options)) == 0
+  seed = random.SystemRandom().randrange(1 << 32)
+  print("seed", seed)  # shown where the test fails
+  after, out = random.Random(seed).randrange(1, 20), tmp_path / "killed"
+  script = str(Path(finetune.__file__))
+  with subprocess.Popen(
+    [sys.executable, script, *arguments(files, out, *options)],
+    stdout=subprocess.DEVNULL,
+    env=os.environ | {"PYTHONPATH": str(Path(lowmem.__file__).parents[1])},
+  ) as process:
+    deadline = time.monotonic() + 240
+    while not (out / "metrics.jsonl").exists() or len(records_so_far(out)) < after:
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.002)
+    process.send_signal(number)
+  assert process.returncode == (-number if number == signal.SIGKILL else 130)
+  assert finetune.main(["--resume", str(out)]) == 0
+  assert same(adapter(tmp_path / "whole"), adapter(out))
+  for name in ("last/state", "last/adapter_model", "best/adapter_model"):
+    states = [load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "killed")]
+    assert same(*states), name
+  timeless = [
+    [{k: v for k, v in r.items() if k != "seconds"} for r in records(tmp_path / run)]
+    for run in ("whole", "killed")
+  ]
+  assert timeless[0] == timeless[1]
+
+
+def records_so_far(folder):
+  return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(files, tmp_path):
+  """At a learning rate that ruins the model, the first measurements are the best."""
+  options = "--steps 30 --eval-every 2 --patience 2 --lr 2.0 --warmup 0 --schedule constant"
+  assert finetune.main(arguments(files, tmp_path / "out", *options.split())) == 0
+  measured = [r for r in records(tmp_path / "out") if "held_out_loss" in r and r["step"]]
+  losses = [r["held_out_loss"] for r in measured]
+  best = losses.index(min(losses))
+  assert best == len(losses) - 3 and measured[-1]["step"] < 30
+  again = [*options.split(), "--stop-after", str(measured[best]["step"])]
+  assert finetune.main(arguments(files, tmp_path / "again", *again)) == 0
+  kept = load_file(tmp_path / "out/best/adapter_model.safetensors")
+  assert same(kept, adapter(tmp_path / "again"))
+  assert not same(kept, adapter(tmp_path / "out"))

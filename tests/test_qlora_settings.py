@@ -1,0 +1,90 @@
+"""Where settings come from: flags, YAML, an earlier run."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from arguments import CHOICES, HELP, Settings, flag_of, kind_of, parse
+from runs import save_settings
+
+
+def write(path, text):
+  path.write_text(text)
+  return str(path)
+
+
+def test_every_setting_has_a_help_line_and_fits_its_choices():
+  assert [f.name for f in fields(Settings)] == list(HELP)
+  for name, choices in CHOICES.items():
+    assert getattr(Settings(), name) in choices
+
+
+def test_flags_go_before_yaml_and_yaml_before_defaults(tmp_path):
+  config = write(
+    tmp_path / "run.yaml", "rank: 4\nlr: 1e-4\nbatch-size: 2\nwarmup: null\npacking: true\n"
+  )
+  s = parse("", ["--config", config, "--rank", "8", "--no-packing"])
+  assert (s.rank, s.lr, s.batch_size, s.warmup, s.packing) == (8, 1e-4, 2, None, False)
+  assert s.steps == Settings().steps
+  assert parse("", ["--config", config]).packing
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("rnk: 4", r"no setting 'rnk'\. Did you mean 'rank'\?"),
+    ("something: 4", r"no setting 'something'\.$"),
+    ("rank: 4.5", "rank: 4.5 is not an int"),
+    ("rank: big", "rank: 'big' is not an int"),
+    ("rank: [4]", "is not an int"),
+    ("rank: true", "is not an int"),
+    ("rank: null", "is not an int"),
+    ("packing: 1", "is neither true nor false"),
+    ("lr: fast", "lr: 'fast' is not a float"),
+    ("quantize: nf8", "quantize must be one of nf4"),
+    ("config: other.yaml", "no setting 'config'"),
+    ("- rank", "must hold lines such as"),
+    ("rank: 4: 5", "is not YAML"),
+    ("rank: 0", "--rank must be at least 1"),
+  ],
+)
+def test_bad_yaml_is_refused(tmp_path, text, message):
+  with pytest.raises(ValueError, match=message):
+    parse("", ["--config", write(tmp_path / "run.yaml", text)])
+
+
+def test_missing_yaml():
+  with pytest.raises(FileNotFoundError, match="--config nowhere"):
+    parse("", ["--config", "nowhere"])
+
+
+def test_saved_settings_give_the_same_run_again(tmp_path):
+  s = parse("", "--rank 8 --lr 0.002 --packing --dtype bfloat16 --weight-decay 0.5".split())
+  save_settings(s, tmp_path, "00")
+  again = parse("", ["--config", str(tmp_path / "config.yaml")])
+  again.config = None
+  assert again == s
+  assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) < set(HELP)
+  assert json.loads((tmp_path / "run.json").read_text())["settings"]["rank"] == 8
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ("--packing --buckets 2", "--packing fills every row"),
+    ("--patience 2", "--patience 2 needs --eval-every"),
+    ("--neftune-alpha -1", "--neftune-alpha must be 0 or a positive"),
+    ("--weight-decay nan", "--weight-decay must be 0 or a positive"),
+    ("--buckets -1", "--buckets must be at least 0"),
+    ("--devices -1", "--devices must be at least 0"),
+  ],
+)
+def test_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    parse("", options.split())
+
+
+def test_flags_are_named_like_settings():
+  assert flag_of("seq_len") == "--seq-len" and {kind_of(f) for f in fields(Settings)} >= {int, bool}

@@ -1,0 +1,111 @@
+"""What a run has trained is used: talked to, and merged into one model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import finetune
+import optax_lowmem as lowmem
+from chat import ChatTokenizer
+from generation import Generator
+from llama import load_llama
+from optax_lowmem import nn as lowmem_nn
+from qlora_cases import arguments, save_model, save_rows
+from recipe import trained_model
+from talking import Speaker, of_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("qlora")
+  save_model(folder / "model", tied=False)
+  save_rows(folder / "rows.json")
+  options = "--lr 3e-2 --targets all-linear --eval-every 4 --warmup 0 --schedule constant".split()
+  assert finetune.main(arguments(folder, folder / "run", *options)) == 0
+  return folder / "run"
+
+
+def refused(argv, capsys):
+  with pytest.raises(SystemExit) as exit:
+    finetune.main(argv)
+  assert exit.value.code == 2
+  return capsys.readouterr().err
+
+
+def test_tokens_one_by_one_are_those_of_the_generator(run):
+  s, path, adapter = of_run(run)
+  model = trained_model(path, s, adapter)
+  tokenizer = ChatTokenizer.from_model(path)
+  prompt = tokenizer.encode_prompt([{"role": "user", "content": "say 7"}])
+  from flax import nnx
+
+  graph, *variables = nnx.split(model, ...)
+  want = Generator(graph, tokenizer.stop_ids, 20)(variables, [np.array(prompt)])[0]
+  speaker = Speaker(model, tokenizer.stop_ids, 20, temperature=0.0)
+  assert list(speaker(prompt)) == want.tolist() and len(want) > 2
+
+
+def test_chat_reads_lines_and_remembers(run):
+  lines = "say 7\n\nsay 8\n/clear\nsay 7\nsay 8 <|im_end|>\n"
+  root = str(Path(lowmem.__file__).parents[1])
+  options = "--temperature 0 --max-tokens 24 --best".split()
+  done = subprocess.run(
+    [sys.executable, finetune.__file__, "chat", str(run), *options],
+    input=lines,
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": root},
+  )
+  assert done.returncode == 0, done.stderr
+  s, path, adapter = of_run(run, best=True)
+  model, tokenizer = trained_model(path, s, adapter), ChatTokenizer.from_model(path)
+  speaker, messages, want = Speaker(model, tokenizer.stop_ids, 24, 0.0), [], []
+  for question in ("say 7", "say 8"):
+    messages.append({"role": "user", "content": question})
+    answer = tokenizer.decode(speaker(tokenizer.encode_prompt(messages)))
+    messages.append({"role": "assistant", "content": answer})
+    want.append(answer)
+  written = done.stdout
+  assert written.startswith(f"{want[0]}\n{want[1]}\n{want[0]}\n")
+  assert "contains the control token '<|im_end|>'" in written
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_model_is_base_and_adapter(run, tmp_path, dtype, capsys):
+  out = tmp_path / "merged"
+  argv = ["merge", str(run), "--out", str(out), "--dtype", dtype]
+  assert finetune.main(argv) == 0
+  assert "merged model" in capsys.readouterr().out
+  ids = jnp.arange(24).reshape(2, 12) * 7 % 270
+  _, path, adapter = of_run(run)
+  want = lowmem_nn.load_peft(load_llama(path), adapter)(ids)
+  assert float(abs(want - load_llama(path)(ids)).max()) > 0.1  # the adapter does something
+  got = load_llama(out)(ids)
+  tolerance = 1e-4 if dtype == "float32" else 0.05
+  np.testing.assert_allclose(got, want, atol=tolerance * float(abs(want).max()))
+  assert ChatTokenizer.from_model(out).encode("the cat") == (
+    ChatTokenizer.from_model(path).encode("the cat")
+  )
+  if dtype == "float32":
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+      logits = theirs(torch.tensor(np.asarray(ids))).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4 * float(abs(want).max()))
+  assert "is not empty" in refused(argv, capsys)
+
+
+def test_bad_arguments(run, tmp_path, capsys):
+  assert "no run in that folder" in refused(["chat", str(tmp_path)], capsys)
+  assert "--top-p must be above 0" in refused(["chat", str(run), "--top-p", "0"], capsys)
+  assert "--max-tokens must be" in refused(["chat", str(run), "--max-tokens", "0"], capsys)
+  (tmp_path / "run.json").write_text(json.dumps({"settings": {"model": str(run.parent / "model")}}))
+  merge = ["merge", str(tmp_path), "--out", str(tmp_path / "m"), "--best"]
+  assert "There is no best/" in refused(merge, capsys)
