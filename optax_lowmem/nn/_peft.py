@@ -220,8 +220,15 @@ def save_peft(
     for name, layer in layers.items()
     for end, value in layer.tensors.items()
   }
-  bias, modules = _beside(everything, stack, set(layers), tensors)
   all_names = [n for p in adaptable(everything) for n in layer_names(p, stack)]
+  bias, modules = _beside(everything, stack, set(layers), tensors)
+  for name in modules:
+    others = {n for n in all_names if n.endswith(name)} - set(modules)
+    if others:
+      raise ValueError(
+        f"`{name}` is trained whole, and PEFT would take {sorted(others)[0]!r} for it too, whose "
+        "name ends in the same letters. Train both, or rename one."
+      )
   rank, rank_pattern = _pattern({name: layer.rank for name, layer in layers.items()})
   alpha, alpha_pattern = _pattern({name: layer.alpha for name, layer in layers.items()})
   config = {

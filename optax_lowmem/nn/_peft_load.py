@@ -89,7 +89,7 @@ def load_peft(
   config = read_config(dir / CONFIG)
   file = read_tensors(dir / WEIGHTS)
   everything = places(model)
-  saved = find_saved(everything, config.get("modules_to_save") or ())
+  saved = _saved(everything, config.get("modules_to_save") or (), stack)
   check_saved(saved)
   skip = {id(place.module) for place in below(saved, everything)}
   layers = [place for place in adaptable(everything) if id(place.module) not in skip]
@@ -279,6 +279,22 @@ def _expects(
   return expects
 
 
+def _saved(everything: Sequence[Place], names: Sequence[str], stack: str) -> list[Place]:
+  """The modules that PEFT saves whole: those whose name ends in one of `names`."""
+  found = []
+  for name in names:
+    # PEFT asks for no dot before the name: "norm" is input_layernorm too.
+    ends = [p.path for p in everything if any(n.endswith(name) for n in _names(p, stack))]
+    found += ends or [name]
+  return find_saved(everything, list(dict.fromkeys(found)))
+
+
+def _names(place: Place, stack: str) -> list[str]:
+  tensors = tensors_of(place.module) or []
+  named = [names_in_stack(place.path, tensor.lead, stack) for tensor in tensors[:1]]
+  return [place.path, *(name for names in named for name in names)]
+
+
 def _check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file: Any) -> None:
   """In PEFT an output layer that is tied to the embedding follows it only if asked to."""
   if not is_tied(model):
@@ -323,6 +339,13 @@ def _plain_tensors(
         )
       if not have:
         continue
+      trained = id(place.module) in whole
+      trained = trained or (tensor.suffix == "bias" and config.get("bias", "none") != "none")
+      if not trained and not any(name in file.layers for name in names):
+        raise ValueError(
+          f"the adapter in {dir!r} holds `{have[0]}`, which neither its `modules_to_save` nor its "
+          "`bias` names."
+        )
       shape = tensor.variable[...].shape
       value = tensor.to_torch(np.stack([left.pop(name) for name in full]))
       value = value if tensor.lead else value[0]
