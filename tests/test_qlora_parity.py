@@ -1,0 +1,284 @@
+"""Twenty steps of QLoRA beside transformers, PEFT and bitsandbytes: same bits, batches and losses.
+
+`qlora.npz` was written by ``python tests/test_qlora_parity.py`` (torch 2.13, transformers 5.23,
+peft 0.21, bitsandbytes 0.50.2, on a CPU). It holds a small Llama, `base/<tensor>` in units of
+1/512; a fresh adapter made here, `initial/<tensor>`; the batches, `ids`; what bitsandbytes made of
+the linear layers, `bits/<layer>.<part>`; and the losses and the final adapter of the PyTorch side,
+`<rule>/losses` and `<rule>/<tensor>`. The live comparisons need these packages and are slow.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from conftest import GOLDEN
+from llama import LINEARS, load_llama
+from llama_config import LlamaConfig
+from optax_lowmem import nn
+from weights import expected_shapes, open_checkpoint
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILE = GOLDEN / "qlora.npz"
+# Widths are multiples of 64, else blocks differ (see NF4Linear). 320 x 64 has 320 blocks of scales:
+# more than one of the second level.
+CONFIG = LlamaConfig(96, 64, 320, 2, 4, 2, 16, rms_norm_eps=1e-5)
+UNIT, RANK, ALPHA, STEPS, SEED = 512, 4, 8, 20, 1
+RULES = {  # rate, and the optax rule that is torch's
+  "sgd": (0.2, optax.sgd),
+  "adamw": (0.01, functools.partial(optax.adamw, weight_decay=1e-4)),
+}
+
+
+def write_model(folder, config, tensors, dtype=np.float32):
+  """A Hugging Face directory."""
+  shape = dataclasses.asdict(config) | {"model_type": "llama", "hidden_act": "silu"}
+  rope = {"rope_theta": shape.pop("rope_theta"), "rope_type": "default"}
+  content = shape | {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope}
+  (folder / "config.json").write_text(json.dumps(content))
+  tensors = {name: np.ascontiguousarray(value, dtype) for name, value in tensors.items()}
+  save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+  return folder
+
+
+def train(model, ids, tx):
+  """The losses of a step on each batch; the adapters of `model` are trained."""
+  graph, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+  def loss(lora, frozen, ids):
+    logits = nnx.merge(graph, lora, frozen)(ids[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+  @jax.jit
+  def step(lora, state, frozen, ids):
+    value, grads = jax.value_and_grad(loss)(lora, frozen, ids)
+    updates, state = tx.update(grads, state, lora)
+    return optax.apply_updates(lora, updates), state, value
+
+  state, losses = tx.init(lora), []
+  for batch in ids:
+    lora, state, value = step(lora, state, frozen, batch)
+    losses.append(float(value))
+  nnx.update(model, lora)
+  return np.array(losses)
+
+
+def bits_of(model):
+  """What is held of each layer, by the names of `qlora_torch.packed_bits`."""
+  out = {}
+  for name in LINEARS:
+    holder, child = name.split(".")
+    linear = getattr(getattr(model.model.layers, holder), child)
+    weight = (linear.base if isinstance(linear, nn.LoRALinear) else linear).weight.get_value()
+    parts = {
+      "codes": weight.codes,
+      "scales": weight.scales.codes,
+      "scale_scales": weight.scales.scales,
+      "offset": weight.scales.offset,
+    }
+    for i in range(len(weight.codes)):
+      out |= {f"model.layers.{i}.{name}.{k}": np.asarray(v[i]).ravel() for k, v in parts.items()}
+  return out
+
+
+def assert_same_bits(ours, theirs, one_off=0.0):
+  """All codes are equal; of the means and largest scales, sums, the last bits may differ.
+
+  On a CPU bitsandbytes rounds the 8-bit codes of scales by a table of 2^16 bins, not to the nearest
+  code: a scale that is less than a bin from the middle of two codes may get the other. `one_off` is
+  the share of them that may. The small model was chosen to have none.
+  """
+  assert ours.keys() == theirs.keys()
+  wrong = total = 0
+  for name, value in theirs.items():
+    if name.endswith(".codes"):
+      assert (ours[name] != value).sum() == 0, name
+    elif name.endswith(".scales"):
+      steps = np.abs(ours[name].astype(int) - value)
+      assert steps.max() <= (1 if one_off else 0), name
+      wrong, total = wrong + steps.sum(), total + steps.size
+    else:
+      np.testing.assert_allclose(ours[name], value, rtol=1e-6)
+  print(f"scales with another code: {wrong} of {total}")
+  assert wrong <= one_off * total
+
+
+def distance(ours, theirs, initial):
+  """Largest distance of a tensor from theirs, in parts of the way theirs has come; by norms."""
+  assert ours.keys() == theirs.keys()
+  norm = np.linalg.norm
+  return max(norm(ours[k] - v) / norm(v - initial[k]) for k, v in theirs.items())
+
+
+def saved(model, folder):
+  nn.save_peft(model, folder)
+  return load_file(folder / "adapter_model.safetensors")
+
+
+# --- against the file, without torch ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden():
+  return dict(np.load(FILE))
+
+
+def of(golden, prefix):
+  return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def folder(golden, tmp_path_factory):
+  """The base model and, in `initial`, its adapter as in PEFT's files."""
+  folder = tmp_path_factory.mktemp("qlora")
+  weights = {name: value / UNIT for name, value in of(golden, "base/").items()}
+  write_model(folder, CONFIG, weights)
+  (folder / "initial").mkdir()
+  targets = [name.split(".")[1] for name in LINEARS]
+  settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
+  (folder / "initial" / "adapter_config.json").write_text(json.dumps(settings))
+  save_file(of(golden, "initial/"), folder / "initial" / "adapter_model.safetensors")
+  return folder
+
+
+def ours(folder, quantize="nf4"):
+  return nn.load_peft(load_llama(folder, quantize), folder / "initial")
+
+
+def test_bits_are_those_of_bitsandbytes(golden, folder):
+  assert_same_bits(bits_of(ours(folder)), of(golden, "bits/"))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_twenty_steps_are_those_of_peft_and_bitsandbytes(golden, folder, tmp_path, name):
+  rate, rule = RULES[name]
+  model, expected = ours(folder), golden[f"{name}/losses"]
+  losses = train(model, golden["ids"], rule(rate))
+  assert expected[0] - expected[-1] > 0.5  # it learns
+  np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-5)  # asked for: 1e-3
+  final = {k: v for k, v in of(golden, f"{name}/").items() if k != "losses"}
+  assert distance(saved(model, tmp_path), final, of(golden, "initial/")) < 1e-3
+
+
+def test_the_comparison_sees_what_is_wrong(golden, folder):
+  """The losses of another base, or of another scale of the adapter, are far away."""
+  rate, rule = RULES["sgd"]
+  expected = golden["sgd/losses"]
+  dense = train(ours(folder, None), golden["ids"], rule(rate))
+  assert np.abs(dense - expected).max() > 0.01
+  model = ours(folder)
+  for linear in (model.model.layers.mlp.up_proj, model.model.layers.self_attn.q_proj):
+    linear.alpha *= 2
+  assert np.abs(train(model, golden["ids"], rule(rate)) - expected).max() > 0.01
+
+
+# --- live -----------------------------------------------------------------------------------------
+
+
+def torch_side():
+  """`benchmarks/qlora_torch.py`, if its packages are installed."""
+  for name in ("torch", "transformers", "peft", "bitsandbytes"):
+    pytest.importorskip(name, reason="compares with transformers, PEFT and bitsandbytes")
+  sys.path.insert(0, str(ROOT / "benchmarks"))
+  try:
+    import qlora_torch
+  finally:
+    sys.path.pop(0)
+  return qlora_torch
+
+
+def against_torch(folder, ids, name, rate, one_off=0.0):
+  """Losses here, losses there, and how far the adapters are apart."""
+  peer = torch_side()
+  theirs = peer.load(folder, folder / "initial", nf4=True)
+  before = peer.adapter_tensors(theirs)
+  trainer = peer.Trainer(theirs, name, rate)
+  bits = peer.packed_bits(theirs)
+  expected = np.array([trainer.step(batch) for batch in ids])
+  final = peer.adapter_tensors(theirs)
+  del theirs, trainer
+  model = ours(folder)
+  assert_same_bits(bits_of(model), bits, one_off)
+  losses = train(model, ids, RULES[name][1](rate))
+  with tempfile.TemporaryDirectory() as out:
+    adapter = saved(model, pathlib.Path(out) / "adapter")
+  apart = distance(adapter, final, before)
+  gap = np.abs(losses - expected).max()
+  print(f"{name}: {expected[0]:.4f} to {expected[-1]:.4f}, losses differ by at most {gap:.1e},")
+  print(f"adapters by {apart:.1e} of the way they have come")
+  return losses, expected, apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_live_on_the_small_model(golden, folder, name):
+  losses, expected, apart = against_torch(folder, golden["ids"], name, RULES[name][0])
+  np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(expected, golden[f"{name}/losses"], rtol=0, atol=1e-5)
+  assert apart < 1e-3
+
+
+@pytest.mark.slow
+def test_live_on_a_real_model(tmp_path):
+  """SmolLM2-135M-Instruct, SGD, batches of the default data."""
+  torch_side()
+  from chat import ChatTokenizer
+  from data import load
+  from fetch import FetchError, default_data, default_model
+
+  try:
+    path, data = default_model(), default_data()
+  except FetchError as error:
+    pytest.skip(f"no default model: {error}")
+  checkpoint = open_checkpoint(path)
+  write_model(tmp_path, checkpoint.config, {n: checkpoint.read(n) for n in checkpoint.shapes})
+  rows = load(data, ChatTokenizer.from_model(path), 10_000).rows
+  stream = np.concatenate([row.ids for row in rows])
+  ids = stream[: STEPS * 2 * 65].reshape(STEPS, 2, 65)
+  model = nn.add_lora(load_llama(tmp_path, "nf4"), 16, 32, ".*_proj", rngs=nnx.Rngs(0))
+  nn.save_peft(model, tmp_path / "initial")
+  del model
+  losses, expected, apart = against_torch(tmp_path, ids, "sgd", 0.1, one_off=0.005)
+  assert expected[:5].mean() - expected[-5:].mean() > 0.1
+  np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-3)
+  assert apart < 0.02
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def write_golden():
+  """Makes the model, the adapter and the batches, trains with PyTorch, and writes it all down."""
+  peer, rng = torch_side(), np.random.default_rng(SEED)
+  base = {
+    name: np.clip(np.round(rng.standard_normal(shape) * 25), -127, 127) + UNIT * (len(shape) == 1)
+    for name, shape in expected_shapes(CONFIG).items()
+  }
+  ids = rng.integers(0, CONFIG.vocab_size, (4, 2, 17))[np.arange(STEPS) % 4]
+  out = {f"base/{name}": value.astype(np.int16) for name, value in base.items()}
+  out["ids"] = ids.astype(np.int32)
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = write_model(pathlib.Path(scratch), CONFIG, {n: v / UNIT for n, v in base.items()})
+    model = nn.add_lora(load_llama(folder, "nf4"), RANK, ALPHA, ".*_proj", rngs=nnx.Rngs(0))
+    out |= {f"initial/{name}": value for name, value in saved(model, folder / "initial").items()}
+    for name, (rate, _) in RULES.items():
+      theirs = peer.load(folder, folder / "initial", nf4=True)
+      trainer = peer.Trainer(theirs, name, rate)
+      out[f"{name}/losses"] = np.array([trainer.step(batch) for batch in ids], np.float32)
+      out |= {f"{name}/{key}": value for key, value in peer.adapter_tensors(theirs).items()}
+      out |= {f"bits/{key}": value for key, value in peer.packed_bits(theirs).items()}
+  np.savez_compressed(FILE, **out)
+  print(f"{FILE.name}: {FILE.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+  write_golden()
