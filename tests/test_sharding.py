@@ -246,6 +246,26 @@ def check_norms(kind):
             assert x.addressable_shards[0].data.size * kept == x.size, (field, x.sharding)
 
 
+def check_offloaded(kind):
+  """Pages lie as what they hold does, and come back as they were."""
+  for name, spec in (("adamw", P("a")), ("adamw_4bit", P("a")), ("lion", P("a"))):
+    print("offloaded", name, flush=True)
+    params, grads = arrays(name, (512, 128), "float32")
+    args = jax.device_put((params, grads), NamedSharding(mesh_of(ONE, kind), spec))
+    plain, expected, _ = two_steps(RULES[name], *args)
+    states, updates, update = two_steps(
+      lowmem.offloaded(RULES[name], min_bytes=64, max_bytes=0), *args
+    )
+    assert update._cache_size() == 1
+    for ours, exact in zip(updates, expected, strict=True):
+      np.testing.assert_array_equal(ours["w"], exact["w"])
+    for ours, exact in zip(states, plain, strict=True):
+      assert lowmem.state_bytes(ours)["pinned_host"] > 0.8 * lowmem.state_bytes(exact)["device"]
+      for x, y in zip(jax.tree.leaves(lowmem.unpaged(ours)), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
 if __name__ == "__main__":
   assert jax.device_count() == 8
   kind = AxisType[sys.argv[1]]
@@ -255,3 +275,4 @@ if __name__ == "__main__":
   check_transformations(kind)
   check_rules_on_whole_arrays(kind)
   check_norms(kind)
+  check_offloaded(kind)
