@@ -71,8 +71,8 @@ class Adapter(nnx.Module):
     check_init(init)
     stack = stack_shape(base)
     self.ranks, self.alphas = _per_layer("rank", rank, stack), _per_layer("alpha", alpha, stack)
-    self.rank = max(rank) if isinstance(rank, (list, tuple)) else rank
-    self.alpha = max(alpha) if isinstance(alpha, (list, tuple)) else alpha
+    self.rank = rank if isinstance(rank, int) else max(rank)
+    self.alpha = max(alpha) if isinstance(alpha, Sequence) else alpha
     self.use_rslora = use_rslora
     self.scales = nnx.data(None)
     if self.ranks or self.alphas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def names_in_stack(path: str, lead: tuple[int, ...], stack: str) -> list[str]:
   if len(lead) > 1 or parts.count(stack) != 1:
     return []
   at = parts.index(stack) + 1
-  return [".".join([*parts[:at], str(i), *parts[at:]]) for i in range(lead[0])]
+  return [".".join([*parts[:at], str(i), *parts[at:]]) for i in range(math.prod(lead))]
 
 
 def patterns(argument: str, regex: str | Sequence[str]) -> list[re.Pattern[str]]:
