@@ -84,6 +84,9 @@ def rows() -> Iterator[tuple[str, Callable[[Any], Any]]]:
   yield "bitsandbytes AdamW32bit", bitsandbytes("AdamW32bit")
   yield "bitsandbytes AdamW8bit", bitsandbytes("AdamW8bit")
   yield "bitsandbytes Lion8bit", bitsandbytes("Lion8bit")
+  # Beside the section "offload"; its unified memory leaves the device only when that is full.
+  yield "bitsandbytes PagedAdamW32bit", bitsandbytes("PagedAdamW32bit")
+  yield "bitsandbytes PagedAdamW8bit", bitsandbytes("PagedAdamW8bit")
   yield "torchao AdamW8bit", torchao
 
 
