@@ -31,6 +31,7 @@ SECTIONS = {
   "steps": ("gpu_steps.py", 200),
   "torch": ("gpu_torch.py", 120),
   "qlora": ("gpu_qlora.py", 90),
+  "offload": ("gpu_offload.py", 120),
   "tiles": ("gpu_steps.py", 90),
 }
 
@@ -102,7 +103,7 @@ def main() -> None:
   parser.add_argument("--params", type=float, default=1e9, help="parameters in all")
   parser.add_argument("--leaves", type=int, default=16, help="arrays they lie in")
   parser.add_argument("--repeat", type=int, default=10, help="timed steps, after two to warm up")
-  parser.add_argument("--budget", type=float, default=470, help="seconds for all sections")
+  parser.add_argument("--budget", type=float, default=570, help="seconds for all sections")
   parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
   parser.add_argument("--qlora-model", help="a model for examples/qlora/finetune.py")
   parser.add_argument("--qlora-data", help="its data")

@@ -12,6 +12,8 @@ from optax_lowmem._came import ScaleByCameState, came, scale_by_came
 from optax_lowmem._factored import adafactor, relative_step_size
 from optax_lowmem._memory import state_bytes
 from optax_lowmem._norms import lamb, lars
+from optax_lowmem._offloaded import offloaded, paged, unpaged
+from optax_lowmem._paging import Paged
 from optax_lowmem._quantized import quantized
 from optax_lowmem._storage import Blockwise, Dense, Storage
 
@@ -37,6 +39,11 @@ __all__ = [
   "ScaleByCameState",
   # Any other transformation.
   "quantized",
+  # Where it rests.
+  "Paged",
+  "offloaded",
+  "paged",
+  "unpaged",
   # How a moment is held.
   "Blockwise",
   "Dense",

@@ -15,6 +15,7 @@ import optax.contrib
 from optax_lowmem._came import came
 from optax_lowmem._factored import adafactor
 from optax_lowmem._norms import lamb, lars
+from optax_lowmem._offloaded import offloaded
 from optax_lowmem._quantized import quantized
 
 _DOC = """{summary}
@@ -152,7 +153,14 @@ def _names() -> dict[str, _Make]:
     "rmsprop_bnb_32bit": "rmsprop",
     "rmsprop_bnb_8bit": "rmsprop_8bit",
   }
-  return known | {name: known[same] for name, same in also.items()}
+  known |= {name: known[same] for name, same in also.items()}
+  for name, make in list(known.items()):
+    known[f"paged_{name}"] = functools.partial(_paged, make)
+  return known
+
+
+def _paged(make: _Make, *args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+  return offloaded(make(*args, **kwargs))
 
 
 _NAMES = _names()
@@ -164,7 +172,8 @@ def create(
   """Makes an optimizer from the name that Hugging Face's trainer or bitsandbytes gives it.
 
   The names say how many bits: `"adamw_8bit"` is ``adamw(learning_rate, bits=8)``, `"adamw"` and
-  `"adamw_torch"` are ``adamw(learning_rate, bits=32)``; only `"came"` has 8 without saying so. The
+  `"adamw_torch"` are ``adamw(learning_rate, bits=32)``; only `"came"` has 8 without saying so. With
+  `"paged_"` before it, as in `"paged_adamw_8bit"`, the state is `offloaded`. The
   defaults of all other arguments are optax's, which are not always PyTorch's (`"sgd_8bit"` has a
   momentum of 0.9, without which it would have no state) or Hugging Face's (whose trainer gives
   `"adafactor"` what here is ``multiply_by_parameter_scale=False``).
@@ -178,8 +187,7 @@ def create(
     The transformation.
 
   Raises:
-    ValueError: if the name is not known; lists those that are. Names that begin with `paged` are
-      not known: state in host memory is not there yet.
+    ValueError: if the name is not known; lists those that are.
 
   Examples:
     >>> import optax_lowmem as lowmem
@@ -192,19 +200,14 @@ def create(
   asked = str(name).lower()
   make = _NAMES.get(asked)
   if make is None:
+    known = ", ".join(sorted(n for n in _NAMES if not n.startswith("paged_")))
     raise ValueError(
-      f"optimizer name {name!r} {_reason(asked)} Known: {', '.join(sorted(_NAMES))}."
+      f"optimizer name {name!r} {_reason(asked)} Known: {known}; each also as 'paged_…'."
     )
   return make(learning_rate, **kwargs)
 
 
 def _reason(asked: str) -> str:
   """Why a name is refused, and what to ask for instead."""
-  on_device = asked.removeprefix("paged").lstrip("_")
-  if asked.startswith("paged") and on_device in _NAMES:
-    return (
-      "asks for state in host memory, which is not there yet. "
-      f"{on_device!r} is the same with state on the device."
-    )
   near = difflib.get_close_matches(asked, _NAMES, n=1, cutoff=0.5)
   return "is unknown." + (f" Did you mean {near[0]!r}?" if near else "")

@@ -7,7 +7,6 @@ import contextvars
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from optax_lowmem._checks import check_block_size
 from optax_lowmem._codebooks import Codebook, get_codebook
 from optax_lowmem._packing import pack, pack_halves, unpack, unpack_halves
 
@@ -172,7 +172,7 @@ def quantize(
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def encode(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
   """Quantizes `x` in blocks of extent `block` along its last axes; see `QuantizedArray`."""
-  return encode_finite(jnp.where(is_finite(x), x, 0.0), codebook, block)
+  return encode_finite(finite_or(x, 0.0), codebook, block)
 
 
 def encode_finite(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
@@ -243,6 +243,11 @@ def is_finite(x: jax.Array) -> jax.Array:
   return (jax.lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT) != _EXPONENT
 
 
+def finite_or(new: jax.Array, old: jax.Array | float) -> jax.Array:
+  """`new` where it is finite, `old` elsewhere."""
+  return jnp.where(is_finite(new), new, old)
+
+
 @contextlib.contextmanager
 def in_kernel() -> Iterator[None]:
   """What is traced within is for the body of a GPU kernel; the values are the same."""
@@ -303,19 +308,6 @@ def _mean(x: jax.Array) -> jax.Array:
     half = total.size // 2
     total = total[:half] + total[half:]
   return total.sum() / x.size
-
-
-def check_block_size(block_size: int) -> int:
-  """Returns `block_size` as an int, or raises if it is not a positive even number."""
-  try:
-    size = operator.index(block_size)
-  except TypeError:
-    size = 0
-  if size < 2 or size % 2:
-    raise ValueError(
-      f"`block_size` must be a positive multiple of 2, got {block_size!r}. Typical: 64 or 256."
-    )
-  return size
 
 
 def _merge(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

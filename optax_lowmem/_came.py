@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem._blocks import is_finite
-from optax_lowmem._chains import chain, check
+from optax_lowmem._blocks import finite_or
+from optax_lowmem._chains import chain, in_float32
+from optax_lowmem._checks import check
 from optax_lowmem._quantized import quantized
 from optax_lowmem._sharding import on_mesh_of
 
@@ -44,7 +45,9 @@ def scale_by_came(
   clipping_threshold: float = 1.0,
   *,
   bits: int = 8,
-  **storage: Any,
+  block_size: int | None = None,
+  min_size: int = 4096,
+  quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Rescales gradients by CAME, the confidence-guided memory-efficient optimizer.
 
@@ -82,8 +85,10 @@ def scale_by_came(
     eps2: added to squared distances.
     clipping_threshold: d, the largest RMS of a normalised gradient.
     bits: bits an element of the momentum: 8, 4 or 32.
-    **storage: further arguments of `quantized`, for the momentum: `block_size`, `min_size`,
-      `quantize_mask`, and `storage` with the field `ema`.
+    block_size: elements that share a scale, 64 by default.
+    min_size: the momentum of smaller arrays stays in float32.
+    quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
+      function of the parameters that returns one. False keeps a parameter's momentum in float32.
 
   Returns:
     The transformation. Its state is a `ScaleByCameState`.
@@ -109,7 +114,13 @@ def scale_by_came(
   for name, value in (("eps1", eps1), ("eps2", eps2)):
     check(name, value, lambda x: x >= 0, "zero or more")
   check("clipping_threshold", clipping_threshold, lambda x: x > 0, "positive")
-  momentum = quantized(optax.ema(b1, debias=False), bits, **storage)
+  momentum = quantized(
+    optax.ema(b1, debias=False),
+    bits,
+    block_size=block_size,
+    min_size=min_size,
+    quantize_mask=quantize_mask,
+  )
 
   def init(params):
     ema = momentum.init(params)  # first, because it refuses integers
@@ -137,10 +148,10 @@ def scale_by_came(
     square = jnp.square(g) + eps1
     if g.ndim < 2:
       new_v = _ema(b2, v, square)
-      return _clip(g * jax.lax.rsqrt(new_v), clipping_threshold), (row, col, _finite(new_v, v))
+      return _clip(g * jax.lax.rsqrt(new_v), clipping_threshold), (row, col, finite_or(new_v, v))
     new_row, new_col = _ema(b2, row, square.mean(-1)), _ema(b2, col, square.mean(-2))
     u = _clip(_rescale(g, new_row, new_col), clipping_threshold)
-    return u, (_finite(new_row, row), _finite(new_col, col), v)
+    return u, (finite_or(new_row, row), finite_or(new_col, col), v)
 
   def weigh(u, m, row, col):
     """The momentum by the confidence in it, and the new statistics."""
@@ -148,31 +159,26 @@ def scale_by_came(
       return m, (row, col)
     square = jnp.square(u - m) + eps2
     new_row, new_col = _ema(b3, row, square.mean(-1)), _ema(b3, col, square.mean(-2))
-    return _rescale(m, new_row, new_col), (_finite(new_row, row), _finite(new_col, col))
+    return _rescale(m, new_row, new_col), (finite_or(new_row, row), finite_or(new_col, col))
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
     grads, treedef = jax.tree.flatten(updates)
-    dtypes = [g.dtype for g in grads]
-    if params is not None:
-      dtypes = [
-        jnp.promote_types(d, p.dtype) for d, p in zip(dtypes, jax.tree.leaves(params), strict=True)
-      ]
     second = zip(*map(treedef.flatten_up_to, state[1:4]), strict=True)
-    made = [normalise(g.astype(jnp.float32), *s) for g, s in zip(grads, second, strict=True)]
+    made = [normalise(g, *s) for g, s in zip(grads, second, strict=True)]
     u = [x for x, _ in made]
     m, ema = momentum.update(treedef.unflatten(u), state.momentum, params)
     residual = zip(*map(treedef.flatten_up_to, state[4:]), strict=True)
     weighed = [
       weigh(x, y, *s) for x, y, s in zip(u, treedef.flatten_up_to(m), residual, strict=True)
     ]
-    out = [x.astype(dtype) for (x, _), dtype in zip(weighed, dtypes, strict=True)]
+    out = [x for x, _ in weighed]
     columns = [a + b for (_, a), (_, b) in zip(made, weighed, strict=True)]
     stats = [treedef.unflatten(c) for c in zip(*columns, strict=True)] or list(state[1:])
     row, col, v, res_row, res_col = stats
     return treedef.unflatten(out), ScaleByCameState(ema, row, col, v, res_row, res_col)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return in_float32(optax.GradientTransformationExtraArgs(init, update))
 
 
 def came(
@@ -187,13 +193,15 @@ def came(
   mask: Any | Callable[[Any], Any] | None = None,
   *,
   bits: int = 8,
-  **storage: Any,
+  block_size: int | None = None,
+  min_size: int = 4096,
+  quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""CAME with decoupled weight decay: `scale_by_came`, then
   :math:`-\eta (\mathrm{update}_t + \lambda p_t)`.
 
   State of a d × d parameter takes 1.0625 + 16/d bytes a parameter at 8 bits, against 8 of AdamW.
-  The authors use about half of AdamW's learning rate.
+  Learning rates are below AdamW's: in `docs/factored.md` the best was 5e-4, beside AdamW at 4e-3.
 
   Args:
     learning_rate: a number or a schedule.
@@ -207,7 +215,10 @@ def came(
     mask: a tree of bools, or a function of the parameters that returns one, that says which
       parameters are decayed; all if None.
     bits: bits an element of the momentum: 8, 4 or 32.
-    **storage: further arguments of `quantized`, for the momentum.
+    block_size: elements that share a scale, 64 by default.
+    min_size: the momentum of smaller arrays stays in float32.
+    quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
+      function of the parameters that returns one. False keeps a parameter's momentum in float32.
 
   Returns:
     The transformation.
@@ -228,8 +239,20 @@ def came(
     Luo et al, `CAME: Confidence-guided Adaptive Memory Efficient Optimization
     <https://arxiv.org/abs/2307.02047>`_, 2023
   """
+  scale = scale_by_came(
+    b1,
+    b2,
+    b3,
+    eps1,
+    eps2,
+    clipping_threshold,
+    bits=bits,
+    block_size=block_size,
+    min_size=min_size,
+    quantize_mask=quantize_mask,
+  )
   return chain(
-    scale_by_came(b1, b2, b3, eps1, eps2, clipping_threshold, bits=bits, **storage),
+    scale,
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
@@ -248,7 +271,3 @@ def _rescale(x: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
 def _clip(u: jax.Array, threshold: float) -> jax.Array:
   rms = jnp.sqrt(jnp.mean(jnp.square(u))) if u.size else jnp.zeros(())
   return u / jnp.maximum(1.0, rms / threshold)
-
-
-def _finite(new: jax.Array, old: jax.Array) -> jax.Array:
-  return jnp.where(is_finite(new), new, old)

@@ -1,31 +1,25 @@
-"""Chains of transformations of which only one part is held in few bits."""
+"""Transformations of which only one part is held in few bits, in float32 throughout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import optax
-from jax.core import Tracer
 
 from optax_lowmem._engine import update_dense
 
 
 def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`optax.chain`, in float32 whatever the dtype of parameters and gradients.
+  """`optax.chain`, in float32 whatever the dtype of parameters and gradients."""
+  return in_float32(optax.chain(*parts))
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx`, given gradients and parameters in float32; updates are in the wider of their dtypes.
 
   Norms and means of 16-bit numbers would lose three digits, and the moments made of them as well.
   """
-  tx = optax.with_extra_args_support(optax.chain(*parts))
+  tx = optax.with_extra_args_support(tx)
 
   def update(updates, state, params=None, **extra_args):
     return update_dense(tx.update, updates, state, params, extra_args)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def check(name: str, value: Any, holds: Callable[[Any], bool], what: str) -> None:
-  """Raises unless `value` is None or `holds`."""
-  # A traced value is a hyperparameter that `optax.inject_hyperparams` has put in the state.
-  if value is not None and not isinstance(value, Tracer) and not holds(value):
-    raise ValueError(f"`{name}` must be {what}, got {value}.")

@@ -14,6 +14,7 @@ from optax_lowmem._blocks import (
   decode_halves,
   encode_finite,
   encode_halves,
+  finite_or,
   is_finite,
 )
 from optax_lowmem._boxes import unbox
@@ -260,7 +261,7 @@ def _encode_like(stored: Any, values: Sequence[jax.Array], olds: Sequence[jax.Ar
     if not isinstance(stored, tuple):
       return values[0].astype(stored.dtype)
     return tuple(x.astype(like.dtype) for x, like in zip(values, stored, strict=True))
-  values = [jnp.where(is_finite(x), x, old) for x, old in zip(values, olds, strict=True)]
+  values = [finite_or(x, old) for x, old in zip(values, olds, strict=True)]
   if len(values) == 1:
     return encode_finite(values[0], stored.codebook, stored.block)
   return encode_halves(values, stored)

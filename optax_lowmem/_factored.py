@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem._blocks import is_finite
-from optax_lowmem._chains import chain, check
+from optax_lowmem._blocks import finite_or
+from optax_lowmem._chains import chain
+from optax_lowmem._checks import check
 from optax_lowmem._moments import is_quantized
 from optax_lowmem._quantized import quantized
 
@@ -230,8 +231,12 @@ def _in_groups(rms: Any, bits: int, **storage: Any) -> optax.GradientTransformat
       for i, *result in zip(members, u, *new[1:], strict=True):
         results[i] = result
     u, *stats = _trees(treedef, results, 4)
+
+    def keep(new, old):  # what is not finite is never stored in a quantized array
+      return new if is_quantized(new) else finite_or(new, old)
+
     stats = [
-      jax.tree.map(_finite, new, old, is_leaf=is_quantized)
+      jax.tree.map(keep, new, old, is_leaf=is_quantized)
       for new, old in zip(stats, state[1:], strict=True)
     ]
     return u, optax.FactoredState(count, *stats)
@@ -281,8 +286,3 @@ def _by_layer(rms: Any) -> optax.GradientTransformation:
 def _trees(treedef: Any, results: Sequence[Sequence[Any]], count: int) -> list[Any]:
   """Trees of what is first in each of `results`, of what is second, …"""
   return [treedef.unflatten([result[k] for result in results]) for k in range(count)]
-
-
-def _finite(new: Any, old: Any) -> Any:
-  # What is not finite is never stored in a quantized array.
-  return new if is_quantized(new) else jnp.where(is_finite(new), new, old)

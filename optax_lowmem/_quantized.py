@@ -11,13 +11,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_lowmem._blocks import QuantizedArray, check_block_size, encode
+from optax_lowmem._blocks import QuantizedArray, encode
 from optax_lowmem._boxes import unbox_quantized
+from optax_lowmem._checks import check_block_size, check_min_size
 from optax_lowmem._elementwise import NotElementwise, Program
 from optax_lowmem._engine import update_dense, update_stored
 from optax_lowmem._moments import Kind, Place, field_of, kind_of, places
 from optax_lowmem._sharding import full_on_shards, on_mesh_of, on_shards
-from optax_lowmem._storage import Blockwise, Storage, check_min_size
+from optax_lowmem._storage import Blockwise, Storage
 
 _BITS = (32, 8, 4)
 _CODEBOOKS = {

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._blocks import QuantizedArray, check_block_size, encode
+from optax_lowmem._blocks import QuantizedArray, encode
+from optax_lowmem._checks import check_block_size, check_min_size
 from optax_lowmem._codebooks import Codebook, get_codebook
 
 
@@ -98,12 +99,6 @@ class Blockwise:
     if isinstance(stored, QuantizedArray):
       return stored.dequantize(jnp.float32)
     return stored.astype(jnp.float32)
-
-
-def check_min_size(min_size: int) -> None:
-  """Raises if `min_size` is negative."""
-  if min_size < 0:
-    raise ValueError(f"`min_size` must not be negative, got {min_size}. Pass 0 for no limit.")
 
 
 def block_shape(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:

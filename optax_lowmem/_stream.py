@@ -18,7 +18,7 @@ _WHOLE = 1 << 18
 # A position in an array of more elements does not fit the int32 of an index.
 _FLAT = (1 << 31) - 1
 # Each tile costs some ten launches, so there are as few as the promise of 0.1 B/param of
-# temporaries allows: a tile of `writes` is held twice, and is to cost no more than this.
+# temporaries allows: a tile of `writes` is held once, and is to cost no more than this.
 _BUDGET = 0.07
 _SMALLEST = 1 << 15
 

@@ -120,6 +120,7 @@ every_rule = pytest.mark.parametrize(
   "name", {e.rule: n for n, e in REGISTRY.items() if e.is_optax}.values()
 )
 every_local = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if not e.norms])
+every_normed = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if e.norms])
 adamw = pytest.mark.parametrize("name", ["adamw-8", "adamw-4"])
 
 # One leaf with blocks along its last axis, one with blocks of several rows, one with a short last

@@ -1,6 +1,7 @@
 """CAME against the authors' code, layer stacks, bad gradients, and what it costs."""
 
 import ast
+import inspect
 import pathlib
 
 import chex
@@ -67,10 +68,10 @@ def test_follows_the_authors(case, param):
       assert distance(ours, theirs) <= 2e-6
 
 
-@pytest.mark.parametrize(("bits", "limit"), [(8, 0.03), (4, 0.25)])
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.018), (4, 0.24)])
 @pytest.mark.parametrize("param", ["mat", "t3"])
 def test_few_bits_stay_close(param, bits, limit):
-  """Drift after 20 steps, by the distance travelled."""
+  """Drift after 20 steps, by the distance travelled. Measured: at most 0.0121 and 0.160."""
   start = FILE[f"p0/{param}"]
   exact = trajectory(optimizer("b95", bits=32), param)[0][-1]
   ours = trajectory(optimizer("b95", bits=bits, min_size=0), param)[0][-1]
@@ -141,3 +142,11 @@ def test_state_and_temporaries_of_a_matrix(bits, most):
 def test_bad_arguments(arguments, message):
   with pytest.raises(ValueError, match=message):
     lowmem.came(1e-3, **arguments)
+
+
+@pytest.mark.parametrize("rule", [lowmem.came, lowmem.scale_by_came])
+def test_signature_names_the_storage(rule):
+  named = ["bits", "block_size", "min_size", "quantize_mask"]
+  assert list(inspect.signature(rule).parameters)[-4:] == named
+  with pytest.raises(TypeError, match=rf"{rule.__name__}\(\).*'block_sise'"):
+    rule(1e-3, block_sise=128)

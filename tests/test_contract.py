@@ -23,6 +23,7 @@ from registry import (
   adamw,
   every,
   every_local,
+  every_normed,
   every_rule,
   make,
   quantized_leaves,
@@ -81,8 +82,8 @@ def memory_of(name, donated):
 
 # Where the law of the peak is broken, and by what: to be seen, not to be forgiven.
 OVER: dict[str, float] = {
-  "amsgrad-8": 0.116,
-  "adopt-8": 0.197,
+  "amsgrad-8": 0.113,
+  "adopt-8": 0.193,
 }
 
 
@@ -171,9 +172,12 @@ def test_tiles_give_what_whole_arrays_give(name):
     assert np.mean(np.abs(ours[k] - whole[k])) <= 5e-4 * np.mean(np.abs(whole[k]))
 
 
-def spoil(gradients, value):
-  """`gradients` with another element (1, 3) of every matrix."""
-  return {k: g.at[1, 3].set(value) if g.ndim == 2 and g.size else g for k, g in gradients.items()}
+MATRICES = tuple(k for k, shape in SHAPES.items() if len(shape) == 2 and np.prod(shape))
+
+
+def spoil(gradients, value, names=MATRICES):
+  """`gradients` with another element (1, 3) of some matrices."""
+  return gradients | {k: gradients[k].at[1, 3].set(value) for k in names}
 
 
 def other(x):
@@ -181,13 +185,14 @@ def other(x):
   return x if x.ndim != 2 else np.delete(np.asarray(x), 3 + x.shape[1])
 
 
-def bad_step(name, how, bad, good):
-  """A step of two from one state: of good gradients, and of such with one bad element."""
+def bad_step(name, how, bad, good, names=MATRICES):
+  """A step of two from one state: of good gradients, and with a bad element in some of them."""
   params, state = start(name, "whole")
   for t in range(2):
     _, state = update_of(name, how)(spoil(tree(t), good), state, params)
-  clean = update_of(name, how)(spoil(tree(5), good), state, params)
-  spoiled = spoil(tree(5), bad)
+  gradients = spoil(tree(5), good)
+  clean = update_of(name, how)(gradients, state, params)
+  spoiled = spoil(gradients, bad, names)
   # The rule itself, in float32 on the same state: where it is not finite, ours is to be.
   dense = jax.tree.map(
     lambda q: q.dequantize() if is_quantized(q) else q, state, is_leaf=is_quantized
@@ -213,6 +218,22 @@ def test_one_bad_element_stays_one_bad_element(name, how, bad):
   for a, b in zip(quantized_leaves(poisoned), quantized_leaves(new), strict=True):
     assert np.isfinite(a.dequantize()).all()
     np.testing.assert_array_equal(other(a.dequantize()), other(b.dequantize()))
+
+
+@every_normed
+@pytest.mark.parametrize("how", ["whole", "tiles"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_element_stays_in_its_array(name, how, bad):
+  """Where updates show it is the reference's; state stays finite, other arrays see nothing."""
+  (expected, new), (updates, poisoned), shown = bad_step(name, how, bad, 1e-3, ["big"])
+  assert not np.isfinite(updates["big"]).all()
+  for k in SHAPES:
+    np.testing.assert_array_equal(np.isfinite(updates[k]), np.isfinite(shown[k]))
+    if k != "big":
+      np.testing.assert_array_equal(updates[k], expected[k])
+  assert jax.tree.structure(poisoned) == jax.tree.structure(new)
+  for x in jax.tree.leaves(poisoned, is_leaf=is_quantized):
+    assert np.isfinite(x.dequantize() if is_quantized(x) else x).all()
 
 
 @every_local

@@ -248,10 +248,8 @@ def test_create_by_the_names_people_know(name, bits):
 
 
 def test_create_says_what_it_does_not_know():
-  with pytest.raises(ValueError, match=r"host memory, which is not there yet\. 'adamw_8bit' is"):
-    lowmem.create("paged_adamw_8bit", LR)
-  with pytest.raises(ValueError, match=r"host memory.*'ademamix8bit'"):
-    lowmem.create("PagedAdEMAMix8bit", LR)
+  with pytest.raises(ValueError, match=r"Did you mean 'paged_adamw_8bit'\?"):
+    lowmem.create("paged_adamw_8bits", LR)
   with pytest.raises(ValueError, match=r"'adagrd' is unknown\. Did you mean 'adagrad'\?.*Known"):
     lowmem.create("adagrd", LR)
 

@@ -221,12 +221,18 @@ def check_norms(kind):
       print(name, shape, spec, flush=True)
       params, grads = arrays(name, shape, "float32")
       expected = two_steps(tx, params, grads)[1]
-      args = jax.device_put((params, grads), NamedSharding(mesh_of(axes, kind), spec))
+      mesh = mesh_of(axes, kind)
+      args = jax.device_put((params, grads), NamedSharding(mesh, spec))
       states, updates, update = two_steps(tx, *args)
       for ours, exact in zip(updates, expected, strict=True):
         error = np.abs(np.asarray(ours["w"]) - np.asarray(exact["w"])).mean()
         assert error <= 1e-3 * np.abs(np.asarray(exact["w"])).mean(), error
       assert update._cache_size() == 1
+      with jax.set_mesh(mesh):
+        where = jax.tree.map(lambda x: x.sharding, states[0])
+        made = jax.jit(tx.init, out_shardings=where)(args[0])
+      update(args[1], update(args[1], made, args[0])[1], args[0])
+      assert update._cache_size() == 1  # it is 2 after jit(tx.init) in automatic mode
       parts = [axes[spec[i]] if i < len(spec) and spec[i] else 1 for i in range(len(shape))]
       for state in states:
         for q in jax.tree.leaves(state, is_leaf=is_quantized):

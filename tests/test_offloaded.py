@@ -1,0 +1,520 @@
+"""State that rests in host memory: the same training, a bound on what is fetched, no abort."""
+
+import collections
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+import optax_lowmem as lowmem
+from optax_lowmem import _offloaded, _paging
+from registry import LR, REGISTRY, every_rule, make, tree
+
+HOST = jax.memory.Space.Host
+FEW = {"w": (48, 96), "lora": (512, 16), "b": (5,)}
+RULES = {
+  "32 bits": lambda: optax.adamw(LR),
+  "8 bits": lambda: lowmem.adamw(LR),
+  "4 bits": lambda: lowmem.adamw(LR, bits=4),
+}
+every_width = pytest.mark.parametrize("width", RULES)
+
+
+def pages(state):
+  return [x for x in jax.tree.leaves(state, is_leaf=_paging.is_paged) if _paging.is_paged(x)]
+
+
+def on_device(state):
+  """Bytes of what is not paged."""
+  rest = jax.tree.map(lambda x: None if _paging.is_paged(x) else x, state, is_leaf=_paging.is_paged)
+  return sum(_paging.nbytes(x) for x in jax.tree.leaves(rest))
+
+
+def trained(tx, params, steps, seed=0):
+  """Parameters and state after steps of random gradients, in one scan."""
+
+  def step(carry, key):
+    params, state = carry
+    keys = dict(zip(params, jax.random.split(key, len(params)), strict=True))
+    grads = {k: jax.random.normal(keys[k], p.shape) for k, p in params.items()}
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  run = jax.jit(lambda c, keys: jax.lax.scan(step, c, keys)[0])
+  return run((params, tx.init(params)), jax.random.split(jax.random.key(seed), steps))
+
+
+@every_width
+def test_a_thousand_steps_are_bit_equal(width):
+  params = tree(0, shapes=FEW)
+  exact = trained(RULES[width](), params, 1000)
+  ours, state = trained(lowmem.offloaded(RULES[width](), max_bytes=0), params, 1000)
+  chex.assert_trees_all_equal((ours, lowmem.unpaged(state)), exact)
+
+
+@every_rule
+def test_every_rule_is_the_same_offloaded(name):
+  params = tree(0, shapes=FEW)
+  tx = lowmem.offloaded(make(name), min_bytes=1024, max_bytes=20_000)
+  state, exact = tx.init(params), make(name).init(params)
+  moments = REGISTRY[name].moments
+  assert len(pages(state)) >= 2 * moments  # codes, at least, of two arrays
+  assert {p.pages.sharding.memory_kind for p in pages(state)} == {"pinned_host"}
+  update, theirs = jax.jit(tx.update, donate_argnums=1), jax.jit(make(name).update)
+  for t in range(2):
+    grads = tree(100 + t, shapes=FEW)
+    before = jax.tree.map(jax.typeof, state)
+    updates, state = update(grads, state, params)
+    assert jax.tree.map(jax.typeof, state) == before
+    expected, exact = theirs(grads, exact, params)
+    chex.assert_trees_all_equal((updates, lowmem.unpaged(state)), (expected, exact))
+
+
+# The bound ----------------------------------------------------------------------------------------
+
+
+def step_of(tx):
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+def abstract(tx, params):
+  """A state's shapes, its pages in host memory."""
+  host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+  def one(x):
+    if not _paging.is_paged(x):
+      return x
+    return _paging.Paged(jax.ShapeDtypeStruct(x.pages.shape, x.dtype, sharding=host))
+
+  return jax.tree.map(one, jax.eval_shape(tx.init, params), is_leaf=_paging.is_paged)
+
+
+def program_for_gpus(tx, params):
+  """The operations of a step as they are given to the compiler of a GPU.
+
+  On a CPU, where host and device are one memory, nothing of the transfers is left.
+  """
+  traced = jax.jit(step_of(tx)).trace(params, abstract(tx, params), params)
+  return traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+
+
+def used_by(op):
+  """What an operation reads, in its regions too."""
+  yield from op.operands
+  for region in op.regions:
+    for block in region.blocks:
+      for inner in block.operations:
+        yield from used_by(inner.operation)
+
+
+def size_of(value):
+  text = str(value.type).removeprefix("tensor<").removesuffix(">")
+  *axes, dtype = text.split("x")
+  bits = {"f32": 32, "ui8": 8, "i32": 32, "bf16": 16, "i1": 8}[dtype]
+  return int(np.prod([int(n) for n in axes])) * bits // 8
+
+
+def most_on_the_device(module):
+  """Most bytes of state that data dependencies allow to be on the device together.
+
+  What is fetched is there from its transfer until all that reads it is done; what is to be stored
+  from when it is made until its transfer. Two of these exclude each other if the start of one
+  depends on the end of the other.
+  """
+  main = next(f for f in module.body.operations if f.attributes["sym_name"].value == "main")
+  ops = [op.operation for op in main.regions[0].blocks[0].operations]
+  made_by = {}
+  ancestors, readers = [], collections.defaultdict(set)
+  for i, op in enumerate(ops):
+    mine = 0
+    for value in used_by(op):
+      j = made_by.get(value)
+      if j is not None:
+        mine |= ancestors[j] | 1 << j
+        readers[j].add(i)
+    ancestors.append(mine)
+    for value in op.results:
+      made_by[value] = i
+
+  alive = []  # bytes, start, ends
+  for i, op in enumerate(ops):
+    if op.name != "stablehlo.custom_call":
+      continue
+    if op.attributes["call_target_name"].value != "annotate_device_placement":
+      continue
+    size = size_of(op.results[0])
+    if '"pinned_host"' in str(op.attributes["mhlo.frontend_attributes"]):
+      start = made_by[op.operands[0]]
+      while ops[start].name == "stablehlo.reshape":  # the same memory
+        start = made_by[ops[start].operands[0]]
+      alive.append((size, start, {i}))
+    else:
+      ends = set()
+      for reader in readers[i]:  # a reshape is the same memory
+        ends |= readers[reader] if ops[reader].name == "stablehlo.reshape" else {reader}
+      alive.append((size, i, ends))
+
+  def before(x, y):
+    return all(ancestors[y[1]] >> end & 1 for end in x[2])
+
+  # The heaviest set of which none excludes another: by Dilworth's theorem, a maximal flow.
+  n, unit = len(alive), 1 << 10
+  capacity = np.zeros((2 * n + 2, 2 * n + 2), np.int32)
+  for i, x in enumerate(alive):
+    capacity[2 * n, i] = capacity[n + i, 2 * n + 1] = -(-x[0] // unit)
+    capacity[i, [n + j for j, y in enumerate(alive) if before(x, y)]] = np.iinfo(np.int32).max // 4
+  flow = maximum_flow(csr_array(capacity), 2 * n, 2 * n + 1).flow_value
+  return unit * (int(capacity[2 * n].sum()) - flow), sum(x[0] for x in alive)
+
+
+MIB = 1 << 20
+TREES = {
+  "64 of 16 MiB": {f"w{k:02}": jax.ShapeDtypeStruct((2048, 2048), jnp.float32) for k in range(64)},
+  "one of 1 GiB": {"w": jax.ShapeDtypeStruct((16384, 16384), jnp.float32)},
+}
+
+
+@every_width
+@pytest.mark.parametrize("shapes", TREES)
+def test_no_more_state_is_on_the_device_than_allowed(shapes, width):
+  params = TREES[shapes]
+  tx = lowmem.offloaded(RULES[width]())
+  total = sum(
+    _paging.nbytes(p) for p in jax.tree.leaves(jax.eval_shape(RULES[width]().init, params))
+  )
+  assert on_device(jax.eval_shape(tx.init, params)) <= 0.01 * total
+  most, moved = most_on_the_device(program_for_gpus(tx, params))
+  assert moved >= 2 * 0.99 * total  # to the device and back
+  # Old and new values of a parameter's state are needed together.
+  bound = max(256 * MIB, 2 * total // len(params))
+  assert most <= bound
+  if len(params) > 1:  # what keeps it so is the order
+    free, _ = most_on_the_device(
+      program_for_gpus(lowmem.offloaded(RULES[width](), max_bytes="1TB"), params)
+    )
+    assert free > min(bound, total)
+
+
+def test_norms_do_not_tie_parameters_together():
+  params = TREES["64 of 16 MiB"]
+  tx = lowmem.offloaded(optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(1.0)))
+  most, _ = most_on_the_device(program_for_gpus(tx, params))
+  assert most <= 256 * MIB
+
+
+# Donation -----------------------------------------------------------------------------------------
+
+OBVIOUS = """
+  import jax, jax.numpy as jnp, optax, sys
+  import optax_lowmem as lowmem
+  kind, order = sys.argv[1:]
+  Space = jax.memory.Space
+  tx = optax.adamw(1e-3)
+  params = {k: jnp.ones((64, 64)) for k in "abc"}
+  if kind == "naive":
+    def move(state, space):
+      return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+    def update(g, state, p):
+      u, state = tx.update(g, move(state, Space.Device), p)
+      return u, move(state, Space.Host)
+    state = move(tx.init(params), Space.Host)
+  else:
+    where = {"all": None, "part": "mu/[ab]|nu/c", "bits": None}[kind]
+    if kind == "bits":
+      tx = lowmem.adamw(1e-3)
+    tx = lowmem.offloaded(tx, where=where, min_bytes=0)
+    update, state = tx.update, tx.init(params)
+  def step(params, state):
+    u, state = update(params, state, params)
+    new = optax.apply_updates(params, u)
+    return {"updates first": (u, state), "params first": (new, state), "state first": (state, new),
+            "both": (u, new, state)}[order]
+  donated = (0, 1) if order == "state first" else (1,)
+  out = jax.jit(step, donate_argnums=donated)(params, state)
+  print(float(sum(x.sum() for x in jax.tree.leaves(jax.device_put(out, Space.Device)))))
+"""
+
+
+def obvious(kind, order):
+  code = textwrap.dedent(OBVIOUS)
+  environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=os.pathsep.join(sys.path))
+  return subprocess.run(
+    [sys.executable, "-c", code, kind, order], capture_output=True, text=True, env=environment
+  )
+
+
+def test_the_obvious_loop_aborts_without_pages():
+  """If this fails, JAX has learned it, and pages can have the shapes of their arrays."""
+  result = obvious("naive", "updates first")
+  assert result.returncode < 0
+  assert "memory kind does not match" in result.stderr
+
+
+@pytest.mark.parametrize("order", ["updates first", "params first", "state first", "both"])
+@pytest.mark.parametrize("kind", ["all", "part", "bits"])
+def test_the_obvious_loop_runs(kind, order):
+  if kind == "bits" and order != "state first":
+    pytest.skip("codes have a dtype that no update has")
+  result = obvious(kind, order)
+  assert result.returncode == 0, result.stderr[-2000:]
+  plain = obvious_result(kind, order)
+  assert float(result.stdout) == pytest.approx(plain, rel=1e-6)
+
+
+@functools.cache
+def obvious_result(kind, order):
+  tx = lowmem.adamw(1e-3) if kind == "bits" else optax.adamw(1e-3)
+  params = {k: jnp.ones((64, 64)) for k in "abc"}
+  u, state = jax.jit(tx.update)(params, tx.init(params), params)
+  new = optax.apply_updates(params, u)
+  parts = {
+    "updates first": (u, state),
+    "params first": (new, state),
+    "state first": (state, new),
+    "both": (u, new, state),
+  }[order]
+  return float(sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(parts)))
+
+
+# Composition --------------------------------------------------------------------------------------
+
+AROUND = {
+  "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx, optax.scale(0.5)),
+  "masked": lambda tx: optax.masked(tx, {"w": True, "lora": False, "b": True}),
+  "partition": lambda tx: optax.partition(
+    {"a": tx, "b": optax.sgd(0.1)}, {"w": "a", "lora": "b", "b": "a"}
+  ),
+  "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+  "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+  "inject": lambda tx: optax.chain(tx, optax.inject_hyperparams(optax.scale)(step_size=0.5)),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outermost", "within"])
+@pytest.mark.parametrize("kind", AROUND)
+def test_composes(kind, inside):
+  around, inner = AROUND[kind], lowmem.adamw(LR)
+  tx = around(lowmem.offloaded(inner)) if inside else lowmem.offloaded(around(inner))
+  params = tree(0, shapes=FEW)
+  exact = trained(around(inner), params, 5)
+  ours, state = trained(tx, params, 5)
+  assert pages(state)
+  chex.assert_trees_all_equal((ours, lowmem.unpaged(state)), exact)
+
+
+def test_hyperparameters_are_injected():
+  def plain(learning_rate):
+    return lowmem.adamw(learning_rate)
+
+  def rule(learning_rate):
+    return lowmem.offloaded(plain(learning_rate))
+
+  params = tree(0, shapes=FEW)
+  ours, state = trained(optax.inject_hyperparams(rule)(learning_rate=LR), params, 3)
+  exact, _ = trained(optax.inject_hyperparams(plain)(learning_rate=LR), params, 3)
+  chex.assert_trees_all_equal(ours, exact)
+  assert pages(state)
+
+
+def test_runs_outside_jit():
+  params = tree(0, shapes=FEW)
+  tx = lowmem.offloaded(lowmem.adamw(LR))
+  updates, state = tx.update(params, tx.init(params), params)
+  expected, exact = lowmem.adamw(LR).update(params, lowmem.adamw(LR).init(params), params)
+  chex.assert_trees_all_equal((updates, lowmem.unpaged(state)), (expected, exact))
+  assert {p.pages.sharding.memory_kind for p in pages(state)} == {"pinned_host"}
+
+
+def test_tree_utilities_see_the_state():
+  tx, params = lowmem.offloaded(optax.adamw(LR)), tree(0, shapes=FEW)
+  state = tx.init(params)
+  chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, state), state)
+  assert set(optax.tree.get(state, "mu")) == set(FEW)
+  shaped = jax.eval_shape(tx.init, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(shaped, state)
+
+
+@pytest.mark.parametrize("rule", ["8 bits", "32 bits"])
+def test_trains_an_nnx_model(rule):
+  nnx = pytest.importorskip("flax.nnx")
+  model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, lowmem.offloaded(RULES[rule]()), wrt=nnx.Param)
+  x = jnp.ones((4, 64))
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss, g = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
+    optimizer.update(model, g)
+    return loss
+
+  losses = [float(step(model, optimizer)) for _ in range(8)]
+  assert losses[-1] < 0.5 * losses[0]
+  assert lowmem.state_bytes(nnx.state(optimizer))["pinned_host"] > 10_000
+
+
+def test_trains_a_linen_state():
+  linen = pytest.importorskip("flax.linen")
+  train_state = pytest.importorskip("flax.training.train_state")
+  model, x = linen.Dense(128), jnp.ones((4, 64))
+  params = model.init(jax.random.key(0), x)
+  tx = lowmem.offloaded(lowmem.adamw(LR))
+  state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+  state = state.replace(step=jnp.int32(0))
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state):
+    loss, g = jax.value_and_grad(lambda p: jnp.mean((state.apply_fn(p, x) - 1) ** 2))(state.params)
+    return loss, state.apply_gradients(grads=g)
+
+  losses = []
+  for _ in range(8):
+    loss, state = step(state)
+    losses.append(float(loss))
+  assert losses[-1] < 0.5 * losses[0]
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+def test_orbax_restores_to_host_memory_with_and_without_pages(tmp_path):
+  ocp = pytest.importorskip("orbax.checkpoint")
+  params = tree(0, shapes=FEW)
+  inner = lowmem.adamw(LR)
+  tx = lowmem.offloaded(inner)
+  _, plain = jax.jit(inner.update)(params, inner.init(params), params)
+  _, ours = jax.jit(tx.update)(params, tx.init(params), params)
+  like = tx.init(params)
+  shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "paged", ours)
+    checkpointer.save(tmp_path / "plain", plain)
+    checkpointer.wait_until_finished()
+    same = lowmem.paged(checkpointer.restore(tmp_path / "paged", shapes), like)
+    crossed = checkpointer.restore(tmp_path / "plain", lowmem.unpaged(shapes))
+  chex.assert_trees_all_equal(same, ours)
+  assert jax.tree.map(jax.typeof, same) == jax.tree.map(jax.typeof, ours)
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(crossed)}
+  assert kinds == {"pinned_host", "device"}  # never all on the device
+  chex.assert_trees_all_equal(lowmem.paged(crossed, like), ours)
+  assert jax.tree.map(jax.typeof, lowmem.paged(crossed, like)) == jax.tree.map(jax.typeof, ours)
+  chex.assert_trees_all_equal(lowmem.unpaged(same), plain)
+
+
+def test_states_of_another_run_are_refused():
+  like = lowmem.offloaded(optax.adam(LR)).init(jnp.zeros((64, 64)))
+  with pytest.raises(ValueError, match="where `like` has"):
+    lowmem.paged(optax.adam(LR).init(jnp.zeros((64, 65))), like)
+  with pytest.raises(ValueError, match="`state` has 2 arrays"):
+    lowmem.paged(optax.sgd(LR, 0.9).init((jnp.zeros((64, 64)),) * 2), like)
+
+
+# What is paged ------------------------------------------------------------------------------------
+
+
+def paths(tx, params):
+  found = jax.tree_util.tree_flatten_with_path(tx.init(params), is_leaf=_paging.is_paged)[0]
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, x in found
+    if _paging.is_paged(x)
+  }
+
+
+def test_where_min_bytes_and_budget_choose():
+  params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((32, 64)), "c": jnp.zeros(7)}
+  tx = optax.adam(LR)
+  choose = functools.partial(lowmem.offloaded, tx)
+  both = {"0/mu/a", "0/nu/a", "0/mu/b", "0/nu/b"}
+  assert paths(choose(), params) == both
+  assert paths(choose(min_bytes=16384), params) == {"0/mu/a", "0/nu/a"}
+  assert paths(choose(min_bytes=0), params) == both | {"0/mu/c", "0/nu/c"}
+  assert paths(choose(where="nu/"), params) == {"0/nu/a", "0/nu/b"}
+  assert paths(choose(where=lambda path: path.endswith("a")), params) == {"0/mu/a", "0/nu/a"}
+  # 2 x (16384 + 8192 + 28) and a count: the largest goes first, and only as many as must.
+  assert paths(choose(device_budget=49_212), params) == set()
+  assert paths(choose(device_budget=49_211), params) == {"0/mu/a"}
+  assert paths(choose(device_budget="20KB"), params) == {"0/mu/a", "0/nu/a"}
+  assert paths(choose(device_budget=0), params) == both
+
+
+def test_large_states_are_made_one_array_at_a_time():
+  params = tree(0, shapes=FEW)
+  for inner in (optax.adamw(LR), lowmem.adamw(LR)):
+    state = lowmem.offloaded(inner, max_bytes=0).init(params)
+    chex.assert_trees_all_equal(lowmem.unpaged(state), inner.init(params))
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"min_bytes": -1}, "`min_bytes` must be an integer"),
+    ({"where": "("}, "`where` must be a regular expression"),
+    ({"device_budget": "4 parsecs"}, "`device_budget` must be a number of bytes"),
+    ({"max_bytes": -3}, "`max_bytes` must be a number of bytes"),
+    ({"fallback": "disk"}, "`fallback` must be"),
+  ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    lowmem.offloaded(optax.adam(LR), **arguments)
+
+
+def test_a_state_larger_than_the_pool_names_the_variable():
+  with pytest.raises(ValueError, match="XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=112"):
+    _offloaded._check_pool("gpu", 100 * 10**9, {})
+  _offloaded._check_pool("gpu", 100 * 10**9, {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "112"})
+  _offloaded._check_pool("cpu", 100 * 10**9, {})
+
+
+class _Bare:
+  """A device as some plugins have it: one memory. No such backend runs here."""
+
+  platform = "bare"
+
+  class _Memory:
+    kind = "device"
+
+  def addressable_memories(self):
+    return [self._Memory()]
+
+  def __str__(self):
+    return "bare:0"
+
+
+def test_a_backend_without_host_memory_is_refused_unless_asked_for():
+  with pytest.raises(ValueError, match=r'bare:0 has only device.*fallback="device"'):
+    _offloaded._has_host_memory([_Bare()], None)
+  assert not _offloaded._has_host_memory([_Bare()], "device")
+
+
+def test_paged_names():
+  params = jnp.zeros((64, 64))
+  state = lowmem.create("paged_adamw_8bit", LR).init(params)
+  chex.assert_trees_all_equal(state, lowmem.offloaded(lowmem.adamw(LR)).init(params))
+  state = lowmem.create("paged_adamw_32bit", LR, weight_decay=0.1).init(params)
+  assert lowmem.state_bytes(state) == {"device": 4, "pinned_host": 2 * 4 * 64 * 64}
+
+
+if __name__ == "__main__":  # the table of docs/offload.md
+  for shapes, params in TREES.items():
+    for width, rule in RULES.items():
+      total = sum(map(_paging.nbytes, jax.tree.leaves(jax.eval_shape(rule().init, params))))
+      tx = lowmem.offloaded(rule())
+      rest = on_device(jax.eval_shape(tx.init, params))
+      most, _ = most_on_the_device(program_for_gpus(tx, params))
+      row = shapes, width, f"{total / MIB:.0f} MiB", f"{rest} B", f"{most / MIB:.0f} MiB"
+      print("|", " | ".join(row), "|")
