@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file
 
@@ -103,6 +105,22 @@ def test_killed_at_a_random_step_and_resumed_is_bit_for_bit_the_same(files, tmp_
 
 def records_so_far(folder):
   return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_state_comes_back_to_the_memory_it_was_in(tmp_path, name):
+  params = {"w": jnp.linspace(-1, 1, 1 << 20).reshape(1024, 1024), "b": jnp.ones(3)}
+  tx = lowmem.create(name, 1e-2)
+  _, state = tx.update(params, tx.init(params), params)
+  tree = {"state": state, "key": jax.random.key(3), "count": jnp.int32(5)}
+  checkpoints.save_state(tmp_path / "s.safetensors", tree, 7)
+  fresh = {"state": tx.init(params), "key": jax.random.key(0), "count": jnp.int32(0)}
+  got, step = checkpoints.load_state(tmp_path / "s.safetensors", fresh)
+  assert step == 7
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(tree), strict=True):
+    assert a.sharding == b.sharding and a.dtype == b.dtype and (a == b).all()
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(got["state"])}
+  assert ("pinned_host" in kinds) == (name == "paged_adamw_8bit")
 
 
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(files, tmp_path):

@@ -31,7 +31,8 @@ def runs(tmp_path_factory):
   save_model(folder / "model")
   save_rows(folder / "rows.json")
   # min_size of 8-bit state is 4096: rank 64 makes adapters large enough to be held in codes.
-  options = "--steps 3 --batch-size 8 --rank 64 --dropout 0.2 --packing --targets q_proj|down_proj"
+  options = "--steps 3 --batch-size 8 --rank 64 --dropout 0.2 --packing --targets q_proj "
+  options += "--optim paged_adamw_8bit --save-every 0"
   more = {"one": "--devices 1", "eight": "", "parts": "--fsdp"}
   argv = [arguments(folder, folder / n, *options.split(), *o.split()) for n, o in more.items()]
   argv.append(arguments(folder, folder / "odd", "--batch-size", "12"))

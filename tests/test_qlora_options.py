@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import finetune
 from arguments import Settings, flag_of
-from qlora_cases import LAYERS, adapter, arguments, records, save_model, save_rows
+from qlora_cases import LAYERS, adapter, arguments, records, same, save_model, save_rows
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,26 @@ def events(path):
       yield value.tag, event.step, value.simple_value
 
 
+def paged(out, files, printed):
+  """Two steps in one go are two steps with the state on disk in between, bit for bit."""
+  again = [
+    "--eval-every",
+    "1",
+    "--optim",
+    "paged_adamw_8bit",
+    "--rank",
+    "64",
+    "--targets",
+    "q_proj",
+  ]
+  halves = out.parent / "halves"
+  argv = arguments(files, halves, "--steps", "2", *again, "--stop-after", "1")
+  assert finetune.main(argv) == 0 and finetune.main(["--resume", str(halves)]) == 0
+  assert same(adapter(out), adapter(halves))
+  states = [load_file(folder / "last/state.safetensors") for folder in (out, halves)]
+  assert same(*states) and any(x.dtype == np.uint8 for x in states[0].values())
+
+
 def packed(out, files, printed):
   plain_tokens = 24 * 4  # a row has about 24 tokens, and 32 fit
   tokens = [r["tokens"] for r in records(out) if "tokens" in r]
@@ -104,6 +124,7 @@ CASES = {
     "--targets all-linear --quantize fp4 --optim lion_8bit",
     variants,
   ),
+  "paged": ("--optim paged_adamw_8bit --rank 64 --targets q_proj --eval-every 1", paged),
   "pissa": ("--init pissa --quantize int8 --targets q_proj --optim adafactor", None),
   "loftq": ("--init loftq --targets q_proj --optim came --fsdp", None),
   "board": (
@@ -117,7 +138,7 @@ CASES = {
     packed,
   ),
   "yaml": ("--config {files}/run.yaml --stop-after 1", stopped),
-  "plan": ("--dry-run --packing --dora", planned),
+  "plan": ("--dry-run --packing --dora --optim paged_adamw_8bit", planned),
 }
 ELSEWHERE = {"resume"}  # test_qlora_checkpoints.py, and test_finetune.py
 

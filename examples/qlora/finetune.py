@@ -126,8 +126,10 @@ def finetune(s: Settings) -> int:
 
   with CtrlC() as ctrl_c, StepBar(start, s.steps) as bar:
     for step in range(start, s.steps):
-      batch, clock = batches.at(step), time.perf_counter()
-      state, measured = steps(state, frozen, dealt(batch, mesh))
+      batch = dealt(batches.at(step), mesh)
+      program = steps.ready(state, frozen, batch)
+      clock = time.perf_counter()
+      state, measured = program(state, frozen, batch)
       measured = {name: float(value) for name, value in measured.items()}
       seconds = time.perf_counter() - clock
       done, tokens = step + 1, int(batch.lengths.sum())

@@ -158,7 +158,8 @@ def conclude(out: Path, metrics: Metrics, parts: list[Part], seconds: float) -> 
   change = after["held_out_loss"] / before["held_out_loss"] - 1
   say(
     f"Held-out loss {before['held_out_loss']:.3f} -> {after['held_out_loss']:.3f} "
-    f"({change:+.1%}) in {after['step']} steps and {seconds / 60:.1f} minutes."
+    f"({change:+.1%}), perplexity {before['perplexity']:.1f} -> {after['perplexity']:.1f}, "
+    f"in {after['step']} steps and {seconds / 60:.1f} minutes."
   )
   what = (
     "the process, JAX and its compiler included,"

@@ -200,11 +200,15 @@ class Steps:
     self.compile = partial(compiled, graph, tx, shards=shards)
     self.programs: dict[tuple[int, ...], Any] = {}
 
-  def __call__(self, state: State, frozen: Any, batch: Batch) -> tuple[State, Any]:
+  def ready(self, state: State, frozen: Any, batch: Batch) -> Any:
+    """The program for batches like this one."""
     shape = batch.inputs.shape
     if shape not in self.programs:
       self.programs[shape] = self.compile(state, frozen, batch)
-    return self.programs[shape](state, frozen, batch)
+    return self.programs[shape]
+
+  def __call__(self, state: State, frozen: Any, batch: Batch) -> tuple[State, Any]:
+    return self.ready(state, frozen, batch)(state, frozen, batch)
 
   def temporaries(self) -> int:
     """Bytes that the largest of the programs needs beside its arguments and results."""
