@@ -81,7 +81,7 @@ def show(rows: dict[str, dict[str, Any]], tokens: int) -> None:
   print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
   for name, row in good.items():
     row["tokens/s"] = tokens / statistics.median(row["seconds"])
-    pairs = zip(row["seconds"], first["seconds"], strict=True)
+    pairs = zip(row["seconds"], first["seconds"], strict=False)  # one may have failed midway
     row["ratio"] = statistics.median(a / b for a, b in pairs)
     cells = [name, f"{row['tokens/s']:.0f}", f"{row['ratio']:.2f}"]
     cells += [f"{row[k] / 2**20:.0f}" if row.get(k) else "" for k in peaks]

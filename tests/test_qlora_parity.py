@@ -10,17 +10,21 @@ the linear layers, `bits/<layer>.<part>`; and the losses and the final adapter o
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import optax_lowmem as lowmem
 from conftest import GOLDEN
 from llama import LINEARS, load_llama
 from llama_config import LlamaConfig
@@ -33,6 +37,7 @@ FILE = GOLDEN / "qlora.npz"
 # more than one of the second level.
 CONFIG = LlamaConfig(96, 64, 320, 2, 4, 2, 16, rms_norm_eps=1e-5)
 UNIT, RANK, ALPHA, STEPS, SEED = 512, 4, 8, 20, 1
+BIN = 2 / 2**16  # of the table by which bitsandbytes rounds on a CPU
 RULES = {  # rate, and the optax rule that is torch's
   "sgd": (0.2, optax.sgd),
   "adamw": (0.01, functools.partial(optax.adamw, weight_decay=1e-4)),
@@ -90,26 +95,53 @@ def bits_of(model):
   return out
 
 
-def assert_same_bits(ours, theirs, one_off=0.0):
+def take_bits(model, bits):
+  """Gives the linear layers the bits of `bits_of`."""
+  for name in LINEARS:
+    holder, child = name.split(".")
+    linear = getattr(getattr(model.model.layers, holder), child).base
+    weight = linear.weight.get_value()
+    layers = range(len(weight.codes))
+
+    def stacked(part, old, layers=layers, name=name):
+      new = np.stack([bits[f"model.layers.{i}.{name}.{part}"] for i in layers])
+      return jnp.asarray(new.reshape(old.shape))
+
+    scales = dataclasses.replace(
+      weight.scales,
+      codes=stacked("scales", weight.scales.codes),
+      scales=stacked("scale_scales", weight.scales.scales),
+      offset=stacked("offset", weight.scales.offset),
+    )
+    codes = stacked("codes", weight.codes)
+    linear.weight.set_value(dataclasses.replace(weight, codes=codes, scales=scales))
+
+
+def assert_same_bits(ours, theirs, ties=(0.0, 0.0)):
   """All codes are equal; of the means and largest scales, sums, the last bits may differ.
 
-  On a CPU bitsandbytes rounds the 8-bit codes of scales by a table of 2^16 bins, not to the nearest
-  code: a scale that is less than a bin from the middle of two codes may get the other. `one_off` is
-  the share of them that may. The small model was chosen to have none.
+  `ties` are the shares of the bytes of codes and of scales that may differ. An element may be an
+  ulp from the middle of two codes. And on a CPU bitsandbytes rounds the 8-bit codes of scales by a
+  table of 2^16 bins, not to the nearest code: a scale less than a bin from the middle may get the
+  other code, and near zero, where codes lie closer than a bin, one a few codes away. The small
+  model was chosen to have neither.
   """
+  book = lowmem.quantize(jnp.ones(2), "dynamic").codebook.values
   assert ours.keys() == theirs.keys()
-  wrong = total = 0
+  wrong, total = np.zeros(2, int), np.zeros(2, int)
   for name, value in theirs.items():
-    if name.endswith(".codes"):
-      assert (ours[name] != value).sum() == 0, name
-    elif name.endswith(".scales"):
-      steps = np.abs(ours[name].astype(int) - value)
-      assert steps.max() <= (1 if one_off else 0), name
-      wrong, total = wrong + steps.sum(), total + steps.size
-    else:
-      np.testing.assert_allclose(ours[name], value, rtol=1e-6)
-  print(f"scales with another code: {wrong} of {total}")
-  assert wrong <= one_off * total
+    mine = ours[name]
+    if value.dtype == np.uint8:
+      kind = int(name.endswith(".scales"))
+      wrong[kind] += (mine != value).sum()
+      total[kind] += value.size
+    if name.endswith(".scales"):
+      neighbours = np.abs(mine.astype(int) - value) <= 1
+      assert (neighbours | (np.abs(book[mine] - book[value]) < 2 * BIN)).all(), name
+    elif not name.endswith(".codes"):
+      np.testing.assert_allclose(mine, value, rtol=1e-6)
+  print(f"bytes that differ: {wrong[0]} of {total[0]}, of scales {wrong[1]} of {total[1]}")
+  assert (wrong <= np.multiply(ties, total)).all()
 
 
 def distance(ours, theirs, initial):
@@ -196,7 +228,7 @@ def torch_side():
   return qlora_torch
 
 
-def against_torch(folder, ids, name, rate, one_off=0.0):
+def against_torch(folder, ids, name, rate, ties=(0.0, 0.0)):
   """Losses here, losses there, and how far the adapters are apart."""
   peer = torch_side()
   theirs = peer.load(folder, folder / "initial", nf4=True)
@@ -207,7 +239,8 @@ def against_torch(folder, ids, name, rate, one_off=0.0):
   final = peer.adapter_tensors(theirs)
   del theirs, trainer
   model = ours(folder)
-  assert_same_bits(bits_of(model), bits, one_off)
+  assert_same_bits(bits_of(model), bits, ties)
+  take_bits(model, bits)
   losses = train(model, ids, RULES[name][1](rate))
   with tempfile.TemporaryDirectory() as out:
     adapter = saved(model, pathlib.Path(out) / "adapter")
@@ -229,7 +262,10 @@ def test_live_on_the_small_model(golden, folder, name):
 
 @pytest.mark.slow
 def test_live_on_a_real_model(tmp_path):
-  """SmolLM2-135M-Instruct, SGD, batches of the default data."""
+  """SmolLM2-135M-Instruct, SGD, batches of the default data.
+
+  With the bits packed here, 0.2 % of the scales differing, losses were within 9.8e-4.
+  """
   torch_side()
   from chat import ChatTokenizer
   from data import load
@@ -243,14 +279,46 @@ def test_live_on_a_real_model(tmp_path):
   write_model(tmp_path, checkpoint.config, {n: checkpoint.read(n) for n in checkpoint.shapes})
   rows = load(data, ChatTokenizer.from_model(path), 10_000).rows
   stream = np.concatenate([row.ids for row in rows])
-  ids = stream[: STEPS * 2 * 65].reshape(STEPS, 2, 65)
+  ids = stream[: 4 * 2 * 65].reshape(4, 2, 65)[np.arange(STEPS) % 4]
   model = nn.add_lora(load_llama(tmp_path, "nf4"), 16, 32, ".*_proj", rngs=nnx.Rngs(0))
   nn.save_peft(model, tmp_path / "initial")
   del model
-  losses, expected, apart = against_torch(tmp_path, ids, "sgd", 0.1, one_off=0.005)
-  assert expected[:5].mean() - expected[-5:].mean() > 0.1
-  np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-3)
-  assert apart < 0.02
+  losses, expected, apart = against_torch(tmp_path, ids, "sgd", 0.1, ties=(1e-6, 0.005))
+  assert expected[:4].mean() - expected[-4:].mean() > 0.1
+  np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-4)  # measured: 2.4e-5
+  assert apart < 5e-3
+
+
+# --- the benchmark ------------------------------------------------------------------------------
+
+
+def benchmark(sides, target):
+  """Runs `qlora_vs_peft.py` on a model of two small layers."""
+  command = [sys.executable, str(ROOT / "benchmarks" / "qlora_vs_peft.py"), "--json", str(target)]
+  command += ["--shapes", "tiny", "--tokens", "16", "--steps", "2", "--warm", "1"]
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([*command, "--sides", *sides], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  rows = json.loads(target.read_text())["sides"]
+  assert set(rows) == set(sides)
+  for name, row in rows.items():
+    assert len(row["losses"]) == 3 and len(row["seconds"]) == 2
+    assert row["tokens/s"] > 0 and f"| {name} |" in done.stdout
+  return rows
+
+
+def test_benchmark_on_a_few_parameters(tmp_path):
+  rows = benchmark(["ours-nf4"], tmp_path / "result.json")
+  assert rows["ours-nf4"]["temporaries"] > 0
+
+
+@pytest.mark.slow
+def test_benchmark_of_all_sides(tmp_path):
+  torch_side()
+  rows = benchmark(["hf-nf4", "hf-dense", "ours-nf4", "ours-dense"], tmp_path / "result.json")
+  for kind in ("nf4", "dense"):
+    ours, theirs = rows[f"ours-{kind}"]["losses"], rows[f"hf-{kind}"]["losses"]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
 # --- the file -------------------------------------------------------------------------------------
