@@ -82,6 +82,7 @@ def to_weight(base: Any, matrix: jax.Array) -> jax.Array:
 def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
   """A float layer like `base` with another weight; `base` and its bias are left as they are."""
   weight = to_weight(base, matrix).astype(dtype)
+  new: Any
   if isinstance(base, QuantizedEinsum):
     new = base.float_layer()
   elif isinstance(base, QuantizedLinear):

@@ -97,7 +97,7 @@ def layer_names(place: Place, stack: str) -> list[str]:
 def names_in_stack(path: str, lead: tuple[int, ...], stack: str) -> list[str]:
   """`path`, with each layer's number after the part `stack` if there are leading axes."""
   parts = path.split(".")
-  if not lead:
+  if len(lead) == 0:
     return [path]
   if len(lead) > 1 or parts.count(stack) != 1:
     return []
