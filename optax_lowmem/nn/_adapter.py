@@ -25,13 +25,13 @@ class LoRAStart(nnx.Variable[jax.Array]):
 
 def check_lora(rank: Any, alpha: Any, dropout: float, rngs: nnx.Rngs) -> None:
   """Refuses settings that mean nothing, before any module is touched."""
-  ranks = rank if isinstance(rank, (list, tuple)) else [rank]
+  ranks = rank if isinstance(rank, Sequence) else [rank]
   least = 1 if ranks is not rank else 0
   if any(isinstance(r, bool) or not isinstance(r, int) or r < least for r in ranks) or not any(
     ranks
   ):
     raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
-  for a in alpha if isinstance(alpha, (list, tuple)) else [alpha]:
+  for a in alpha if isinstance(alpha, Sequence) else [alpha]:
     if not (math.isfinite(a) and a > 0):
       raise ValueError(
         f"`alpha` must be a positive number, got {alpha!r}. "
@@ -71,8 +71,8 @@ class Adapter(nnx.Module):
     check_init(init)
     stack = stack_shape(base)
     self.ranks, self.alphas = _per_layer("rank", rank, stack), _per_layer("alpha", alpha, stack)
-    self.rank = rank if isinstance(rank, int) else max(rank)
-    self.alpha = max(alpha) if isinstance(alpha, Sequence) else alpha
+    self.rank: int = max(rank) if isinstance(rank, Sequence) else rank
+    self.alpha: float = max(alpha) if isinstance(alpha, Sequence) else alpha
     self.use_rslora = use_rslora
     self.scales = nnx.data(None)
     if self.ranks or self.alphas:
@@ -177,7 +177,7 @@ class Adapter(nnx.Module):
 
 def _per_layer(name: str, value: Any, stack: tuple[int, ...]) -> tuple[Any, ...] | None:
   """One value a layer, or None where they are all the same."""
-  if not isinstance(value, (list, tuple)):
+  if not isinstance(value, Sequence):
     return None
   if len(stack) != 1 or len(value) != stack[0]:
     raise ValueError(

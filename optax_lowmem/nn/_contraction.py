@@ -61,30 +61,35 @@ class Contraction:
       free = [c for c in string.ascii_letters if c not in used]
       dots = "".join(free[: ndim - len(lhs.replace("...", ""))])
       return lhs.replace("...", dots), rhs, out.replace("...", dots)
-    lhs = string.ascii_lowercase[:ndim]
-    inputs = "".join(lhs[a] for a in self.axis)
-    batch = lhs[: self.batch]
-    outputs = string.ascii_uppercase[: len(self.kernel_shape) - len(inputs) - self.batch]
-    free = "".join(c for c in lhs if c not in inputs + batch)
-    return lhs, batch + inputs + outputs, batch + free + outputs
+    rhs = self.rhs
+    lhs = list(string.ascii_lowercase[:ndim])
+    for place, letter in zip((*range(self.batch), *self.axis), rhs, strict=False):
+      lhs[place] = letter
+    batch, _, outputs = self.groups()
+    free = "".join(c for c in lhs if c not in rhs)
+    return "".join(lhs), rhs, batch + free + outputs
+
+  @property
+  def rhs(self) -> str:
+    """The kernel's letters."""
+    if self.equation is None:  # whatever the rank of the input
+      return string.ascii_uppercase[: len(self.kernel_shape)]
+    return _split(self.equation)[1]
 
   def groups(self) -> tuple[str, str, str]:
     """The kernel's letters that are batch, input and output axes, each in the kernel's order."""
-    lhs, rhs, out = self.letters(self._least())
+    rhs = self.rhs
+    if self.equation is None:
+      ends = self.batch + len(self.axis)
+      return rhs[: self.batch], rhs[self.batch : ends], rhs[ends:]
+    lhs, _, out = _split(self.equation)
     batch = "".join(c for c in rhs if c in lhs and c in out)
     inputs = "".join(c for c in rhs if c in lhs and c not in out)
-    outputs = "".join(c for c in rhs if c not in lhs)
-    return batch, inputs, outputs
+    return batch, inputs, "".join(c for c in rhs if c not in lhs)
 
   def sizes(self, letters: str) -> tuple[int, ...]:
-    rhs = self.letters(self._least())[1]
+    rhs = self.rhs
     return tuple(self.kernel_shape[rhs.index(c)] for c in letters)
-
-  def _least(self) -> int:
-    """The smallest rank of an input."""
-    if self.equation is None:  # an axis may be counted from either end
-      return max(self.batch + len(self.axis), *(a + 1 if a >= 0 else -a for a in self.axis))
-    return len(_split(self.equation)[0].replace("...", ""))
 
   @property
   def matrix_shape(self) -> tuple[int, ...]:
@@ -95,7 +100,7 @@ class Contraction:
 
   def to_matrix(self, kernel: jax.Array) -> jax.Array:
     """A kernel (..., *kernel_shape) as matrices (..., *matrix_shape)."""
-    rhs, (batch, inputs, outputs) = self.letters(self._least())[1], self.groups()
+    rhs, (batch, inputs, outputs) = self.rhs, self.groups()
     lead = kernel.ndim - len(rhs)
     order = [lead + rhs.index(c) for c in batch + outputs + inputs]
     kernel = kernel.transpose(*range(lead), *order)
@@ -103,7 +108,7 @@ class Contraction:
 
   def to_kernel(self, matrix: jax.Array) -> jax.Array:
     """The inverse of `to_matrix`."""
-    rhs, (batch, inputs, outputs) = self.letters(self._least())[1], self.groups()
+    rhs, (batch, inputs, outputs) = self.rhs, self.groups()
     here = batch + outputs + inputs
     lead = matrix.ndim - len(self.matrix_shape)
     kernel = matrix.reshape(*matrix.shape[:lead], *self.sizes(here))

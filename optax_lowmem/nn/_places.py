@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -98,12 +97,12 @@ def layer_names(place: Place, stack: str) -> list[str]:
 def names_in_stack(path: str, lead: tuple[int, ...], stack: str) -> list[str]:
   """`path`, with each layer's number after the part `stack` if there are leading axes."""
   parts = path.split(".")
-  if not lead:
+  if len(lead) == 0:
     return [path]
   if len(lead) > 1 or parts.count(stack) != 1:
     return []
   at = parts.index(stack) + 1
-  return [".".join([*parts[:at], str(i), *parts[at:]]) for i in range(math.prod(lead))]
+  return [".".join([*parts[:at], str(i), *parts[at:]]) for i in range(lead[0])]
 
 
 def patterns(argument: str, regex: str | Sequence[str]) -> list[re.Pattern[str]]:

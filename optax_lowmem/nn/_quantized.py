@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._blocks import QuantizedArray, quantize
+from optax_lowmem.nn._multiply import multiply
 
 
 class QuantizedWeight(nnx.Variable[QuantizedArray]):
@@ -20,51 +20,6 @@ class QuantizedWeight(nnx.Variable[QuantizedArray]):
   It is not an `nnx.Param`, so that an optimizer or a gradient over `nnx.Param` leaves the
   packed bits alone.
   """
-
-
-def _with_bits_of(weight: QuantizedArray, x: jax.Array) -> QuantizedArray:
-  """The weight as it is, made to depend on `x` in a way that the compiler cannot see through."""
-  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-  zero = (jnp.max(bits & 1, initial=0) >> 1).astype(weight.codes.dtype)
-  return dataclasses.replace(weight, codes=weight.codes ^ zero)
-
-
-def _wait_for(x: jax.Array, weight: QuantizedArray) -> QuantizedArray:
-  """The weight, not to be decoded before `x` is there.
-
-  Decoding depends on no activation, so the compiler is free to decode every weight of a model at
-  once, and to decode a weight once for forward and backward pass, and does: the gradient of 16
-  unrolled blocks of 7 linears of width 512 held 17.5 blocks' float32 weights. A barrier prevents
-  it, but XLA's CPU backend drops barriers. Tied to the bits of `x`: 2.2, most of it activations.
-  """
-  return jax.lax.platform_dependent(
-    weight,
-    x,
-    cpu=_with_bits_of,
-    default=lambda weight, x: jax.lax.optimization_barrier((weight, x))[0],
-  )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def multiply(x: jax.Array, weight: QuantizedArray, precision: Any) -> jax.Array:
-  """x @ W^T in x's dtype. What is kept for the backward pass is the packed weight only."""
-  dense = _wait_for(x, weight).dequantize(x.dtype)
-  return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
-
-
-def multiply_forward(x, weight, precision):
-  return multiply(x, weight, precision), weight
-
-
-def multiply_backward(precision, weight, g):
-  # The weight is decoded a second time. Left to itself, JAX would keep every layer's dense
-  # weight from the forward pass, which is all that 4-bit storage saved.
-  dense = _wait_for(g, weight).dequantize(g.dtype)
-  dx = jax.lax.dot_general(g, dense, (((g.ndim - 1,), (0,)), ((), ())), precision=precision)
-  return dx, None  # None: no gradient for the frozen weight
-
-
-multiply.defvjp(multiply_forward, multiply_backward)
 
 
 def over_stack(fn, levels: int, mapper=jax.vmap):

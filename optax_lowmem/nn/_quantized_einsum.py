@@ -10,11 +10,11 @@ from flax import nnx
 
 from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem.nn._contraction import Contraction
+from optax_lowmem.nn._multiply import multiply
 from optax_lowmem.nn._quantized import (
   QuantizedWeight,
   dequantize_stack,
   floating,
-  multiply,
   quantize_like,
   quantize_stack,
 )

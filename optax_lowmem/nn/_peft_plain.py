@@ -1,0 +1,133 @@
+"""What a PEFT adapter's configuration names: layers, modules saved whole, and biases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from optax_lowmem.nn._adapter import Adapter
+from optax_lowmem.nn._peft import is_tied
+from optax_lowmem.nn._peft_files import AdapterFile
+from optax_lowmem.nn._places import Place, layer_names, names_in_stack, nearest
+from optax_lowmem.nn._targets import all_linear
+from optax_lowmem.nn._trainable import Tensor, below, find_saved, tensors_of
+
+
+def expected(
+  config: dict[str, Any], everything: Sequence[Place], stack: str
+) -> Callable[[str], bool]:
+  """Whether PEFT, following the configuration, put an adapter on the layer of a name."""
+  targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+  indices, below_ = config.get("layers_to_transform"), config.get("layers_pattern")
+  if isinstance(targets, str) and targets.lower() == "all-linear":
+    targets = [n for place in all_linear(everything) for n in layer_names(place, stack)]
+
+  def matches(wanted: Any, name: str) -> bool:
+    if isinstance(wanted, str):
+      return re.fullmatch(wanted, name) is not None
+    return any(name == one or name.endswith("." + one) for one in wanted)
+
+  def expects(name: str) -> bool:
+    if not targets or (excluded and matches(excluded, name)) or not matches(targets, name):
+      return False
+    if isinstance(targets, str) or indices is None or indices == []:
+      return True
+    parts = [below_] if isinstance(below_, str) else (below_ or [None])
+    found = None
+    for part in parts:
+      pattern = r".*?\.[^.]*\.(\d+)\." if part is None else rf"(?:^|.*?\.){part}\.(\d+)\."
+      found = found or re.match(pattern, name)
+    wanted = [indices] if isinstance(indices, int) else indices
+    return found is not None and int(found[1]) in wanted
+
+  return expects
+
+
+def saved_modules(everything: Sequence[Place], names: Sequence[str], stack: str) -> list[Place]:
+  """The modules that PEFT saves whole: those whose name ends in one of `names`."""
+  found = []
+  for name in names:
+    # PEFT asks for no dot before the name: "norm" is input_layernorm too.
+    ends = [p.path for p in everything if any(n.endswith(name) for n in _names(p, stack))]
+    found += ends or [name]
+  return find_saved(everything, list(dict.fromkeys(found)))
+
+
+def _names(place: Place, stack: str) -> list[str]:
+  tensors = tensors_of(place.module) or []
+  named = [names_in_stack(place.path, tensor.lead, stack) for tensor in tensors[:1]]
+  return [place.path, *(name for names in named for name in names)]
+
+
+def check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file: Any) -> None:
+  """In PEFT an output layer that is tied to the embedding follows it only if asked to."""
+  if not is_tied(model):
+    return
+  tying = bool(config.get("ensure_weight_tying"))
+  if not tying and any(isinstance(place.module, nnx.Embed) for place in saved):
+    raise ValueError(
+      "the adapter saves the embedding whole, and in PEFT the output layer that is tied to it "
+      "stays as it was, which here it would not. Save the adapter with `ensure_weight_tying`."
+    )
+  if tying and any("embed" in name.rpartition(".")[2] for name in file.layers):
+    raise ValueError(
+      "the adapter ties the output layer to an adapted embedding (`ensure_weight_tying`), which "
+      "is not supported. Train the adapter without it."
+    )
+
+
+def plain_tensors(
+  everything: Sequence[Place],
+  saved: Sequence[Place],
+  config: dict[str, Any],
+  file: AdapterFile,
+  stack: str,
+  dir: str,
+) -> list[tuple[Tensor, np.ndarray]]:
+  """The Variables of the base that the file replaces, and their values."""
+  left = dict(file.plain)
+  whole = {id(place.module) for place in below(saved, everything)}
+  found: list[tuple[Tensor, np.ndarray]] = []
+  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
+  for place in everything:
+    if id(place.module) in bases:
+      continue
+    for tensor in tensors_of(place.module) or []:
+      names = names_in_stack(place.path, tensor.lead, stack)
+      full = [f"{name}.{tensor.suffix}" for name in names]
+      have = [name for name in full if name in left]
+      if len(have) < len(full) and (have or id(place.module) in whole):
+        lacking = next(name for name in full if name not in left)
+        raise ValueError(
+          f"the adapter in {dir!r} lacks `{lacking}`, which its `modules_to_save` or `bias` names."
+        )
+      if not have:
+        continue
+      trained = id(place.module) in whole
+      trained = trained or (tensor.suffix == "bias" and config.get("bias", "none") != "none")
+      if not trained and not any(name in file.layers for name in names):
+        raise ValueError(
+          f"the adapter in {dir!r} holds `{have[0]}`, which neither its `modules_to_save` nor its "
+          "`bias` names."
+        )
+      shape = tensor.variable[...].shape
+      value = tensor.to_torch(np.stack([left.pop(name) for name in full]))
+      value = value if tensor.lead else value[0]
+      if value.shape != shape:
+        raise ValueError(
+          f"the adapter in {dir!r} has `{full[0]}` of another shape than `model`: {value.shape} "
+          f"here, {shape} needed."
+        )
+      found.append((tensor, value))
+  if left:
+    name = next(iter(left))
+    known = [p.path for p in everything]
+    raise ValueError(
+      f"the adapter in {dir!r} holds `{name}`, which `model` does not have, or has quantized."
+      f"{nearest(name.rpartition('.')[0], known)}"
+    )
+  return found
