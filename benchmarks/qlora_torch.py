@@ -80,6 +80,11 @@ def load(
         for name, child in list(parent.named_children()):
           if isinstance(child, torch.nn.Linear):
             setattr(parent, name, packed(child, device, dtype))
+  # Read from safetensors, a tensor is a window on its file. The few that are left of a file would
+  # keep all of it in memory, the dense weights included.
+  for parameter in base.parameters():
+    if parameter.is_floating_point():
+      parameter.data = parameter.data.clone()
   base.to(device)
   if checkpoint:
     base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -137,6 +137,9 @@ def main() -> None:
     except importlib.metadata.PackageNotFoundError:
       continue
   loads = {"load before": load, "load after": os.getloadavg()}
+  for row in rows.values():
+    row["losses"] = [round(x, 6) for x in row["losses"]]
+    row["seconds"] = [round(x, 4) for x in row["seconds"]]
   write(args.json, settings | loads | {"peers": peers, "sides": rows})
   if any("error" in row for row in rows.values()):
     sys.exit(1)
