@@ -10,62 +10,99 @@ import pytest
 
 import finetune
 import optax_lowmem as lowmem
-from qlora_cases import arguments, records, save_model, save_rows
+from qlora_cases import arguments, save_model, save_rows
 
-RUNS = """
-import json, sys, jax
-import finetune
-assert len(jax.devices()) == 8
-for argv in json.loads(sys.argv[1]):
-  try:
-    print("status", finetune.main(argv))
-  except SystemExit as exit:
-    print("status", exit.code)
+STEPS = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from arguments import Settings
+from batches import Batches
+from chat import ChatTokenizer
+from data import load
+from evaluation import HeldOut
+from pathlib import Path
+from recipe import loaded_model, optimizer
+from spreading import dealt, devices_in_a_row, everywhere, in_parts
+from training import Steps, merged, split
+
+folder = Path(sys.argv[1])
+# Rank 64 makes the adapters large enough to be held in codes, and those in host memory.
+s = Settings(
+  dtype="float32", batch_size=8, rank=64, dropout=0.2, targets="q_proj", seq_len=64, packing=True,
+  grad_accum=2, optim="paged_adamw_8bit", lr=1e-2, warmup=0, neftune_alpha=5.0,
+)
+tokenizer = ChatTokenizer.from_model(folder / "model")
+rows = load(folder / "rows.json", tokenizer, s.seq_len).rows
+batches = Batches(rows, s.batch_size, 2, s.seq_len, tokenizer.pad_id, 0, packing=True)
+for count, place in ((1, everywhere), (8, everywhere), (8, in_parts)):
+  mesh = devices_in_a_row(count, s.batch_size)
+  tx, _ = optimizer(s)
+  graph, state, frozen = split(loaded_model(folder / "model", s), tx.init)
+  state, frozen = everywhere(state, mesh), place(frozen, mesh)
+  spread = [x for x in jax.tree.leaves(frozen) if not x.sharding.is_fully_replicated]
+  steps, losses = Steps(graph, tx, shards=count), []
+  kinds = [x.sharding.memory_kind for x in jax.tree.leaves(state)]
+  for step in range(2):
+    state, measured = steps(state, frozen, dealt(batches.at(step), mesh))
+    losses += [float(measured["loss"]), float(measured["grad_norm"])]
+  assert kinds == [x.sharding.memory_kind for x in jax.tree.leaves(state)]
+  model = merged(graph, state, frozen)
+  model.eval()
+  measure = HeldOut(nnx.graphdef(model), frozen, batches.once(rows[:9]), mesh)
+  losses.append(measure(state)["held_out_loss"])
+  bytes_ = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(frozen))
+  print(json.dumps({"losses": losses, "spread": len(spread), "bytes": bytes_,
+                    "host": "pinned_host" in kinds}))
 """
 
 
+def run(command, *more):
+  paths = [Path(lowmem.__file__).parents[1], Path(finetune.__file__).parent]
+  environment = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": os.pathsep.join(map(str, paths)),
+  }
+  return subprocess.run(
+    [sys.executable, *command, *more], env=os.environ | environment, capture_output=True, text=True
+  )
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """The losses of a few steps on one device, on eight, on eight with a base in parts."""
+def files(tmp_path_factory):
   folder = tmp_path_factory.mktemp("qlora")
   save_model(folder / "model")
   save_rows(folder / "rows.json")
-  # min_size of 8-bit state is 4096: rank 64 makes adapters large enough to be held in codes.
-  options = "--steps 3 --batch-size 8 --rank 64 --dropout 0.2 --packing --targets q_proj "
-  options += "--optim paged_adamw_8bit --save-every 0"
-  more = {"one": "--devices 1", "eight": "", "parts": "--fsdp"}
-  argv = [arguments(folder, folder / n, *options.split(), *o.split()) for n, o in more.items()]
-  argv.append(arguments(folder, folder / "odd", "--batch-size", "12"))
-  argv.append(arguments(folder, folder / "many", "--devices", "9"))
-  environment = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": os.pathsep.join(
-      [str(Path(lowmem.__file__).parents[1]), str(Path(finetune.__file__).parent)]
-    ),
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", RUNS, json.dumps(argv)],
-    env=os.environ | environment,
-    capture_output=True,
-    text=True,
-  )
+  return folder
+
+
+def test_the_numbers_of_one_device(files):
+  """With packing, accumulation, dropout, noise, and 8-bit state in host memory."""
+  done = run(["-c", STEPS], str(files))
   assert done.returncode == 0, done.stderr[-4000:]
-  return folder, done
+  one, eight, parts = map(json.loads, done.stdout.splitlines())
+  for other in (eight, parts):
+    assert other["losses"] == pytest.approx(one["losses"], rel=2e-4)
+  assert all(case["host"] for case in (one, eight, parts))
+  assert one["spread"] == eight["spread"] == 0 < parts["spread"]
+  assert parts["bytes"] < 0.3 * eight["bytes"] == 0.3 * one["bytes"]
 
 
-@pytest.mark.parametrize("name", ["eight", "parts"])
-def test_the_numbers_of_one_device(runs, name):
-  folder, done = runs
-  assert done.stdout.count("status 0") == 3, done.stderr[-4000:]
-  one, other = records(folder / "one"), records(folder / name)
-  for a, b in zip(one, other, strict=True):
-    for key in ("loss", "grad_norm", "held_out_loss"):
-      if key in a:
-        assert b[key] == pytest.approx(a[key], rel=2e-4), (a["step"], key)
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ("--batch-size 12", "--batch-size 12 is not a multiple of the 8 devices"),
+    ("--devices 9", "--devices 9: there are only 8 here"),
+  ],
+)
+def test_rows_that_cannot_be_dealt_out_are_refused(files, tmp_path, options, message):
+  argv = arguments(files, tmp_path / "out", *options.split())
+  done = run([finetune.__file__], *argv)
+  assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_rows_that_cannot_be_dealt_out_are_refused(runs):
-  _, done = runs
-  assert done.stdout.count("status 2") == 2
-  assert "--batch-size 12 is not a multiple of the 8 devices" in done.stderr
-  assert "--devices 9: there are only 8 here" in done.stderr
+def test_a_whole_run(files, tmp_path):
+  options = "--steps 1 --batch-size 8 --targets q_proj --fsdp"
+  done = run([finetune.__file__], *arguments(files, tmp_path / "out", *options.split()))
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()

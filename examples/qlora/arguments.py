@@ -225,7 +225,8 @@ def _reader(kind: Any) -> Callable[[str], Any]:
 
 def _converted(each: "Field[Any]", value: Any) -> Any:
   """A value of YAML as the setting wants it; YAML reads 1e-3 as a text."""
-  kind, optional = kind_of(each), default_of(each) is None
+  kind: Any = kind_of(each)
+  optional = default_of(each) is None
   if value is None and optional:
     return None
   if typing.get_origin(kind) is dict:

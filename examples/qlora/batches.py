@@ -144,7 +144,7 @@ class Batches:
   def _units(self, epoch: int) -> list[Any]:
     if self._epoch[0] != epoch:
       rng = np.random.default_rng((self.seed, epoch))
-      order = rng.permutation(len(self.rows))
+      order = rng.permutation(len(self.rows)).tolist()
       if self.packing:
         groups = packs(self.tokens, order, self.seq_len)
         units = [groups[i] for i in rng.permutation(len(groups))]
@@ -152,18 +152,18 @@ class Batches:
         units = self._similar(order)
         units = [units[i] for i in rng.permutation(len(units))]
       else:
-        units = [[int(i)] for i in order]
+        units = [[i] for i in order]
       self._epoch = epoch, units
     return self._epoch[1]
 
-  def _similar(self, order: np.ndarray) -> list[list[int]]:
+  def _similar(self, order: list[int]) -> list[list[int]]:
     """Batches of rows of one bucket; what is left of a bucket joins the next longer one."""
     size = self.shape[0] * self.shape[1]
     left: list[int] = []
     batches: list[list[int]] = []
     for length in self.lengths:
       shorter = max((n for n in self.lengths if n < length), default=-1)
-      left += [int(i) for i in order if shorter < self.tokens[i] <= length]
+      left += [i for i in order if shorter < self.tokens[i] <= length]
       full = len(left) // size * size
       batches += [left[i : i + size] for i in range(0, full, size)]
       left = left[full:]

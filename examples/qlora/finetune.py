@@ -83,9 +83,8 @@ def finetune(s: Settings) -> int:
     say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
     graph, state, frozen = split(loaded_model(model_path, s), tx.init)
     state, frozen = everywhere(state, mesh), (in_parts if s.fsdp else everywhere)(frozen, mesh)
-    start, records = 0, []
+    start, records, before = 0, [], Path(s.resume or out)
     if s.resume:
-      before = Path(s.resume)
       state, start = load_state(found(before / "last") / "state.safetensors", state)
       records = read_records(before / "metrics.jsonl", until=start)
       if start >= s.steps:

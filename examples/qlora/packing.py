@@ -48,7 +48,7 @@ def packs(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[l
   for start in range(0, len(order), WINDOW):
     window = order[start : start + WINDOW]
     bins = first_fit_decreasing([lengths[i] for i in window], capacity)
-    groups += [[int(window[i]) for i in bin] for bin in bins]
+    groups += [[window[i] for i in bin] for bin in bins]
   return groups
 
 

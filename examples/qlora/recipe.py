@@ -1,9 +1,9 @@
 """What is trained, and by which rule: adapters, optimizer, learning rate."""
 
-from collections.abc import Callable
+import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import optax
@@ -17,7 +17,7 @@ from neftune import with_noise
 from optax_lowmem import nn as lowmem_nn
 
 
-def learning_rate(s: Settings) -> Callable[[int], Any]:
+def learning_rate(s: Settings) -> optax.Schedule:
   """Rises in the first steps, then stays, or falls to 0."""
   warmup = s.steps // 20 if s.warmup is None else s.warmup
   rest = max(1, s.steps - warmup)
@@ -31,7 +31,7 @@ def learning_rate(s: Settings) -> Callable[[int], Any]:
   return optax.join_schedules([rise, after], [warmup])
 
 
-def optimizer(s: Settings) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
+def optimizer(s: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Clipping, then the named optimizer, at a learning rate that rises and falls."""
   schedule = learning_rate(s)
   decay = {} if s.weight_decay is None else {"weight_decay": s.weight_decay}
@@ -50,7 +50,6 @@ def adapted(model: Any, s: Settings) -> Any:
   PiSSA and LoftQ start from the weights as they were, so there the base is packed afterwards.
   """
   rngs = nnx.Rngs(params=s.seed, dropout=s.seed + 1)
-  packed = {} if s.quantize == "none" else {"codebook": s.quantize}
   model = lowmem_nn.add_lora(
     model,
     s.rank,
@@ -62,12 +61,11 @@ def adapted(model: Any, s: Settings) -> Any:
     rank_pattern=s.rank_pattern or None,
     alpha_pattern=s.alpha_pattern or None,
     modules_to_save=s.modules_to_save or None,
-    init=lowmem_nn.LoftQ(**packed) if s.init == "loftq" else s.init,
+    init=cast(Any, lowmem_nn.LoftQ(codebook=s.quantize) if s.init == "loftq" else s.init),
     rngs=rngs,
   )
-  if packed and not packed_as_read(s):
-    kept = ["lm_head", *s.modules_to_save]
-    model = lowmem_nn.quantize_model(model, exclude=kept, **packed)
+  if not packed_as_read(s):
+    model = packed(model, s)
   if s.neftune_alpha:
     model = with_noise(model, s.neftune_alpha, nnx.Rngs(noise=s.seed + 2))
   return model
@@ -76,6 +74,14 @@ def adapted(model: Any, s: Settings) -> Any:
 def packed_as_read(s: Settings) -> bool:
   """Whether each matrix is packed as it is read, so that the whole base is never unpacked."""
   return s.quantize == "nf4" and s.init in ("default", "gaussian") and not s.modules_to_save
+
+
+def packed(model: Any, s: Settings) -> Any:
+  """The model with its linear layers packed, but for the head and what is trained whole."""
+  if s.quantize == "none":
+    return model
+  kept = ["lm_head", *(f"(.*\\.)?{re.escape(name)}(\\..*)?" for name in s.modules_to_save)]
+  return lowmem_nn.quantize_model(model, exclude=kept, codebook=s.quantize)
 
 
 def abstract_model(config: LlamaConfig, s: Settings) -> Any:
@@ -93,9 +99,6 @@ def loaded_model(path: Path, s: Settings) -> Any:
 def trained_model(path: Path, s: Settings, adapter: Path) -> Any:
   """The model with the adapter that a run has left, to be used and not to be trained."""
   base = load_llama(path, "nf4" if packed_as_read(s) else None, dtype=jnp.dtype(s.dtype))
-  if s.quantize != "none" and not packed_as_read(s):
-    kept = ["lm_head", *s.modules_to_save]
-    base = lowmem_nn.quantize_model(base, exclude=kept, codebook=s.quantize)
-  model = lowmem_nn.load_peft(base, adapter)
+  model = lowmem_nn.load_peft(base if packed_as_read(s) else packed(base, s), adapter)
   model.eval()
   return model

@@ -38,11 +38,14 @@ def devices_in_a_row(count: int, batch_size: int) -> Mesh | None:
 def everywhere(tree: T, mesh: Mesh | None) -> T:
   """A copy of each array on every device, in the kind of memory in which it is."""
 
+  if mesh is None:
+    return tree
+
   def put(x: jax.Array) -> jax.Array:
     kind = x.sharding.memory_kind
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(), memory_kind=kind))
 
-  return tree if mesh is None else jax.tree.map(put, tree)
+  return jax.tree.map(put, tree)
 
 
 def in_parts(tree: T, mesh: Mesh | None) -> T:
@@ -52,13 +55,16 @@ def in_parts(tree: T, mesh: Mesh | None) -> T:
   the second; everything else along the first. What does not divide evenly is copied.
   """
 
+  if mesh is None:
+    return tree
+
   def put(path: tuple[object, ...], x: jax.Array) -> jax.Array:
     axis = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
     even = x.ndim > axis and x.shape[axis] % mesh.size == 0
     spec = PartitionSpec(*[None] * axis, "data") if even else PartitionSpec()
     return jax.device_put(x, NamedSharding(mesh, spec))
 
-  return tree if mesh is None else jax.tree_util.tree_map_with_path(put, tree)
+  return jax.tree_util.tree_map_with_path(put, tree)
 
 
 def dealt(batch: Batch, mesh: Mesh | None) -> Batch:
