@@ -121,7 +121,21 @@ def test_quantized_computes_with_the_dequantized_weights(tmp_path):
   np.testing.assert_allclose(logits_of(load_llama(BASE, "nf4"), IDS), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_other_codes_are_those_of_quantize_model():
+  error = {}
+  for codebook in ("fp4", "nf4", "int8"):
+    loaded = load_llama(BASE, codebook)
+    wanted = nn.quantize_model(load_llama(BASE), codebook=codebook)
+    assert nnx.graphdef(loaded) == nnx.graphdef(wanted)
+    for got, expected in zip(
+      jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(nnx.state(wanted)), strict=True
+    ):
+      np.testing.assert_array_equal(got, expected)
+    error[codebook] = np.abs(logits_of(loaded, IDS) - LOGITS).mean()
+  assert 0 < 4 * error["int8"] < error["nf4"] < error["fp4"]
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "fp4", "int8"])
 def test_abstract_model_has_the_shapes_of_the_loaded_one(quantize):
   loaded = load_llama(BASE, quantize)
   abstract = abstract_llama(loaded.config, quantize)
@@ -216,8 +230,8 @@ def test_trains_adapters_only_and_dropout_moves_on():
 
 
 def test_unknown_arguments():
-  with pytest.raises(ValueError, match="`quantize` must be 'nf4' or None, got 'int8'"):
-    load_llama(BASE, "int8")
+  with pytest.raises(ValueError, match="`quantize` must be 'nf4', 'fp4', 'int8' or None"):
+    load_llama(BASE, "int4")
   with pytest.raises(ValueError, match="`dtype` must be float32 or bfloat16, got float16"):
     abstract_llama(SMALL, dtype=jnp.float16)
 

@@ -30,7 +30,7 @@ LINEARS = (
   "mlp.down_proj",
 )
 
-Quantize = Literal["nf4"] | None
+Quantize = Literal["nf4", "fp4", "int8"] | None
 
 
 def abstract_llama(config: LlamaConfig, quantize: Quantize = None, dtype: Any = jnp.float32):
@@ -57,7 +57,7 @@ def abstract_llama(config: LlamaConfig, quantize: Quantize = None, dtype: Any = 
 
   def build():
     model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
-    return lowmem_nn.quantize_model(model) if quantize else model
+    return lowmem_nn.quantize_model(model, codebook=quantize) if quantize else model
 
   return nnx.eval_shape(build)
 
@@ -76,7 +76,8 @@ def load_llama(
   Args:
     path: a Hugging Face directory of safetensors, a GGUF file, or what `open_checkpoint` made of
       one.
-    quantize: ``"nf4"`` packs the linear layers into 4 bits (`optax_lowmem.nn.NF4Linear`); the
+    quantize: ``"nf4"`` or ``"fp4"`` packs the linear layers into 4 bits, ``"int8"`` into 8
+      (`optax_lowmem.nn.QuantizedLinear`), as `optax_lowmem.nn.quantize_model` does; biases, the
       embeddings, the norms and the output layer are never quantized. None packs nothing.
     dtype: of the computation and of the weights that are not quantized. Norms are float32.
 
@@ -113,17 +114,17 @@ def load_llama(
     if linear.use_bias:
       fill(linear.bias, _stack(checkpoint, f"{name}.bias", lambda w: w.astype(dtype)))
     if quantize:
-      packed = _stack(checkpoint, f"{name}.weight", _pack)
-      layer = lowmem_nn.NF4Linear.from_quantized(packed, linear.bias, dtype=dtype)
-      setattr(parent, child, layer)
+      packed = _stack(checkpoint, f"{name}.weight", functools.partial(_pack, codebook=quantize))
+      kind = lowmem_nn.NF4Linear if quantize == "nf4" else lowmem_nn.QuantizedLinear
+      setattr(parent, child, kind.from_quantized(packed, linear.bias, dtype=dtype))
     else:
       fill(linear.kernel, _stack(checkpoint, f"{name}.weight", lambda w: w.T.astype(dtype)))
   return model
 
 
 def _check_arguments(quantize: Quantize, dtype: Any) -> None:
-  if quantize not in (None, "nf4"):
-    raise ValueError(f"`quantize` must be 'nf4' or None, got {quantize!r}.")
+  if quantize not in (None, "nf4", "fp4", "int8"):
+    raise ValueError(f"`quantize` must be 'nf4', 'fp4', 'int8' or None, got {quantize!r}.")
   if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
     # float16 overflows in Llamas' activations, and XLA's CPU backend has no product for it.
     raise ValueError(f"`dtype` must be float32 or bfloat16, got {jnp.dtype(dtype).name}.")
@@ -136,9 +137,9 @@ def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
   return weight
 
 
-@jax.jit
-def _pack(weight: jax.Array) -> lowmem.QuantizedArray:
-  return lowmem.quantize(weight.astype(jnp.float32), "nf4", block_size=64, double_quantize=True)
+def _pack(weight: np.ndarray, codebook: str) -> lowmem.QuantizedArray:
+  dense = jnp.asarray(weight, jnp.float32)
+  return lowmem_nn.QuantizedLinear.from_weight(dense, codebook=codebook).weight.get_value()
 
 
 def _stack(checkpoint: Checkpoint, name: str, convert: Any) -> Any:
