@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
@@ -32,6 +31,7 @@ from fetch import default_data, default_model
 from finetune import compiled, split
 from llama import load_llama
 from llama_config import LlamaConfig
+from merging import config_of
 from weights import expected_shapes, open_checkpoint
 
 # vocabulary, width, ff, layers, heads, key-value heads, head, eps, rope base, positions, tied
@@ -48,10 +48,7 @@ def write_model(
   folder: pathlib.Path, config: Any, read: Callable[[str], np.ndarray], dtype: Any
 ) -> None:
   """A Hugging Face directory, a file for each layer."""
-  shape = dataclasses.asdict(config) | {"model_type": "llama", "hidden_act": "silu"}
-  rope = {"rope_theta": shape.pop("rope_theta"), "rope_type": "default"}
-  content = shape | {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope}
-  (folder / "config.json").write_text(json.dumps(content))
+  (folder / "config.json").write_text(json.dumps(config_of(config)))
   parts: dict[str, list[str]] = {}
   for name in expected_shapes(config):
     part = name.split(".")[2] if ".layers." in name else "rest"

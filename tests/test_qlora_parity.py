@@ -28,6 +28,7 @@ import optax_lowmem as lowmem
 from conftest import GOLDEN
 from llama import LINEARS, load_llama
 from llama_config import LlamaConfig
+from merging import config_of
 from optax_lowmem import nn
 from weights import expected_shapes, open_checkpoint
 
@@ -46,10 +47,7 @@ RULES = {  # rate, and the optax rule that is torch's
 
 def write_model(folder, config, tensors, dtype=np.float32):
   """A Hugging Face directory."""
-  shape = dataclasses.asdict(config) | {"model_type": "llama", "hidden_act": "silu"}
-  rope = {"rope_theta": shape.pop("rope_theta"), "rope_type": "default"}
-  content = shape | {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope}
-  (folder / "config.json").write_text(json.dumps(content))
+  (folder / "config.json").write_text(json.dumps(config_of(config)))
   tensors = {name: np.ascontiguousarray(value, dtype) for name, value in tensors.items()}
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
   return folder

@@ -115,12 +115,13 @@ def finetune(s: Settings) -> int:
   if start == 0:
     say("Held-out loss and samples before training ...")
     records = [{"step": 0, **measure(state), **speak()}]
-  save_settings(s, out, data_sha256)
-  metrics = Metrics(out / "metrics.jsonl", records, board)
+  # Before run.json: what --resume finds by it has something to go on from.
   if start == 0:
     save("last", 0)
   elif math.isfinite(since_best(records)[0]) and not (out / "best").exists():
     shutil.copytree(found(before / "best"), out / "best")
+  save_settings(s, out, data_sha256)
+  metrics = Metrics(out / "metrics.jsonl", records, board)
   steps, done, ended = Steps(graph, tx, shards=shards), start, False
 
   with CtrlC() as ctrl_c, StepBar(start, s.steps) as bar:

@@ -11,7 +11,7 @@ from flax import nnx
 
 import optax_lowmem as lowmem
 from arguments import Settings
-from llama import abstract_llama, load_llama
+from llama import Quantize, abstract_llama, load_llama
 from llama_config import LlamaConfig
 from neftune import with_noise
 from optax_lowmem import nn as lowmem_nn
@@ -64,16 +64,20 @@ def adapted(model: Any, s: Settings) -> Any:
     init=cast(Any, lowmem_nn.LoftQ(codebook=s.quantize) if s.init == "loftq" else s.init),
     rngs=rngs,
   )
-  if not packed_as_read(s):
+  if packed_as_read(s) is None:
     model = packed(model, s)
   if s.neftune_alpha:
     model = with_noise(model, s.neftune_alpha, nnx.Rngs(noise=s.seed + 2))
   return model
 
 
-def packed_as_read(s: Settings) -> bool:
-  """Whether each matrix is packed as it is read, so that the whole base is never unpacked."""
-  return s.quantize == "nf4" and s.init in ("default", "gaussian") and not s.modules_to_save
+def packed_as_read(s: Settings) -> Quantize:
+  """The codes into which each matrix goes as it is read, so that the base is never held unpacked.
+
+  None where that cannot be: `packed` is for after it has been read.
+  """
+  plain = s.init in ("default", "gaussian") and not s.modules_to_save
+  return cast(Quantize, s.quantize) if plain and s.quantize != "none" else None
 
 
 def packed(model: Any, s: Settings) -> Any:
@@ -86,19 +90,19 @@ def packed(model: Any, s: Settings) -> Any:
 
 def abstract_model(config: LlamaConfig, s: Settings) -> Any:
   """The adapted model's shapes, without its weights."""
-  base = abstract_llama(config, "nf4" if packed_as_read(s) else None, jnp.dtype(s.dtype))
+  base = abstract_llama(config, packed_as_read(s), jnp.dtype(s.dtype))
   return nnx.eval_shape(partial(adapted, s=s), base)
 
 
 def loaded_model(path: Path, s: Settings) -> Any:
   """The adapted model."""
-  base = load_llama(path, "nf4" if packed_as_read(s) else None, dtype=jnp.dtype(s.dtype))
+  base = load_llama(path, packed_as_read(s), dtype=jnp.dtype(s.dtype))
   return adapted(base, s)
 
 
 def trained_model(path: Path, s: Settings, adapter: Path) -> Any:
   """The model with the adapter that a run has left, to be used and not to be trained."""
-  base = load_llama(path, "nf4" if packed_as_read(s) else None, dtype=jnp.dtype(s.dtype))
+  base = load_llama(path, packed_as_read(s), dtype=jnp.dtype(s.dtype))
   model = lowmem_nn.load_peft(base if packed_as_read(s) else packed(base, s), adapter)
   model.eval()
   return model

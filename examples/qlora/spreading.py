@@ -51,17 +51,17 @@ def everywhere(tree: T, mesh: Mesh | None) -> T:
 def in_parts(tree: T, mesh: Mesh | None) -> T:
   """A part of each array on every device (as in FSDP), for a model too large for one of them.
 
-  Layers are stacked along their first axis and are used one after another, so they are cut along
-  the second; everything else along the first. What does not divide evenly is copied.
+  Layers are stacked along their first axis and are used one after another, so that one is never
+  cut. Of the others, the first is that divides evenly; where none does, the array is copied.
   """
 
   if mesh is None:
     return tree
 
   def put(path: tuple[object, ...], x: jax.Array) -> jax.Array:
-    axis = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
-    even = x.ndim > axis and x.shape[axis] % mesh.size == 0
-    spec = PartitionSpec(*[None] * axis, "data") if even else PartitionSpec()
+    first = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
+    even = [axis for axis in range(first, x.ndim) if x.shape[axis] % mesh.size == 0]
+    spec = PartitionSpec(*[None] * even[0], "data") if even else PartitionSpec()
     return jax.device_put(x, NamedSharding(mesh, spec))
 
   return jax.tree_util.tree_map_with_path(put, tree)

@@ -1,0 +1,126 @@
+"""Temporaries of a gradient through frozen packed layers, in layers' float32 weights.
+
+    python benchmarks/lora_memory.py --json benchmarks/results/lora-memory-cpu.json
+
+The model is 16 blocks of attention and SwiGLU with seven linear layers each, and an adapter of rank
+8 on every one. What is printed is `memory_analysis().temp_size_in_bytes` of the compiled gradient
+with respect to the adapters, over the bytes that the weights of one block have in float32: 16 would
+be the whole model unpacked. "float32 base" shows what the activations alone need. "decode, then
+multiply" is the plain way to write a packed layer, without the rule for its derivative.
+Nothing is computed: programs are compiled for shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _measure import write
+from flax import nnx
+
+from optax_lowmem import nn
+
+LAYERS = 16
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Plain(nnx.Module):
+  """A packed layer as one would write it first."""
+
+  def __init__(self, layer: nn.NF4Linear):
+    self.weight = layer.weight
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x @ self.weight.get_value().dequantize(x.dtype).T
+
+
+class Block(nnx.Module):
+  """One head of attention, and SwiGLU."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    def linear(inputs: int, outputs: int) -> nnx.Linear:
+      return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
+
+    self.q, self.k, self.v, self.o = (linear(width, width) for _ in range(4))
+    self.gate, self.up = linear(width, 3 * width), linear(width, 3 * width)
+    self.down = linear(3 * width, width)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x + self.o(jax.nn.softmax(self.q(x) @ self.k(x).T / x.shape[-1] ** 0.5) @ self.v(x))
+    return x + self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def adapted(width: int, base: str, scanned: bool) -> nnx.Module:
+  """The blocks, one module of stacked weights if they are to be scanned."""
+  if scanned:
+    many = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Block, in_axes=(None, 0)))
+    model = nnx.List([many(width, nnx.Rngs(0))])
+  else:
+    model = nnx.List([Block(width, nnx.Rngs(i)) for i in range(LAYERS)])
+  if base != "float32":
+    nn.quantize_model(model, codebook="nf4" if base == "plain" else base)
+  nn.add_lora(model, 8, 16, rngs=nnx.Rngs(1))
+  if base == "plain":
+    for block in model:
+      for name in LINEARS:
+        layer = getattr(block, name)
+        layer.base = Plain(layer.base)
+  return model
+
+
+def temporaries(width: int, tokens: int, base: str, scanned: bool, remat: bool) -> dict[str, float]:
+  """What the gradient needs beside its inputs and results, and the seconds to compile it."""
+  model = nnx.eval_shape(lambda: adapted(width, base, scanned))
+  graph, state = nnx.split(model)
+
+  def loss(model: Any, x: jax.Array) -> jax.Array:
+    def call(block: Any, x: jax.Array) -> jax.Array:
+      return block(x)
+
+    body = nnx.remat(call) if remat else call
+    if scanned:
+      x = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(model[0], x)
+    else:
+      for block in model:
+        x = body(block, x)
+    return (x**2).mean()
+
+  @jax.jit
+  def gradient(state: Any, x: jax.Array) -> Any:
+    return nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(nnx.merge(graph, state), x)
+
+  start = time.perf_counter()
+  x = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
+  memory = gradient.lower(state, x).compile().memory_analysis()
+  one = 13 * width * width * 4
+  return {"layers": memory.temp_size_in_bytes / one, "compile_s": time.perf_counter() - start}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--width", type=int, default=512)
+  parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 128])
+  parser.add_argument("--bases", nargs="+", default=["nf4", "fp4", "int8", "float32", "plain"])
+  parser.add_argument("--json", help="also write the numbers here")
+  args = parser.parse_args()
+  names = {"float32": "float32 base", "plain": "NF4, decode, then multiply"}
+  forms = [(s, r) for s in (True, False) for r in (False, True)]
+  heads = [f"{'scanned' if s else 'unrolled'}{', remat' if r else ''}" for s, r in forms]
+  print("| base | tokens | " + " | ".join(heads) + " |\n|" + "---|" * (len(forms) + 2))
+  rows = []
+  for base in args.bases:
+    for tokens in args.tokens:
+      cells = []
+      for scanned, remat in forms:
+        found = temporaries(args.width, tokens, base, scanned, remat)
+        rows.append({"base": base, "tokens": tokens, "scanned": scanned, "remat": remat} | found)
+        cells.append(f"{found['layers']:.2f}")
+      print(f"| {names.get(base, base)} | {tokens} | {' | '.join(cells)} |", flush=True)
+  write(args.json, {"layers": LAYERS, "width": args.width, "rows": rows})
+
+
+if __name__ == "__main__":
+  main()
