@@ -52,14 +52,15 @@ def float_dtype(dtype: Any) -> np.dtype | None:
 
 def size_in_bytes(size: int | str | None) -> int | None:
   """The bytes of 5_000_000_000, "5GB" or "5GiB"."""
+  found: Any = size
   if isinstance(size, str):
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)\s*", size.upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else -1
-  if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+    found = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+  if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 1):
     raise ValueError(
       f"`max_shard_size` must be a number of bytes, a text like '5GB', or None, got {size!r}."
     )
-  return size
+  return found
 
 
 @contextlib.contextmanager
@@ -165,4 +166,6 @@ def copy_companions(source: pathlib.Path, folder: pathlib.Path, dtype: np.dtype 
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
       for key in {"dtype", "torch_dtype"} & part.keys():
         part[key] = dtype.name
+    if not {"dtype", "torch_dtype"} & config.keys():
+      config["torch_dtype"] = dtype.name  # the older name, which all versions read
     write_json(folder / "config.json", config)

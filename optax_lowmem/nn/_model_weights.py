@@ -72,8 +72,8 @@ def model_weights(model: nnx.Module, stack: str) -> Weights:
     if isinstance(variable, nnx.Variable) and not isinstance(variable, _NO_WEIGHTS):
       if id(variable) not in known:
         raise ValueError(
-          f"`{'.'.join(map(str, path))}` is an {type(variable).__name__} whose name in a file is "
-          "not known: only linear layers, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm have a "
+          f"`{'.'.join(map(str, path))}` is of type {type(variable).__name__}, and its name in a "
+          "file is not known: only linear layers, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm have a "
           "counterpart. Pass the weights before training as `original`; those are copied."
         )
 
