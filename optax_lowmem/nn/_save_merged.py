@@ -98,8 +98,7 @@ def save_merged(
   tied, output = is_tied(model) or None, (directory, dtype, max_shard_size)
   if original is None:
     return _save("`model`", model_weights(model, stack), changes, None, tied, *output)
-  with open_weights(original) as weights:
-    return _save("`original`", weights, changes, original, tied, *output)
+  return _save("`original`", open_weights(original), changes, original, tied, *output)
 
 
 def merge_peft(
@@ -154,10 +153,9 @@ def merge_peft(
   config, file = read_config(path / CONFIG), read_tensors(path / WEIGHTS)
   changes = changes_of_file(str(path), config, file)
   follows = bool(config.get("ensure_weight_tying"))
-  with open_weights(original) as weights:
-    check_whole(str(path), config, file, weights.shapes)
-    output = (directory, dtype, max_shard_size)
-    return _save("`original`", weights, changes, original, tied, *output, follows)
+  weights, output = open_weights(original), (directory, dtype, max_shard_size)
+  check_whole(str(path), config, file, weights.shapes)
+  return _save("`original`", weights, changes, original, tied, *output, follows)
 
 
 def _save(
