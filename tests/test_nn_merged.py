@@ -368,15 +368,23 @@ def test_what_is_trained_beside_is_taken_from_the_model(tmp_path):
 
 
 class Tied(nnx.Module):
-  def __init__(self, **options):
+  """A table that is the output layer's too: one module, one Variable, or so says the config."""
+
+  def __init__(self, how="config"):
     self.embed_tokens = nnx.Embed(16, 8, rngs=nnx.Rngs(0))
-    self.head = self.embed_tokens  # one module, two names
     self.up = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
-    self.config = type("Config", (), {"tie_word_embeddings": True})()
+    if how == "module":
+      self.head = self.embed_tokens
+    elif how == "variable":
+      self.head = nnx.Embed(16, 8, rngs=nnx.Rngs(0))
+      self.head.embedding = self.embed_tokens.embedding
+    else:
+      self.config = type("Config", (), {"tie_word_embeddings": True})()
 
 
-def test_a_tied_table_is_written_once_and_refused_where_one_is_not_enough(tmp_path):
-  model = nn.add_lora(Tied(), 2, 4, "up", rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("how", ["config", "module", "variable"])
+def test_a_tied_table_is_written_once_and_refused_where_one_is_not_enough(how, tmp_path):
+  model = nn.add_lora(Tied(how), 2, 4, "up", rngs=nnx.Rngs(0))
   nn.save_merged(model, tmp_path / "out")
   got = read(tmp_path / "out")
   assert sorted(got) == ["embed_tokens.weight", "up.bias", "up.weight"]
@@ -409,6 +417,19 @@ def small(**changes):
   return nn.add_lora(model, 2, 4, "up", rngs=nnx.Rngs(0)), {
     name: value for name, value in (weights | changes).items() if value is not None
   }
+
+
+def test_tensors_lie_at_multiples_of_their_size(tmp_path):
+  odd = {"a": np.ones(3, jnp.bfloat16), "z": np.ones(3, np.int8), "b": np.ones((), np.float64)}
+  model, weights = small(**odd)
+  nn.save_merged(model, tmp_path / "out", weights)
+  content = (tmp_path / "out" / "model.safetensors").read_bytes()
+  size = int.from_bytes(content[:8], "little")
+  header = json.loads(content[8 : 8 + size])
+  assert size % 8 == 0 and len(header) == 6
+  for name, array in read(tmp_path / "out").items():
+    assert header[name]["data_offsets"][0] % array.itemsize == 0
+    assert array.dtype == weights[name].dtype
 
 
 class Scale(nnx.Module):

@@ -135,6 +135,17 @@ def check_changes(weights: Weights, changes: Changes, source: str) -> None:
       )
 
 
+def shares_table(model: nnx.Module) -> bool:
+  """Whether the table of an embedding with an adapter has a second place in the model."""
+  everything = places(model)
+  bases = {id(p.module.base): p for p in everything if isinstance(p.module, LoRAEmbed)}
+  if any(len(place.holders) > 1 for place in bases.values()):
+    return True
+  tables = {id(place.module.embedding) for place in bases.values()}
+  others = [p.module for p in everything if id(p.module) not in bases]
+  return any(id(value) in tables for module in others for value in vars(module).values())
+
+
 def says_tied(config: Mapping[str, Any], weights: Weights) -> bool:
   """Whether a `config.json` says that the output layer is the embedding."""
   inner = config.get("text_config")

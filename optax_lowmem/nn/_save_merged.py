@@ -16,6 +16,7 @@ from optax_lowmem.nn._changes import (
   check_changes,
   check_tied,
   says_tied,
+  shares_table,
 )
 from optax_lowmem.nn._merged_folder import (
   copy_companions,
@@ -95,7 +96,8 @@ def save_merged(
   changes = changes_of_model(model, stack, original is not None)
   if not changes.deltas:
     raise ValueError("`model` holds no LoRALinear, there is nothing to merge.")
-  tied, output = is_tied(model) or None, (directory, dtype, max_shard_size)
+  tied = is_tied(model) or shares_table(model) or None
+  output = (directory, dtype, max_shard_size)
   if original is None:
     return _save("`model`", model_weights(model, stack), changes, None, tied, *output)
   return _save("`original`", open_weights(original), changes, original, tied, *output)
