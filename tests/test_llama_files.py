@@ -21,9 +21,11 @@ from weights import open_checkpoint
 BASE = GOLDEN / "peft" / "base"
 
 
-def write_gguf(path, weights, config, omit=(), architecture="llama", **extra):
+def write_gguf(path, weights, config, omit=(), architecture="llama", add=None, **extra):
   """Writes a GGUF file as llama.cpp's converter would, q and k permuted."""
   writer = gguf.GGUFWriter(path, architecture)
+  if add is not None:
+    add(writer)
   writer.add_block_count(config.num_hidden_layers)
   writer.add_context_length(config.max_position_embeddings)
   writer.add_embedding_length(config.hidden_size)

@@ -1,7 +1,9 @@
 """What a run has trained is used: talked to, and merged into one model."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import finetune
 import optax_lowmem as lowmem
@@ -19,6 +22,8 @@ from optax_lowmem import nn as lowmem_nn
 from qlora_cases import arguments, save_model, save_rows
 from recipe import trained_model
 from talking import Speaker, of_run
+from test_llama_files import write_gguf
+from weights import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,39 @@ def test_merged_model_is_base_and_adapter(run, tmp_path, dtype, capsys):
       logits = theirs(torch.tensor(np.asarray(ids))).logits.numpy()
     np.testing.assert_allclose(logits, want, atol=1e-4 * float(abs(want).max()))
   assert "is not empty" in refused(argv, capsys)
+
+
+def test_merged_model_of_a_gguf_file_is_that_of_its_directory(run, tmp_path):
+  s, path, _ = of_run(run)
+  backend = ChatTokenizer.from_model(path).backend
+
+  def tokenizer(writer):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([backend.id_to_token(i) for i in range(backend.get_vocab_size())])
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+
+  config, weights = open_checkpoint(path).config, load_file(path / "model.safetensors")
+  lone = tmp_path / "model.gguf"
+  write_gguf(lone, weights, config, add=tokenizer)
+  shutil.copytree(run / "last", tmp_path / "run" / "last")
+  settings = dataclasses.asdict(s) | {"model": str(lone)}
+  (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
+  outs = [tmp_path / "of_file", tmp_path / "of_directory"]
+  for folder, out in zip((tmp_path / "run", run), outs, strict=True):
+    assert finetune.main(["merge", str(folder), "--out", str(out)]) == 0
+  files = [load_file(out / "model.safetensors") for out in outs]
+  assert files[0].keys() == files[1].keys() == weights.keys()
+  assert all(files[0][name].tobytes() == files[1][name].tobytes() for name in weights)
+  stored = json.loads((outs[0] / "config.json").read_text())
+  assert stored["torch_dtype"] == "bfloat16" and stored["eos_token_id"] == 2
+  assert np.isclose(open_checkpoint(outs[0]).config.rms_norm_eps, config.rms_norm_eps)
+  assert ChatTokenizer.from_model(outs[0]).encode("the cat 12") == (
+    ChatTokenizer.from_model(lone).encode("the cat 12")
+  )
 
 
 def test_bad_arguments(run, tmp_path, capsys):

@@ -24,6 +24,8 @@ from optax_lowmem.nn._plus import scale_lora_b as scale_lora_b
 from optax_lowmem.nn._quantized import QuantizedLinear as QuantizedLinear
 from optax_lowmem.nn._quantized import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._quantized_einsum import QuantizedEinsum as QuantizedEinsum
+from optax_lowmem.nn._save_merged import merge_peft as merge_peft
+from optax_lowmem.nn._save_merged import save_merged as save_merged
 from optax_lowmem.nn._surgery import add_lora as add_lora
 from optax_lowmem.nn._surgery import quantize_model as quantize_model
 
@@ -38,7 +40,9 @@ __all__ = [
   "add_lora",
   "load_peft",
   "merge_lora",
+  "merge_peft",
   "quantize_model",
+  "save_merged",
   "save_peft",
   "scale_lora_b",
 ]

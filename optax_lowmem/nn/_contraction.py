@@ -148,6 +148,14 @@ class Contraction:
     _, rhs, out = self.letters(ndim)
     return bias.reshape([self.sizes(c)[0] if c in rhs else 1 for c in out])
 
+  def bias_to_vector(self, bias: jax.Array) -> jax.Array:
+    """A bias of a layer without batch axes as (out,), in the order of the matrix's rows."""
+    _, _, outputs = self.groups()
+    here = outputs
+    if self.equation is not None:  # flax lays it out as the output
+      here = "".join(c for c in _split(self.equation)[2] if c in outputs)
+    return bias.reshape(self.sizes(here)).transpose([here.index(c) for c in outputs]).reshape(-1)
+
 
 def _split(equation: str) -> tuple[str, str, str]:
   inputs, out = equation.replace(" ", "").split("->")

@@ -68,12 +68,12 @@ def merge_lora(
     for place in chosen:
       replace(place, place.module.merge(dtype=dtype))
     return model
-  with open_weights(original) as weights:
-    for place in chosen:
-      check_original(place, weights, stack)
-    for place in chosen:
-      w = jnp.asarray(read_original(place, weights, stack))
-      replace(place, place.module.merge(w, dtype))
+  weights = open_weights(original)
+  for place in chosen:
+    check_original(place, weights, stack)
+  for place in chosen:
+    w = jnp.asarray(read_original(place, weights, stack))
+    replace(place, place.module.merge(w, dtype))
   return model
 
 

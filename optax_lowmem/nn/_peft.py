@@ -24,7 +24,7 @@ from optax_lowmem.nn._trainable import trained_beside
 EMBEDDINGS = ("embed_tokens", "lm_head")  # whose base weights PEFT saves beside their adapters
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
   """One layer's adapter as PEFT holds it."""
 
   rank: int
@@ -55,8 +55,14 @@ def check_matrix(place: Place) -> None:
     )
 
 
-def _layers(place: Place, names: Sequence[str], save_embeddings: bool) -> dict[str, _Layer]:
-  """{name: adapter} of one place; layers of a stack that have none are left out."""
+def peft_layers(
+  place: Place, names: Sequence[str], save_embeddings: bool, of_original: bool = True
+) -> dict[str, Layer]:
+  """{name: adapter} of one place; layers of a stack that have none are left out.
+
+  With `of_original` it is to be added to the weight before room was made in it for the adapter,
+  else to the one that the base holds.
+  """
   lora: Any = place.module
   stacked, count = bool(stack_shape(lora.base)), len(names)
   ranks, alphas = lora.ranks or (lora.rank,) * count, lora.alphas or (lora.alpha,) * count
@@ -68,8 +74,9 @@ def _layers(place: Place, names: Sequence[str], save_embeddings: bool) -> dict[s
   a, b = each(lora.lora_a[...]), each(lora.lora_b[...])
   other = [("lora_magnitude_vector", lora.magnitude), ("lora_B.bias", None)]
   other[1] = ("lora_B.bias", getattr(lora, "lora_bias", None))
-  if lora.start_a is not None:
-    start_a, start_b = each(lora.start_a[...]), each(lora.start_b[...])
+  start: Any = lora.start_a if of_original else None
+  if start is not None:
+    start_a, start_b = each(start[...]), each(lora.start_b[...])
   embed = isinstance(lora, LoRAEmbed)
   ends = ("lora_embedding_A", "lora_embedding_B") if embed else ("lora_A.weight", "lora_B.weight")
   found = {}
@@ -77,7 +84,7 @@ def _layers(place: Place, names: Sequence[str], save_embeddings: bool) -> dict[s
     if rank == 0:
       continue
     one_a, one_b = a[i][:, :rank], b[i][:rank]
-    if lora.start_a is not None:
+    if start is not None:
       # The base gave up the product of the first factors: what was learned is the difference.
       one_a = np.concatenate([one_a, start_a[i][:, :rank]], axis=1)
       one_b = np.concatenate([one_b, -start_b[i][:rank]])
@@ -88,7 +95,7 @@ def _layers(place: Place, names: Sequence[str], save_embeddings: bool) -> dict[s
     if save_embeddings and name.rpartition(".")[2] in EMBEDDINGS and weight is not None:
       one = each(weight[...])[i]
       tensors["base_layer.weight"] = one if embed else one.T
-    found[name] = _Layer(rank, alpha, tensors)
+    found[name] = Layer(rank, alpha, tensors)
   return found
 
 
@@ -188,14 +195,14 @@ def save_peft(
         "Choose another directory, or pass `overwrite=True`."
       )
   everything = places(model)
-  layers: dict[str, _Layer] = {}
+  layers: dict[str, Layer] = {}
   settings: dict[tuple[Any, ...], str] = {}
   for place in everything:
     if not isinstance(place.module, Adapter):
       continue
     names = check_nameable(place, stack)
     check_matrix(place)
-    layers |= _layers(place, names, save_embedding_layers)
+    layers |= peft_layers(place, names, save_embedding_layers)
     lora: Any = place.module
     linear = not isinstance(lora, LoRAEmbed)
     rate = 0.0 if lora.dropout is None else lora.dropout.rate

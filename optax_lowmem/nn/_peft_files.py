@@ -45,10 +45,12 @@ class AdapterFile(NamedTuple):
   Attributes:
     layers: {module name: {"A": (r, in), "B": (out, r), "magnitude": (out,), …}}.
     plain: {name of a tensor of the base: value}, of modules to save and of biases.
+    embeddings: the names of those layers that are embeddings.
   """
 
   layers: dict[str, dict[str, np.ndarray]]
   plain: dict[str, np.ndarray]
+  embeddings: set[str]
 
 
 def import_safetensors():
@@ -125,7 +127,7 @@ def read_tensors(path: pathlib.Path) -> AdapterFile:
     raise ValueError(
       f"{str(path)!r} is not a whole safetensors file: {error}. Copy it again."
     ) from error
-  found = AdapterFile({}, {})
+  found = AdapterFile({}, {}, set())
   for name, value in tensors.items():
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise ValueError(f"{str(path)!r}: {name!r} is {value.dtype}, not floating point.")
@@ -147,6 +149,8 @@ def _sort(path: pathlib.Path, name: str, value: np.ndarray, found: AdapterFile) 
         found.plain[f"{match[1]}.{part.removeprefix('base ')}"] = value
       else:
         found.layers.setdefault(match[1], {})[part] = value
+        if ".lora_embedding_" in inner:
+          found.embeddings.add(match[1])
       return
   if inner == name or ".lora_" in name or not re.fullmatch(r".+\.(weight|bias)", name):
     raise ValueError(

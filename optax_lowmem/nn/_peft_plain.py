@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,3 +131,35 @@ def plain_tensors(
       f"{nearest(name.rpartition('.')[0], known)}"
     )
   return found
+
+
+def check_whole(
+  dir: str, config: dict[str, Any], file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Refuses a file that lacks what its configuration names, or holds more.
+
+  `shapes` are those of the tensors of the model.
+  """
+  saved = tuple(config.get("modules_to_save") or ())
+  expects = expected(config, (), "")
+
+  def whole(tensor: str) -> bool:
+    parts = tensor.split(".")[:-1]
+    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return bool(saved) and any(path.endswith(saved) for path in paths)
+
+  for tensor, shape in shapes.items():
+    name, _, suffix = tensor.rpartition(".")
+    if whole(tensor) and tensor not in file.plain:
+      raise ValueError(f"the adapter in {dir!r} lacks `{tensor}`, which `modules_to_save` names.")
+    lacks = suffix == "weight" and len(shape) == 2 and name not in file.layers
+    if lacks and not whole(tensor) and expects(name):
+      raise ValueError(f"the adapter in {dir!r} lacks `{name}`, which its `target_modules` names.")
+  for tensor in file.plain:
+    name, _, suffix = tensor.rpartition(".")
+    trained = suffix == "bias" and config.get("bias", "none") != "none"
+    if not (whole(tensor) or trained or name in file.layers):
+      raise ValueError(
+        f"the adapter in {dir!r} holds `{tensor}`, which neither its `modules_to_save` nor its "
+        "`bias` names."
+      )

@@ -1,0 +1,171 @@
+"""A folder with a merged model, written one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from optax_lowmem.nn._changes import Changes
+from optax_lowmem.nn._shards import (
+  INDEX,
+  SINGLE,
+  Kind,
+  Weights,
+  dtype_name,
+  read_json,
+  split_shards,
+  write_json,
+  write_shard,
+)
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
+    ".index.json",
+)  # fmt: skip
+
+
+def float_dtype(dtype: Any) -> np.dtype | None:
+  """A dtype that weights can be written in; None stays None."""
+  if dtype is None:
+    return None
+  try:
+    found = np.dtype(jnp.dtype(dtype))
+  except TypeError as error:
+    raise ValueError(
+      f"`dtype` must be a dtype such as 'bfloat16' or None, got {dtype!r}."
+    ) from error
+  if not jnp.issubdtype(found, jnp.floating):
+    raise ValueError(f"`dtype` must be floating point, got {found.name}.")
+  dtype_name("dtype", found)
+  return found
+
+
+def size_in_bytes(size: int | str | None) -> int | None:
+  """The bytes of 5_000_000_000, "5GB" or "5GiB"."""
+  found: Any = size
+  if isinstance(size, str):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)\s*", size.upper())
+    found = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+  if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 1):
+    raise ValueError(
+      f"`max_shard_size` must be a number of bytes, a text like '5GB', or None, got {size!r}."
+    )
+  return found
+
+
+@contextlib.contextmanager
+def new_folder(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """A folder to write to, which is given the name `directory` once all is written.
+
+  Where anything is raised before that, nothing is left.
+
+  Raises:
+    FileExistsError: there is something at `directory` that is no empty folder.
+  """
+  final = pathlib.Path(os.path.abspath(directory))
+  if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    raise FileExistsError(
+      f"`directory` {str(directory)!r} exists and is not empty. Choose another one."
+    )
+  if final.exists():
+    try:  # now, not after all the work: a mounted folder cannot be replaced
+      final.rmdir()
+    except OSError as error:
+      raise FileExistsError(
+        f"`directory` {str(directory)!r} cannot be replaced ({error}). Name a new one inside it."
+      ) from error
+  partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    os.rename(partial, final)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def write_merged(
+  folder: pathlib.Path,
+  weights: Weights,
+  changes: Changes,
+  *,
+  dtype: np.dtype | None,
+  limit: int | None,
+  index: Mapping[str, Any],
+) -> None:
+  """Writes every tensor of `weights`, those of `changes` changed."""
+
+  def wanted(name: str) -> np.dtype:
+    have = weights.dtypes[name]
+    dtype_name(name, have)
+    return have if dtype is None or not jnp.issubdtype(have, jnp.floating) else dtype
+
+  kinds = {name: Kind(wanted(name), shape) for name, shape in weights.shapes.items()}
+  if limit is None and weights.files:
+    files = dict(weights.files)
+    if len(set(files.values())) == 1:
+      files = dict.fromkeys(files, SINGLE)
+  else:
+    files = split_shards(kinds, kinds, limit or size_in_bytes("5GB") or 0)
+  by_file: dict[str, dict[str, Kind]] = {}
+  for name, file in files.items():
+    by_file.setdefault(file, {})[name] = kinds[name]
+  for file, inside in by_file.items():
+    write_shard(folder / file, inside, lambda name: _value(name, kinds[name], weights, changes))
+  if set(by_file) != {SINGLE}:
+    total = sum(kind.nbytes for kind in kinds.values())
+    metadata = {**index.get("metadata", {}), "total_size": total}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": files})
+
+
+def _value(name: str, kind: Kind, weights: Weights, changes: Changes) -> np.ndarray:
+  module, _, field = name.rpartition(".")
+  value = changes.whole.get(name)
+  if value is None:
+    value = weights.read(name)
+  delta = changes.deltas.get(module)
+  merged = delta is not None and (field == "weight" or (field == "bias" and delta.bias is not None))
+  with np.errstate(over="ignore", invalid="ignore"):  # raised below
+    if delta is not None and merged:
+      add = delta.add_to if field == "weight" else delta.add_to_bias
+      new = add(value, kind.dtype)
+    elif value.dtype != kind.dtype:
+      new = value.astype(kind.dtype)
+    else:
+      return value
+  if not np.isfinite(new).all() and (merged or np.isfinite(value).all()):
+    why = "the adapter or the weight holds NaN or Inf, or the sum" if merged else "a value"
+    raise ValueError(
+      f"`{name}` is not finite as {kind.dtype.name}: {why} is beyond that dtype's range. "
+      "Check the adapter, or pass `dtype='bfloat16'`."
+    )
+  return new
+
+
+def copy_companions(source: pathlib.Path, folder: pathlib.Path, dtype: np.dtype | None) -> None:
+  """Copies what lies beside the weights: configuration, tokenizer, licence.
+
+  The configuration's dtype becomes `dtype`, unless that is None.
+  """
+  for path in sorted(source.iterdir()):
+    hidden = path.name.startswith((".", "adapter_"))
+    if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS):
+      shutil.copyfile(path, folder / path.name)
+  config = read_json(source / "config.json")
+  if config and dtype is not None:
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+      for key in {"dtype", "torch_dtype"} & part.keys():
+        part[key] = dtype.name
+    if not {"dtype", "torch_dtype"} & config.keys():
+      config["torch_dtype"] = dtype.name  # the older name, which all versions read
+    write_json(folder / "config.json", config)
