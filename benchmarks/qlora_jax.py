@@ -26,12 +26,12 @@ from optax_lowmem import nn as lowmem_nn
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples" / "qlora"))
 
 from chat import ChatTokenizer
+from config_files import config_to_hf
 from data import Batch, load
 from fetch import default_data, default_model
 from finetune import compiled, split
 from llama import load_llama
 from llama_config import LlamaConfig
-from merging import config_of
 from weights import expected_shapes, open_checkpoint
 
 # vocabulary, width, ff, layers, heads, key-value heads, head, eps, rope base, positions, tied
@@ -48,7 +48,7 @@ def write_model(
   folder: pathlib.Path, config: Any, read: Callable[[str], np.ndarray], dtype: Any
 ) -> None:
   """A Hugging Face directory, a file for each layer."""
-  (folder / "config.json").write_text(json.dumps(config_of(config)))
+  (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
   parts: dict[str, list[str]] = {}
   for name in expected_shapes(config):
     part = name.split(".")[2] if ".layers." in name else "rest"

@@ -18,7 +18,7 @@ import config_files
 import gguf_files
 import optax_lowmem as lowmem
 import rope_scaling
-from config_files import config_from_hf
+from config_files import config_from_hf, config_to_hf
 from conftest import GOLDEN
 from llama import LINEARS, abstract_llama, load_llama
 from optax_lowmem import nn
@@ -110,6 +110,17 @@ def test_old_configurations_say_the_same():
   config, _, _ = read_case("qwen2")
   del config["layer_types"]
   assert config_from_hf(config).windows == (None, 5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_written_configuration_is_read_again_or_refused(name):
+  config = config_from_hf(read_case(name)[0])
+  if config.rope_scaling or any(config.windows) or config.o_bias or config.mlp_bias:
+    with pytest.raises(ValueError, match="Hugging Face directory"):
+      config_to_hf(config)
+  else:
+    again = config_from_hf(json.loads(json.dumps(config_to_hf(config))))
+    assert again == dataclasses.replace(config, windows=())
 
 
 def test_defaults_are_those_of_each_type():

@@ -25,10 +25,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import optax_lowmem as lowmem
+from config_files import config_to_hf
 from conftest import GOLDEN
 from llama import LINEARS, load_llama
 from llama_config import LlamaConfig
-from merging import config_of
 from optax_lowmem import nn
 from weights import expected_shapes, open_checkpoint
 
@@ -47,7 +47,7 @@ RULES = {  # rate, and the optax rule that is torch's
 
 def write_model(folder, config, tensors, dtype=np.float32):
   """A Hugging Face directory."""
-  (folder / "config.json").write_text(json.dumps(config_of(config)))
+  (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
   tensors = {name: np.ascontiguousarray(value, dtype) for name, value in tensors.items()}
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
   return folder

@@ -1,4 +1,4 @@
-"""Reads a `LlamaConfig` from a Hugging Face ``config.json``.
+"""Reads a `LlamaConfig` from a Hugging Face ``config.json``, and writes one.
 
 A configuration that asks for something this model does not compute is refused by name. A feature
 that is ignored gives plausible text and wrong numbers, which is worse than an error. So is a key
@@ -7,6 +7,7 @@ that nobody here has heard of: `HARMLESS_KEYS` are those that are known not to c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -213,3 +214,21 @@ def _windows(
   if window is None:
     raise ValueError("`layer_types` names 'sliding_attention', but there is no `sliding_window`.")
   return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+  """The dictionary of a ``config.json`` from which `config_from_hf` reads the same again.
+
+  Raises:
+    ValueError: where the model is not one of the plain kinds.
+  """
+  if config.rope_scaling or any(config.windows) or config.o_bias or config.mlp_bias:
+    raise ValueError(
+      "No config.json is written for a model with rope scaling, sliding windows or unusual biases. "
+      "Take that of its Hugging Face directory."
+    )
+  kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+  names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+  plain = ("rope_scaling", "windows", "qkv_bias", "o_bias", "mlp_bias", "qk_norm")
+  sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in plain}
+  return {"model_type": kind, "architectures": [names[kind]], "hidden_act": "silu", **sizes}

@@ -11,7 +11,8 @@ import numpy as np
 
 from chat import ChatTokenizer
 from checkpoints import replacing
-from llama_config import LlamaConfig, expected_shapes
+from config_files import config_to_hf
+from llama_config import expected_shapes
 from optax_lowmem import nn as lowmem_nn
 from talking import of_run
 from terminal import say, sentences
@@ -37,7 +38,7 @@ def merge(argv: Sequence[str]) -> int:
     checkpoint = open_checkpoint(path)
     tokenizer = ChatTokenizer.from_model(path, s.chat_template)
     lone = not path.is_dir()  # a GGUF file: configuration and tokenizer are in it
-    config = config_of(checkpoint.config) if lone else {}
+    config = config_to_hf(checkpoint.config) if lone else {}
     with replacing(given.out) as folder:
       lowmem_nn.merge_peft(
         lazily(checkpoint) if lone else path,
@@ -82,21 +83,3 @@ def write_companions(folder: Path, config: dict[str, Any], tokenizer: ChatTokeni
   about |= {"chat_template": tokenizer.template.source}
   for name, content in (("tokenizer_config.json", about), ("config.json", config)):
     (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def config_of(config: LlamaConfig) -> dict[str, Any]:
-  """The ``config.json`` of a model that came in a GGUF file.
-
-  Raises:
-    ValueError: where the model is not one of the plain kinds.
-  """
-  if config.rope_scaling or any(config.windows) or config.o_bias or config.mlp_bias:
-    raise ValueError(
-      "A GGUF model with rope scaling, sliding windows or unusual biases is not merged. Train from "
-      "its Hugging Face directory instead."
-    )
-  kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-  names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-  plain = ("rope_scaling", "windows", "qkv_bias", "o_bias", "mlp_bias", "qk_norm")
-  sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in plain}
-  return {"model_type": kind, "architectures": [names[kind]], "hidden_act": "silu", **sizes}
