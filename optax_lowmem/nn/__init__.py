@@ -24,6 +24,7 @@ from optax_lowmem.nn._plus import scale_lora_b as scale_lora_b
 from optax_lowmem.nn._quantized import QuantizedLinear as QuantizedLinear
 from optax_lowmem.nn._quantized import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._quantized_einsum import QuantizedEinsum as QuantizedEinsum
+from optax_lowmem.nn._quantized_module import QuantizedModule as QuantizedModule
 from optax_lowmem.nn._surgery import add_lora as add_lora
 from optax_lowmem.nn._surgery import quantize_model as quantize_model
 
@@ -34,6 +35,7 @@ __all__ = [
   "NF4Linear",
   "QuantizedEinsum",
   "QuantizedLinear",
+  "QuantizedModule",
   "QuantizedWeight",
   "add_lora",
   "load_peft",

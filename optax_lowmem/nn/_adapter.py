@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._base import matrix_of, stack_shape
+from optax_lowmem.nn._base import matrix_of, setting_of, stack_shape
 from optax_lowmem.nn._init import Init, check_init, initial_factors
 
 
@@ -91,6 +91,10 @@ class Adapter(nnx.Module):
       self.dropout = nnx.Dropout(dropout, rngs=rngs)
       if stack:  # one key and one counter for each layer, so that nnx.scan can slice them
         self.dropout.rngs = rngs["dropout"].split(tuple(stack))
+
+  def __getattr__(self, name: str) -> Any:
+    """Settings of the base, and shapes in place of its arrays: see `setting_of`."""
+    return setting_of(self, vars(self).get("base"), name)
 
   @property
   def in_features(self) -> int:

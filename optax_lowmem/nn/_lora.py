@@ -12,6 +12,7 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter, check_adaptable, check_lora
 from optax_lowmem.nn._base import (
   check_dense,
+  contraction_at,
   contraction_of,
   is_linear,
   matrix_shape,
@@ -19,6 +20,7 @@ from optax_lowmem.nn._base import (
   with_matrix,
 )
 from optax_lowmem.nn._init import Init
+from optax_lowmem.nn._quantized import placed
 
 
 @jax.custom_vjp
@@ -139,25 +141,26 @@ class LoRALinear(Adapter):
     if lora_bias:
       self.lora_bias = nnx.LoRAParam(jnp.zeros(matrix_shape(base)[:-1], jnp.float32))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = self.base(x)
+  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+    sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
+    y = self.base(x, **sharding)
     dropped = x.astype(y.dtype)
     if self.dropout is not None:
       dropped = self.dropout(dropped)
-    shape = contraction_of(self.base)
-    correction = self._correction(dropped, shape)
+    shape = contraction_at(self.base, x)
+    correction = placed(self._correction(dropped, shape), out_sharding)
     if self.magnitude is None:
       return y + correction
     factor = self.factor().astype(y.dtype)
     if shape is not None:
       factor = shape.spread(factor, x.ndim)
-    bias = output_bias(self.base, y, x.ndim)
+    bias = output_bias(self.base, y, x)
     plain = y if bias is None else y - bias
     if self.dropout is None or self.dropout.deterministic:
       y = factor * (plain + correction)
       return y if bias is None else y + bias
     # As PEFT: what the magnitude changes of the base's output is dropped too.
-    kept = self.base(dropped)
+    kept = self.base(dropped, **sharding)
     kept = kept if bias is None else kept - bias
     return y + (factor - 1) * kept + factor * correction
 

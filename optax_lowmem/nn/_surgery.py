@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem.nn._adapter import check_lora
-from optax_lowmem.nn._base import GENERAL, check_dense, contraction_of, is_embed, is_linear
+from optax_lowmem.nn._base import (
+  check_dense,
+  contraction_of,
+  dense_variable,
+  foreign_of,
+  is_embed,
+  is_linear,
+)
 from optax_lowmem.nn._embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._init import Init, check_init, quantized
 from optax_lowmem.nn._lora import LoRALinear, check_base
@@ -78,7 +85,7 @@ def quantize_model(
     place
     for place in everything
     if is_linear(place.module)
-    and isinstance(place.module, (nnx.Linear, *GENERAL))
+    and dense_variable(place.module) is not None
     and not any(matches(pattern, place.path) for pattern in skip)
   ]
   chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
@@ -94,6 +101,14 @@ def quantize_model(
 def _check_product(path: str, layer: Any) -> None:
   """Refuses a layer that multiplies in a way of its own, which a quantized one would not."""
   contraction_of(layer)
+  foreign = foreign_of(layer)
+  if foreign is not None:
+    if not foreign.plain:
+      raise ValueError(
+        f"`{path}` accumulates its product in another dtype (`preferred_element_type`), which a "
+        "quantized layer does not. Name it in `exclude`."
+      )
+    return
   own = getattr(layer, "dot_general", None) not in (None, jax.lax.dot_general)
   own = own or getattr(layer, "dot_general_cls", None) is not None
   own = own or getattr(layer, "einsum_op", jnp.einsum) is not jnp.einsum
