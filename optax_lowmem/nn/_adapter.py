@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._base import matrix_of, setting_of, stack_shape
+from optax_lowmem.nn._base import matrix_of, stack_shape
+from optax_lowmem.nn._foreign import setting_of
 from optax_lowmem.nn._init import Init, check_init, initial_factors
 
 
@@ -93,7 +94,7 @@ class Adapter(nnx.Module):
         self.dropout.rngs = rngs["dropout"].split(tuple(stack))
 
   def __getattr__(self, name: str) -> Any:
-    """Settings of the base, and shapes in place of its arrays: see `setting_of`."""
+    """Settings of the base, which the model may ask for, and the shapes of its arrays."""
     return setting_of(self, vars(self).get("base"), name)
 
   @property

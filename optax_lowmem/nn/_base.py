@@ -181,22 +181,3 @@ def check_dense(name: str, base: Any) -> None:
   if variable is not None:
     field = weight_field(base)
     check_weight(f"{name}.{field}" if name else field, variable[...])
-
-
-def setting_of(wrapper: Any, base: Any, name: str) -> Any:
-  """What `wrapper.name` gives, of a wrapper that has no such attribute, for its `base`.
-
-  Models ask their layers for more than a call: `self.query.features`, `self.q.kernel.shape`. Plain
-  settings are those of the base. Of an array there is a `jax.ShapeDtypeStruct`: who computes with
-  it, past the adapter, gets an error and not a wrong result.
-  """
-  value = vars(base).get(name, _NONE) if isinstance(base, nnx.Module) else _NONE
-  if isinstance(value, nnx.Variable) and isinstance(value.get_value(), QuantizedArray):
-    value = _NONE
-  if value is _NONE and isinstance(base, (QuantizedLinear, QuantizedEinsum)) and name[:1] != "_":
-    return getattr(base, name)
-  if value is _NONE or name.startswith("__"):
-    raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
-  if isinstance(value, nnx.Variable):
-    return jax.ShapeDtypeStruct(value.shape, value.dtype)
-  return value

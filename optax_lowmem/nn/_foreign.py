@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -183,3 +184,19 @@ def _inputs(kernel: tuple[int, ...], free: int) -> Iterator[tuple[int, ...]]:
   for count in range(1, len(kernel) + 1):
     for axes in itertools.combinations(kernel, count):
       yield (*own, *axes)
+
+
+def setting_of(wrapper: Any, layer: Any, name: str) -> Any:
+  """What a wrapper of `layer` gives for an attribute that it does not have itself.
+
+  Models ask their layers for more than a call: `self.query.features`, `self.query.kernel.shape`.
+  Settings are those of the layer. Of an array there is a `jax.ShapeDtypeStruct`, and of a method
+  nothing: who computes past the wrapper gets an error, not a result that lacks the adapter.
+  """
+  value = None if layer is None or name.startswith("_") else getattr(layer, name)
+  array = value.get_value() if isinstance(value, nnx.Variable) else None
+  if isinstance(array, jax.Array | jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+  if layer is None or name.startswith("_") or array is not None or inspect.ismethod(value):
+    raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
+  return value

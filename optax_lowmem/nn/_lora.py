@@ -14,9 +14,11 @@ from optax_lowmem.nn._base import (
   check_dense,
   contraction_at,
   contraction_of,
+  foreign_of,
   is_linear,
   matrix_shape,
   output_bias,
+  reading,
   with_matrix,
 )
 from optax_lowmem.nn._init import Init
@@ -74,8 +76,9 @@ class LoRALinear(Adapter):
   `lora_b.shape == (..., rank, out_features)`, with the leading axes of the base.
 
   Args:
-    base: an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `QuantizedLinear` (`NF4Linear`) or
-      `QuantizedEinsum`, with or without leading axes.
+    base: an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, a module of another class that is
+      proved to be one product (see `QuantizedModule`), or a quantized one of them, with or without
+      leading axes.
     rank: r, the inner size of the correction; or one for each layer of a stack, of which 0 is no
       adapter.
     alpha: the numerator of the scale; or one for each layer of a stack.
@@ -127,6 +130,12 @@ class LoRALinear(Adapter):
     check_base("base", base)
     if lora_bias and use_dora:
       raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
+    foreign = foreign_of(base)
+    if lora_bias and foreign is not None and foreign.bias != "bias":
+      raise ValueError(
+        f"`lora_bias` needs a `bias` in the base to be merged into, and {type(base).__name__} has "
+        "none of that name. Leave it out."
+      )
     super().__init__(
       base,
       rank,
@@ -207,7 +216,7 @@ def check_base(name: str, base: Any) -> None:
   if not is_linear(base):
     raise TypeError(
       f"`{name}` must be an nnx.Linear, nnx.LinearGeneral, nnx.Einsum or a quantized one, "
-      f"got {type(base).__name__}."
+      f"got {type(base).__name__}" + (f": {reason}." if (reason := reading(base).reason) else ".")
     )
   contraction_of(base)
   check_dense("" if name == "base" else name, base)

@@ -214,6 +214,12 @@ class QuantizedLinear(nnx.Module):
   def out_features(self) -> int:
     return self.weight.get_value().shape[-2]
 
+  @property
+  def kernel(self) -> jax.ShapeDtypeStruct:
+    """The shape of an `nnx.Linear`'s kernel, which models ask for; there is no such array."""
+    *lead, out, inputs = self.weight.get_value().shape
+    return jax.ShapeDtypeStruct((*lead, inputs, out), self.weight.get_value().dtype)
+
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """The dense weight, of shape (..., out, in)."""
     return dequantize_stack(self.weight.get_value(), dtype)

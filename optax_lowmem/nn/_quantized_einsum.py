@@ -74,6 +74,13 @@ class QuantizedEinsum(nnx.Module):
     self.weight = QuantizedWeight(quantize_stack(matrix, codebook, block_size, double))
     self.bias = nnx.data(bias)
 
+  @property
+  def kernel(self) -> jax.ShapeDtypeStruct:
+    """The shape of the float layer's kernel, which models ask for; there is no such array."""
+    q = self.weight.get_value()
+    lead = q.shape[: q.ndim - len(self.contraction.matrix_shape)]
+    return jax.ShapeDtypeStruct((*lead, *self.contraction.kernel_shape), q.dtype)
+
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """The dense weight as matrices (..., out, in)."""
     return dequantize_stack(self.weight.get_value(), dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._foreign import read
+from optax_lowmem.nn._foreign import read, setting_of
 from optax_lowmem.nn._product import NotAProduct
 from optax_lowmem.nn._quantized import floating, placed
 from optax_lowmem.nn._quantized_einsum import QuantizedEinsum
@@ -78,6 +78,11 @@ class QuantizedModule(QuantizedEinsum):
     if foreign.bias is not None:
       setattr(layer, foreign.bias, self.bias)
     return layer
+
+  def __getattr__(self, name: str) -> Any:
+    """Settings of the layer that this was, and the shapes of its arrays."""
+    ready = "bias" in vars(self) and not name.startswith("_")
+    return setting_of(self, self.float_layer() if ready else None, name)
 
   def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
     x = floating(x, None)

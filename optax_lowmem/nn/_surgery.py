@@ -23,7 +23,8 @@ from optax_lowmem.nn._init import Init, check_init, quantized
 from optax_lowmem.nn._lora import LoRALinear, check_base
 from optax_lowmem.nn._places import choose, matches, patterns, places, replace
 from optax_lowmem.nn._quantized import check_codebook
-from optax_lowmem.nn._targets import Target, find_targets
+from optax_lowmem.nn._skipped import sentence, skipped, warn
+from optax_lowmem.nn._targets import Target, all_linear, find_targets
 from optax_lowmem.nn._trainable import (
   below,
   check_bias,
@@ -48,12 +49,15 @@ def quantize_model(
   """Turns linear layers into quantized ones, in place.
 
   `nnx.Linear` becomes `NF4Linear`, or `QuantizedLinear` with another codebook;
-  `nnx.LinearGeneral` and `nnx.Einsum` become `QuantizedEinsum`.
+  `nnx.LinearGeneral` and `nnx.Einsum` become `QuantizedEinsum`. A module of any other class that
+  is proved to multiply its input by an `nnx.Param` of its own, and to do no more than to add a
+  bias, becomes a `QuantizedModule`.
 
   Layers are turned one at a time, so no more than one dense weight is held beside the model.
-  The base of a `LoRALinear` is quantized under it. Layers that are quantized already, and
-  subclasses with a `__call__` of their own, are left as they are, and so is what modules hold as
-  an `nnx.Param` of their own. Everything is checked before the first layer is changed.
+  The base of a `LoRALinear` is quantized under it. Layers that are quantized already, and modules
+  that compute something else with their `nnx.Param` (experts in one array, say), are left as they
+  are; if `targets` is None, a warning names the latter. Everything is checked before the first
+  layer is changed.
 
   Args:
     model: any NNX module that holds the layers: as attributes, in `nnx.List`, `nnx.Dict`, lists
@@ -88,10 +92,17 @@ def quantize_model(
     and dense_variable(place.module) is not None
     and not any(matches(pattern, place.path) for pattern in skip)
   ]
+  if targets is None and not possible:
+    raise ValueError(
+      "`model` has no linear layer to quantize but those that `exclude` names."
+      + sentence(skipped(model, everything))
+    )
   chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
   for place in chosen:
     check_dense(place.path, place.module)
     _check_product(place.path, place.module)
+  if targets is None:
+    warn("quantize_model", "left weights as they are", model, everything)
   while chosen:
     place = chosen.pop(0)
     replace(place, quantized(place.module, codebook, block_size, double_quantize))
@@ -139,7 +150,8 @@ def add_lora(
 ) -> M:
   r"""Puts an adapter around the layers that `targets` names, in place.
 
-  Linear layers, quantized or not, get a `LoRALinear`, embeddings a `LoRAEmbed`. All that is to be
+  Linear layers, quantized or not, get a `LoRALinear`, embeddings a `LoRAEmbed`. Linear layers are
+  flax's, and modules of any class that are proved to be one: see `QuantizedModule`. All that is to be
   trained is an `nnx.LoRAParam`, and nothing else is.
 
   In a stack of layers, the layers may differ in rank and alpha, and some may have no adapter:
@@ -190,6 +202,11 @@ def add_lora(
   if lora_bias and use_dora:
     raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
   everything = places(model)
+  if targets == "all-linear" and not all_linear(everything):
+    raise ValueError(
+      "`targets` 'all-linear': `model` has no linear layer but the output head."
+      + sentence(skipped(model, everything))
+    )
   saved = find_saved(everything, modules_to_save or ())
   check_saved(saved)
   found = find_targets(
@@ -199,6 +216,8 @@ def add_lora(
     check = check_embed if is_embed(target.place.module) else check_base
     check(target.place.path, target.place.module)
     check_lora(target.rank, target.alpha, dropout, rngs)
+  if targets == "all-linear":
+    warn("add_lora", "put no adapter on some weights", model, everything)
   train_modules(saved)
   while found:
     target = found.pop(0)
