@@ -34,7 +34,7 @@ def skipped(model: Any, everything: Sequence[Place]) -> dict[str, str]:
       for v in vars(module).values()
       if isinstance(v, nnx.Param) and jnp.issubdtype(v.dtype, jnp.floating)
     ]
-    leaf = callable(module) and sum(1 for _ in nnx.iter_modules(module)) == 1
+    leaf = sum(1 for _ in nnx.iter_modules(module)) == 1 and callable(module)
     if any(len(shape) >= (2 if leaf else 3) for shape in shapes):
       reason = known.reason or "it has no `__call__`"
       found[place.path or "the model itself"] = f"{type(module).__name__}: {reason}"

@@ -150,9 +150,10 @@ def add_lora(
 ) -> M:
   r"""Puts an adapter around the layers that `targets` names, in place.
 
-  Linear layers, quantized or not, get a `LoRALinear`, embeddings a `LoRAEmbed`. Linear layers are
-  flax's, and modules of any class that are proved to be one: see `QuantizedModule`. All that is to be
-  trained is an `nnx.LoRAParam`, and nothing else is.
+  Linear layers, quantized or not, get a `LoRALinear`, embeddings a `LoRAEmbed`. All that is to be
+  trained is an `nnx.LoRAParam`, and nothing else is. A linear layer is one of flax's, or a module
+  of any class that is proved to be one: see `QuantizedModule`. With `"all-linear"`, a warning names
+  the weights that no linear layer was found for.
 
   In a stack of layers, the layers may differ in rank and alpha, and some may have no adapter:
   `targets` and the keys of the patterns match `model.layers.1.self_attn.q_proj` too, where the
