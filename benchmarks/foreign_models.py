@@ -40,6 +40,8 @@ def _tunix(name: str, cls: str, **settings: Any) -> Callable[[], Built]:
     sizes |= {"vocab_size": VOCAB, "rope_theta": 10_000, "norm_eps": 1e-5} | settings
     fields = {field.name for field in dataclasses.fields(module.ModelConfig)}
     sizes |= {"num_embed": VOCAB}
+    if "attention_types" in fields:
+      sizes["attention_types"] = (module.AttentionType.GLOBAL,) * 2
     config = module.ModelConfig(**{k: v for k, v in sizes.items() if k in fields})
     with nnx.use_eager_sharding(False):  # the weights are annotated for a mesh; there is none
       model = getattr(module, cls)(config, rngs=nnx.Rngs(0))
@@ -147,9 +149,9 @@ MODELS: dict[str, tuple[str, Callable[[], Built]]] = {
       use_post_attn_norm=False, use_post_ffw_norm=False,
     ),
   ),
-  "tunix.gemma3": ("google-tunix", _tunix("gemma3", "Gemma3", param_dtype=jnp.float32)),
+  "tunix.gemma3": ("google-tunix", _tunix("gemma3", "Gemma3", param_dtype=jnp.float32, sliding_window_size=8)),
   "dantinox": ("dantinox", _dantinox()),
-  "dantinox MLA": ("dantinox", _dantinox(attention_type="mla")),
+  "dantinox MLA": ("dantinox", _dantinox(attention_type="mla", rope_dim=8)),
   "mamba2_jax": ("mamba2-jax", _mamba2),
   "vitax.VisionTransformer": ("vitax", _vitax),
 }  # fmt: skip

@@ -146,9 +146,10 @@ def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
       )
     )
   else:
-    new = nnx.merge(*nnx.split(base))  # new Variables of the same arrays
+    new = nnx.merge(*nnx.split(base))  # another module with the same Variables
   if (foreign := foreign_of(base)) is not None:
-    getattr(new, foreign.weight).set_value(weight)  # its metadata stays
+    old = getattr(new, foreign.weight)  # the base's own Variable; a new one keeps its metadata
+    setattr(new, foreign.weight, old.replace(weight))
     return new
   setattr(new, "embedding" if isinstance(new, nnx.Embed) else "kernel", nnx.Param(weight))
   new.param_dtype = weight.dtype

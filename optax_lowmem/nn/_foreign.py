@@ -119,14 +119,15 @@ def read(module: Any) -> Reading:
     return NOTHING
   if not any(_is_matrix(v) for v in arrays.values()):
     return NOTHING
+  names = ", ".join(f"`{name}`" for name in variables)
   if sum(1 for _ in nnx.iter_modules(module)) > 1:
-    return Reading(reason="it has modules below it")
+    return Reading(reason=f"it holds {names} beside other modules")
   if any(name in vars(module) for name in _MODES):
     return Reading(reason="it may compute something else in training")
   if not all(isinstance(v, nnx.Param) for v in variables.values()):
     return Reading(reason="it holds other Variables than an nnx.Param")
   if len(variables) > 2:
-    return Reading(reason=f"it holds {len(variables)} Params")
+    return Reading(reason=f"it holds {names}")
   graphdef, state = nnx.split(module)
   leaves, treedef = jax.tree.flatten_with_path(state)
   if len(leaves) != len(variables):

@@ -115,9 +115,9 @@ class QuantizedEinsum(nnx.Module):
 
   def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
     x = floating(x, self.dtype)
-    return placed(self.product(x, self.contraction, self.precision), out_sharding)
+    return placed(self._product(x, self.contraction, self.precision), out_sharding)
 
-  def product(self, x: jax.Array, contraction: Contraction, precision: Any) -> jax.Array:
+  def _product(self, x: jax.Array, contraction: Contraction, precision: Any) -> jax.Array:
     """What an input gives in its own dtype."""
     q: QuantizedArray = self.weight.get_value()
     shape = contraction.matrix_shape

@@ -93,5 +93,5 @@ class QuantizedModule(QuantizedEinsum):
         f"this QuantizedModule was proved to be a product, but for an input of shape {x.shape} and "
         f"dtype {x.dtype} {error}. Name it in `quantize_model`'s `exclude`."
       ) from error
-    y = self.product(x.astype(product.dtype), self.foreign.contraction(product), product.precision)
+    y = self._product(x.astype(product.dtype), self.foreign.contraction(product), product.precision)
     return placed(y.astype(product.out_dtype), out_sharding)
