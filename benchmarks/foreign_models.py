@@ -145,16 +145,23 @@ MODELS: dict[str, tuple[str, Callable[[], Built]]] = {
   "tunix.gemma MHA": (
     "google-tunix",
     _tunix(
-      "gemma", "Gemma", final_logit_softcap=30.0, num_kv_heads=4,
-      use_post_attn_norm=False, use_post_ffw_norm=False,
+      "gemma",
+      "Gemma",
+      final_logit_softcap=30.0,
+      num_kv_heads=4,
+      use_post_attn_norm=False,
+      use_post_ffw_norm=False,
     ),
   ),
-  "tunix.gemma3": ("google-tunix", _tunix("gemma3", "Gemma3", param_dtype=jnp.float32, sliding_window_size=8)),
+  "tunix.gemma3": (
+    "google-tunix",
+    _tunix("gemma3", "Gemma3", param_dtype=jnp.float32, sliding_window_size=8),
+  ),
   "dantinox": ("dantinox", _dantinox()),
   "dantinox MLA": ("dantinox", _dantinox(attention_type="mla", rope_dim=8)),
   "mamba2_jax": ("mamba2-jax", _mamba2),
   "vitax.VisionTransformer": ("vitax", _vitax),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass

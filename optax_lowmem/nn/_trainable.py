@@ -63,7 +63,8 @@ def train(holder: Any, field: str) -> None:
   """Makes a Variable one that an optimizer of `nnx.LoRAParam` trains."""
   old = getattr(holder, field)
   if not isinstance(old, nnx.LoRAParam):
-    setattr(holder, field, nnx.LoRAParam(old[...], **old.get_metadata()))
+    # Made anew, it would be placed by its annotation, for which there may be no mesh any more.
+    setattr(holder, field, nnx.LoRAParam.from_metadata(old[...], old.get_metadata()))
 
 
 def find_saved(everything: Sequence[Place], modules: Sequence[str]) -> list[Place]:
