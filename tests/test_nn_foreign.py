@@ -219,6 +219,15 @@ def test_is_proved_again_for_the_input_that_comes():
       layer(normal(3, 64))
 
 
+def test_multiplies_in_the_precision_of_the_moment():
+  layer = nn.QuantizedModule(Dense(64, 64))
+  x, text = normal(3, 64), []
+  for precision in ("float32", None):
+    with jax.default_matmul_precision(precision):
+      text.append(str(jax.make_jaxpr(lambda x: layer(x))(x)))
+  assert "HIGHEST" in text[0] and "HIGHEST" not in text[1]
+
+
 class Attention(nnx.Module):
   """In the pattern of Gemma, which asks its layers for shapes."""
 

@@ -62,7 +62,10 @@ class Foreign:
     Raises:
       NotAProduct: something else than a product.
     """
-    return _prove(self, tuple(shape), jnp.dtype(dtype))
+    # A program depends on these too, and may be asked for under several of them.
+    config: Any = jax.config
+    under = config.jax_default_matmul_precision, config.jax_enable_x64
+    return _prove(self, tuple(shape), jnp.dtype(dtype), under)
 
   def contraction(self, product: Product) -> Contraction:
     return Contraction(product.equation, (), 0, self.kernel_shape)
@@ -73,7 +76,7 @@ class Foreign:
 
 
 @functools.lru_cache(maxsize=4096)
-def _prove(foreign: Foreign, shape: tuple[int, ...], dtype: Any) -> Product:
+def _prove(foreign: Foreign, shape: tuple[int, ...], dtype: Any, under: Any) -> Product:
   kinds = {foreign.weight: "w", foreign.bias: "b"}
 
   def call(arrays: Any, x: jax.Array) -> Any:
