@@ -24,6 +24,7 @@ from optax_lowmem.nn._plus import scale_lora_b as scale_lora_b
 from optax_lowmem.nn._quantized import QuantizedLinear as QuantizedLinear
 from optax_lowmem.nn._quantized import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._quantized_einsum import QuantizedEinsum as QuantizedEinsum
+from optax_lowmem.nn._quantized_module import QuantizedModule as QuantizedModule
 from optax_lowmem.nn._save_merged import merge_peft as merge_peft
 from optax_lowmem.nn._save_merged import save_merged as save_merged
 from optax_lowmem.nn._surgery import add_lora as add_lora
@@ -36,6 +37,7 @@ __all__ = [
   "NF4Linear",
   "QuantizedEinsum",
   "QuantizedLinear",
+  "QuantizedModule",
   "QuantizedWeight",
   "add_lora",
   "load_peft",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem.nn._base import matrix_of, stack_shape
+from optax_lowmem.nn._foreign import setting_of
 from optax_lowmem.nn._init import Init, check_init, initial_factors
 
 
@@ -91,6 +92,10 @@ class Adapter(nnx.Module):
       self.dropout = nnx.Dropout(dropout, rngs=rngs)
       if stack:  # one key and one counter for each layer, so that nnx.scan can slice them
         self.dropout.rngs = rngs["dropout"].split(tuple(stack))
+
+  def __getattr__(self, name: str) -> Any:
+    """Settings of the base, which the model may ask for, and the shapes of its arrays."""
+    return setting_of(self, vars(self).get("base"), name)
 
   @property
   def in_features(self) -> int:

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem.nn._contraction import Contraction
+from optax_lowmem.nn._foreign import NOTHING, Foreign, Reading, read
+from optax_lowmem.nn._product import NotAProduct
 from optax_lowmem.nn._quantized import QuantizedLinear, check_weight
 from optax_lowmem.nn._quantized_einsum import QuantizedEinsum
+from optax_lowmem.nn._quantized_module import QuantizedModule
 
 GENERAL = (nnx.LinearGeneral, nnx.Einsum)
 
@@ -22,36 +25,82 @@ def is_kind(module: Any, kind: type) -> bool:
 
 def is_linear(module: Any) -> bool:
   """Whether a module multiplies by a matrix, dense or quantized, of any arrangement of axes."""
+  return is_known(module) or reading(module).foreign is not None
+
+
+def is_known(module: Any) -> bool:
+  """Whether a module is a linear layer of flax's or of this package's."""
   return isinstance(module, (QuantizedLinear, QuantizedEinsum)) or any(
     is_kind(module, kind) for kind in (nnx.Linear, *GENERAL)
   )
+
+
+def reading(module: Any) -> Reading:
+  """What is proved of a module of another class."""
+  return NOTHING if is_known(module) or is_embed(module) else read(module)
 
 
 def is_embed(module: Any) -> bool:
   return is_kind(module, nnx.Embed)
 
 
+def foreign_of(base: Any) -> Foreign | None:
+  """The layer, or what it was before it was quantized, if it is of a class of its own."""
+  return base.foreign if isinstance(base, QuantizedModule) else reading(base).foreign
+
+
 def contraction_of(base: Any) -> Contraction | None:
   """How the axes of a general layer make a matrix; None for layers that have one."""
   if isinstance(base, QuantizedEinsum):
     return base.contraction
-  return Contraction.of(base) if isinstance(base, GENERAL) else None
+  if is_embed(base) or isinstance(base, QuantizedLinear) or is_kind(base, nnx.Linear):
+    return None
+  if any(is_kind(base, kind) for kind in GENERAL):
+    return Contraction.of(base)
+  return read(base).contraction
+
+
+def contraction_at(base: Any, x: Any) -> Contraction | None:
+  """The same for one input, of which a module of another class is proved anew."""
+  foreign = foreign_of(base)
+  if foreign is None:
+    return contraction_of(base)
+  try:
+    return foreign.contraction(foreign.at(x.shape, x.dtype))
+  except NotAProduct as error:
+    raise ValueError(
+      f"this {type(base).__name__} was proved to multiply its input by `{foreign.weight}`, but for "
+      f"an input of shape {x.shape} and dtype {x.dtype} {error}. Leave it out of `targets`."
+    ) from error
+
+
+def weight_field(base: Any) -> str:
+  """The name of a float layer's weight."""
+  if is_embed(base):
+    return "embedding"
+  foreign = foreign_of(base)
+  return "kernel" if foreign is None else foreign.weight
+
+
+def bias_field(base: Any) -> str:
+  """The name of a layer's bias, if it has one."""
+  foreign = reading(base).foreign
+  return "bias" if foreign is None or foreign.bias is None else foreign.bias
 
 
 def dense_variable(base: Any) -> Any:
   """The Variable of a float layer's weight, or None for a quantized one."""
   if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
     return None
-  return base.embedding if isinstance(base, nnx.Embed) else base.kernel
+  return getattr(base, weight_field(base))
 
 
 def matrix_shape(base: Any) -> tuple[int, ...]:
   """(..., out, in) of `matrix_of`, without computing it."""
   if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
     return base.weight.get_value().shape
-  shape = dense_variable(base)[...].shape
-  if isinstance(base, GENERAL):
-    contraction = Contraction.of(base)
+  shape, contraction = dense_variable(base)[...].shape, contraction_of(base)
+  if contraction is not None:
     return (*shape[: len(shape) - len(contraction.kernel_shape)], *contraction.matrix_shape)
   return (*shape[:-2], shape[-1], shape[-2])
 
@@ -97,9 +146,12 @@ def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
       )
     )
   else:
-    new = nnx.merge(*nnx.split(base))  # new Variables of the same arrays
-  name = "embedding" if isinstance(new, nnx.Embed) else "kernel"
-  setattr(new, name, nnx.Param(weight))
+    new = nnx.merge(*nnx.split(base))  # another module with the same Variables
+  if (foreign := foreign_of(base)) is not None:
+    old = getattr(new, foreign.weight)  # the base's own Variable; a new one keeps its metadata
+    setattr(new, foreign.weight, old.replace(weight))
+    return new
+  setattr(new, "embedding" if isinstance(new, nnx.Embed) else "kernel", nnx.Param(weight))
   new.param_dtype = weight.dtype
   if not isinstance(new, nnx.Embed):
     new.bias = base.bias
@@ -115,18 +167,18 @@ def set_matrix(base: Any, matrix: jax.Array) -> Any:
   return with_matrix(base, matrix, dense_variable(base)[...].dtype)
 
 
-def output_bias(base: Any, y: jax.Array, ndim: int) -> jax.Array | None:
-  """What `base` adds at the end, to broadcast against its output `y` of an input of rank `ndim`."""
-  bias = getattr(base, "bias", None)
+def output_bias(base: Any, y: jax.Array, x: jax.Array) -> jax.Array | None:
+  """What `base` adds at the end, to broadcast against its output `y` of an input `x`."""
+  bias = getattr(base, bias_field(base), None)
   if bias is None:
     return None
-  contraction, value = contraction_of(base), bias[...].astype(y.dtype)
-  return value if contraction is None else contraction.spread_bias(value, ndim)
+  contraction, value = contraction_at(base, x), bias[...].astype(y.dtype)
+  return value if contraction is None else contraction.spread_bias(value, x.ndim)
 
 
 def check_dense(name: str, base: Any) -> None:
   """Refuses a float weight that holds integers, NaN or Inf."""
   variable = dense_variable(base)
   if variable is not None:
-    field = "embedding" if isinstance(base, nnx.Embed) else "kernel"
+    field = weight_field(base)
     check_weight(f"{name}.{field}" if name else field, variable[...])

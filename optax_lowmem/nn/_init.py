@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem.nn._base import (
-  GENERAL,
+  contraction_of,
   dense_variable,
+  foreign_of,
   matrix_of,
   matrix_shape,
   set_matrix,
@@ -19,6 +20,7 @@ from optax_lowmem.nn._base import (
 from optax_lowmem.nn._nf4 import NF4Linear
 from optax_lowmem.nn._quantized import QuantizedLinear, check_codebook, over_stack
 from optax_lowmem.nn._quantized_einsum import QuantizedEinsum
+from optax_lowmem.nn._quantized_module import QuantizedModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +75,16 @@ def check_init(init: Any) -> None:
 
 def quantized(linear: Any, codebook: str, block_size: int | None, double: bool | None) -> Any:
   """A float layer, quantized."""
-  if isinstance(linear, GENERAL):
-    return QuantizedEinsum(linear, codebook=codebook, block_size=block_size, double_quantize=double)
+  options: Any = {"codebook": codebook, "block_size": block_size, "double_quantize": double}
+  if foreign_of(linear) is not None:
+    return QuantizedModule(linear, **options)
+  if contraction_of(linear) is not None:
+    return QuantizedEinsum(linear, **options)
   kind = NF4Linear if codebook == "nf4" else QuantizedLinear
   return kind.from_weight(
     linear.kernel[...].swapaxes(-1, -2),
     linear.bias,
-    codebook=codebook,
-    block_size=block_size,
-    double_quantize=double,
+    **options,
     dtype=linear.dtype,
     precision=linear.precision,
   )

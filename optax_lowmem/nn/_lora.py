@@ -12,13 +12,17 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter, check_adaptable, check_lora
 from optax_lowmem.nn._base import (
   check_dense,
+  contraction_at,
   contraction_of,
+  foreign_of,
   is_linear,
   matrix_shape,
   output_bias,
+  reading,
   with_matrix,
 )
 from optax_lowmem.nn._init import Init
+from optax_lowmem.nn._quantized import placed
 
 
 @jax.custom_vjp
@@ -72,8 +76,9 @@ class LoRALinear(Adapter):
   `lora_b.shape == (..., rank, out_features)`, with the leading axes of the base.
 
   Args:
-    base: an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `QuantizedLinear` (`NF4Linear`) or
-      `QuantizedEinsum`, with or without leading axes.
+    base: an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, a module of another class that is
+      proved to be one product (see `QuantizedModule`), or a quantized one of them, with or without
+      leading axes.
     rank: r, the inner size of the correction; or one for each layer of a stack, of which 0 is no
       adapter.
     alpha: the numerator of the scale; or one for each layer of a stack.
@@ -125,6 +130,12 @@ class LoRALinear(Adapter):
     check_base("base", base)
     if lora_bias and use_dora:
       raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
+    foreign = foreign_of(base)
+    if lora_bias and foreign is not None and foreign.bias != "bias":
+      raise ValueError(
+        f"`lora_bias` needs a `bias` in the base to be merged into, and {type(base).__name__} has "
+        "none of that name. Leave it out."
+      )
     super().__init__(
       base,
       rank,
@@ -139,25 +150,26 @@ class LoRALinear(Adapter):
     if lora_bias:
       self.lora_bias = nnx.LoRAParam(jnp.zeros(matrix_shape(base)[:-1], jnp.float32))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = self.base(x)
+  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+    sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
+    y = self.base(x, **sharding)
     dropped = x.astype(y.dtype)
     if self.dropout is not None:
       dropped = self.dropout(dropped)
-    shape = contraction_of(self.base)
-    correction = self._correction(dropped, shape)
+    shape = contraction_at(self.base, x)
+    correction = placed(self._correction(dropped, shape), out_sharding)
     if self.magnitude is None:
       return y + correction
     factor = self.factor().astype(y.dtype)
     if shape is not None:
       factor = shape.spread(factor, x.ndim)
-    bias = output_bias(self.base, y, x.ndim)
+    bias = output_bias(self.base, y, x)
     plain = y if bias is None else y - bias
     if self.dropout is None or self.dropout.deterministic:
       y = factor * (plain + correction)
       return y if bias is None else y + bias
     # As PEFT: what the magnitude changes of the base's output is dropped too.
-    kept = self.base(dropped)
+    kept = self.base(dropped, **sharding)
     kept = kept if bias is None else kept - bias
     return y + (factor - 1) * kept + factor * correction
 
@@ -204,7 +216,7 @@ def check_base(name: str, base: Any) -> None:
   if not is_linear(base):
     raise TypeError(
       f"`{name}` must be an nnx.Linear, nnx.LinearGeneral, nnx.Einsum or a quantized one, "
-      f"got {type(base).__name__}."
+      f"got {type(base).__name__}" + (f": {reason}." if (reason := reading(base).reason) else ".")
     )
   contraction_of(base)
   check_dense("" if name == "base" else name, base)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._base import is_embed, is_linear, stack_shape
+from optax_lowmem.nn._base import is_embed, is_linear, reading, stack_shape
 
 
 class Place(NamedTuple):
@@ -130,10 +130,19 @@ def nearest(name: str, known: Sequence[str]) -> str:
   return f" Nearest: {', '.join(close)}." if close else ""
 
 
+def folded(path: str) -> str:
+  """A path with a star for layer numbers."""
+  return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
 def listing(paths: Sequence[str]) -> str:
   """Paths for an error message, with layer numbers folded into a star."""
-  folded = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in paths)
-  return ", ".join(folded) or "none"
+  return ", ".join(dict.fromkeys(folded(path) for path in paths)) or "none"
+
+
+def _kind(module: Any) -> str:
+  reason = reading(module).reason
+  return f"a {type(module).__name__}" + (f", no linear layer: {reason}" if reason else "")
 
 
 def choose(
@@ -147,7 +156,7 @@ def choose(
       paths = [place.path for place in possible]
       lasts = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
       other = [place for place in everything if matches(pattern, place.path)]
-      wrong = "".join(f" `{place.path}` is a {type(place.module).__name__}." for place in other[:3])
+      wrong = "".join(f" `{place.path}` is {_kind(place.module)}." for place in other[:3])
       raise ValueError(
         f"`{argument}` {pattern.pattern!r} matches no module that can be changed."
         f"{wrong}{nearest(pattern.pattern, [*lasts, *paths])} "

@@ -214,6 +214,12 @@ class QuantizedLinear(nnx.Module):
   def out_features(self) -> int:
     return self.weight.get_value().shape[-2]
 
+  @property
+  def kernel(self) -> jax.ShapeDtypeStruct:
+    """The shape of an `nnx.Linear`'s kernel, which models ask for; there is no such array."""
+    *lead, out, inputs = self.weight.get_value().shape
+    return jax.ShapeDtypeStruct((*lead, inputs, out), self.weight.get_value().dtype)
+
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """The dense weight, of shape (..., out, in)."""
     return dequantize_stack(self.weight.get_value(), dtype)
@@ -223,7 +229,7 @@ class QuantizedLinear(nnx.Module):
     q = quantize_like(weight, self.weight.get_value())
     return type(self)(q, self.bias, dtype=self.dtype, precision=self.precision)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
     q = self.weight.get_value()
     if q.ndim != 2:
       raise ValueError(
@@ -236,7 +242,8 @@ class QuantizedLinear(nnx.Module):
         f"`x` must have {q.shape[1]} features on its last axis, got shape {x.shape}."
       )
     y: Any = multiply(x, q, self.precision)
-    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    return placed(y, out_sharding)
 
 
 def floating(x: jax.Array, dtype: Any) -> jax.Array:
@@ -247,6 +254,15 @@ def floating(x: jax.Array, dtype: Any) -> jax.Array:
       f"`x` must be floating point, got {x.dtype}. Convert it, or give the layer a `dtype`."
     )
   return x
+
+
+def placed(y: jax.Array, out_sharding: Any) -> jax.Array:
+  """`y` with the sharding that a caller asks of a layer of flax; None asks for none."""
+  if out_sharding is None:
+    return y
+  if jax.sharding.get_abstract_mesh().are_all_axes_explicit:
+    return jax.sharding.reshard(y, out_sharding)
+  return jax.lax.with_sharding_constraint(y, out_sharding)
 
 
 def dequantize_stack(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:

@@ -15,6 +15,7 @@ from optax_lowmem.nn._quantized import (
   QuantizedWeight,
   dequantize_stack,
   floating,
+  placed,
   quantize_like,
   quantize_stack,
 )
@@ -53,14 +54,32 @@ class QuantizedEinsum(nnx.Module):
     block_size: int | None = 64,
     double_quantize: bool | None = None,
   ):
-    self.contraction = Contraction.of(layer)
-    if double_quantize is None:
-      double_quantize = codebook != "int8"
-    matrix = self.contraction.to_matrix(layer.kernel[...])
-    self.weight = QuantizedWeight(quantize_stack(matrix, codebook, block_size, double_quantize))
-    bias: Any = layer.bias
-    self.bias = nnx.data(bias)
     self.dtype, self.precision = layer.dtype, layer.precision
+    options = (codebook, block_size, double_quantize)
+    self._hold(Contraction.of(layer), layer.kernel[...], layer.bias, *options)
+
+  def _hold(
+    self,
+    contraction: Contraction,
+    kernel: jax.Array,
+    bias: Any,
+    codebook: str,
+    block_size: int | None,
+    double: bool | None,
+  ) -> None:
+    self.contraction = contraction
+    if double is None:
+      double = codebook != "int8"
+    matrix = contraction.to_matrix(kernel)
+    self.weight = QuantizedWeight(quantize_stack(matrix, codebook, block_size, double))
+    self.bias = nnx.data(bias)
+
+  @property
+  def kernel(self) -> jax.ShapeDtypeStruct:
+    """The shape of the float layer's kernel, which models ask for; there is no such array."""
+    q = self.weight.get_value()
+    lead = q.shape[: q.ndim - len(self.contraction.matrix_shape)]
+    return jax.ShapeDtypeStruct((*lead, *self.contraction.kernel_shape), q.dtype)
 
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """The dense weight as matrices (..., out, in)."""
@@ -94,21 +113,25 @@ class QuantizedEinsum(nnx.Module):
 
     return nnx.eval_shape(make)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+    x = floating(x, self.dtype)
+    return placed(self._product(x, self.contraction, self.precision), out_sharding)
+
+  def _product(self, x: jax.Array, contraction: Contraction, precision: Any) -> jax.Array:
+    """What an input gives in its own dtype."""
     q: QuantizedArray = self.weight.get_value()
-    shape = self.contraction.matrix_shape
+    shape = contraction.matrix_shape
     if q.ndim != len(shape):
       raise ValueError(
-        f"this QuantizedEinsum holds a stack of layers, its weight has shape {q.shape}. "
+        f"this {type(self).__name__} holds a stack of layers, its weight has shape {q.shape}. "
         "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
       )
-    x = floating(x, self.dtype)
-    flat = self.contraction.flatten(x)
+    flat = contraction.flatten(x)
     if len(shape) == 2:
-      y: Any = multiply(flat, q, self.precision)
+      y: Any = multiply(flat, q, precision)
     else:
-      y = jax.vmap(lambda x, q: multiply(x, q, self.precision))(flat, q)
-    y = self.contraction.unflatten(y, x)
+      y = jax.vmap(lambda x, q: multiply(x, q, precision))(flat, q)
+    y = contraction.unflatten(y, x)
     if self.bias is None:
       return y
-    return y + self.contraction.spread_bias(self.bias[...].astype(y.dtype), x.ndim)
+    return y + contraction.spread_bias(self.bias[...].astype(y.dtype), x.ndim)

@@ -10,13 +10,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem.nn._adapter import check_lora
-from optax_lowmem.nn._base import GENERAL, check_dense, contraction_of, is_embed, is_linear
+from optax_lowmem.nn._base import (
+  check_dense,
+  contraction_of,
+  dense_variable,
+  foreign_of,
+  is_embed,
+  is_linear,
+)
 from optax_lowmem.nn._embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._init import Init, check_init, quantized
 from optax_lowmem.nn._lora import LoRALinear, check_base
 from optax_lowmem.nn._places import choose, matches, patterns, places, replace
 from optax_lowmem.nn._quantized import check_codebook
-from optax_lowmem.nn._targets import Target, find_targets
+from optax_lowmem.nn._skipped import sentence, skipped, warn
+from optax_lowmem.nn._targets import Target, all_linear, find_targets
 from optax_lowmem.nn._trainable import (
   below,
   check_bias,
@@ -41,12 +49,15 @@ def quantize_model(
   """Turns linear layers into quantized ones, in place.
 
   `nnx.Linear` becomes `NF4Linear`, or `QuantizedLinear` with another codebook;
-  `nnx.LinearGeneral` and `nnx.Einsum` become `QuantizedEinsum`.
+  `nnx.LinearGeneral` and `nnx.Einsum` become `QuantizedEinsum`. A module of any other class that
+  is proved to multiply its input by an `nnx.Param` of its own, and to do no more than to add a
+  bias, becomes a `QuantizedModule`.
 
   Layers are turned one at a time, so no more than one dense weight is held beside the model.
-  The base of a `LoRALinear` is quantized under it. Layers that are quantized already, and
-  subclasses with a `__call__` of their own, are left as they are, and so is what modules hold as
-  an `nnx.Param` of their own. Everything is checked before the first layer is changed.
+  The base of a `LoRALinear` is quantized under it. Layers that are quantized already, and modules
+  that compute something else with their `nnx.Param` (experts in one array, say), are left as they
+  are; if `targets` is None, a warning names the latter. Everything is checked before the first
+  layer is changed.
 
   Args:
     model: any NNX module that holds the layers: as attributes, in `nnx.List`, `nnx.Dict`, lists
@@ -78,13 +89,20 @@ def quantize_model(
     place
     for place in everything
     if is_linear(place.module)
-    and isinstance(place.module, (nnx.Linear, *GENERAL))
+    and dense_variable(place.module) is not None
     and not any(matches(pattern, place.path) for pattern in skip)
   ]
+  if targets is None and not possible:
+    raise ValueError(
+      "`model` has no linear layer to quantize but those that `exclude` names."
+      + sentence(skipped(model, everything))
+    )
   chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
   for place in chosen:
     check_dense(place.path, place.module)
     _check_product(place.path, place.module)
+  if targets is None:
+    warn("quantize_model", "left weights as they are", model, everything)
   while chosen:
     place = chosen.pop(0)
     replace(place, quantized(place.module, codebook, block_size, double_quantize))
@@ -94,6 +112,14 @@ def quantize_model(
 def _check_product(path: str, layer: Any) -> None:
   """Refuses a layer that multiplies in a way of its own, which a quantized one would not."""
   contraction_of(layer)
+  foreign = foreign_of(layer)
+  if foreign is not None:
+    if not foreign.plain:
+      raise ValueError(
+        f"`{path}` accumulates its product in another dtype (`preferred_element_type`), which a "
+        "quantized layer does not. Name it in `exclude`."
+      )
+    return
   own = getattr(layer, "dot_general", None) not in (None, jax.lax.dot_general)
   own = own or getattr(layer, "dot_general_cls", None) is not None
   own = own or getattr(layer, "einsum_op", jnp.einsum) is not jnp.einsum
@@ -125,7 +151,9 @@ def add_lora(
   r"""Puts an adapter around the layers that `targets` names, in place.
 
   Linear layers, quantized or not, get a `LoRALinear`, embeddings a `LoRAEmbed`. All that is to be
-  trained is an `nnx.LoRAParam`, and nothing else is.
+  trained is an `nnx.LoRAParam`, and nothing else is. A linear layer is one of flax's, or a module
+  of any class that is proved to be one: see `QuantizedModule`. With `"all-linear"`, a warning names
+  the weights that no linear layer was found for.
 
   In a stack of layers, the layers may differ in rank and alpha, and some may have no adapter:
   `targets` and the keys of the patterns match `model.layers.1.self_attn.q_proj` too, where the
@@ -175,6 +203,11 @@ def add_lora(
   if lora_bias and use_dora:
     raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
   everything = places(model)
+  if targets == "all-linear" and not all_linear(everything):
+    raise ValueError(
+      "`targets` 'all-linear': `model` has no linear layer but the output head."
+      + sentence(skipped(model, everything))
+    )
   saved = find_saved(everything, modules_to_save or ())
   check_saved(saved)
   found = find_targets(
@@ -184,6 +217,8 @@ def add_lora(
     check = check_embed if is_embed(target.place.module) else check_base
     check(target.place.path, target.place.module)
     check_lora(target.rank, target.alpha, dropout, rngs)
+  if targets == "all-linear":
+    warn("add_lora", "put no adapter on some weights", model, everything)
   train_modules(saved)
   while found:
     target = found.pop(0)

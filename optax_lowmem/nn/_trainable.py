@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._base import contraction_of, dense_variable, is_embed, is_linear
+from optax_lowmem.nn._base import bias_field, contraction_of, dense_variable, is_embed, is_linear
 from optax_lowmem.nn._places import Place, base_of, listing, names_in_stack, nearest
 
 
@@ -42,9 +42,11 @@ def tensors_of(module: Any) -> list[Tensor] | None:
     return [Tensor(module, "embedding", "weight", 2, False)]
   if is_linear(module):
     found = []
-    if dense_variable(module) is not None and contraction_of(module) is None:
+    if contraction_of(module) is not None:
+      return found
+    if dense_variable(module) is not None:
       found.append(Tensor(module, "kernel", "weight", 2, True))
-    if module.bias is not None and contraction_of(module) is None:
+    if module.bias is not None:
       found.append(Tensor(module, "bias", "bias", 1, False))
     return found
   if isinstance(module, (nnx.RMSNorm, nnx.LayerNorm)):
@@ -61,7 +63,8 @@ def train(holder: Any, field: str) -> None:
   """Makes a Variable one that an optimizer of `nnx.LoRAParam` trains."""
   old = getattr(holder, field)
   if not isinstance(old, nnx.LoRAParam):
-    setattr(holder, field, nnx.LoRAParam(old[...], **old.get_metadata()))
+    # Made anew, it would be placed by its annotation, for which there may be no mesh any more.
+    setattr(holder, field, nnx.LoRAParam.from_metadata(old[...], old.get_metadata()))
 
 
 def find_saved(everything: Sequence[Place], modules: Sequence[str]) -> list[Place]:
@@ -120,8 +123,9 @@ def train_biases(everything: Sequence[Place], bias: str) -> None:
     adapted = isinstance(place.module, Adapter)
     if bias == "none" or (bias == "lora_only" and not adapted):
       continue
-    if isinstance(getattr(module, "bias", None), nnx.Param):
-      train(module, "bias")
+    field = bias_field(module) if is_linear(module) else "bias"
+    if isinstance(getattr(module, field, None), nnx.Param):
+      train(module, field)
 
 
 def trained_beside(everything: Sequence[Place], stack: str) -> dict[str, tuple[Tensor, list[str]]]:
