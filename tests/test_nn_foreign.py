@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from optax_lowmem import nn
 from optax_lowmem.nn._foreign import read
@@ -331,6 +332,24 @@ def test_a_bias_of_another_name_is_trained_and_the_adapters_own_refused():
   assert model["a"](normal(3, 64)).shape == (3, 32)
   with pytest.raises(ValueError, match="`lora_bias` needs a `bias` in the base"):
     nn.LoRALinear(Dense(64, 32), 4, 8, lora_bias=True, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_such_layers_are_written_merged(tmp_path, packed):
+  model = nnx.Dict(q=LINEAR["q"][0], dense=Dense(64, 32), out=Transposed(32, 64))
+  model = nnx.clone(model)
+  if packed:
+    nn.quantize_model(model)
+  nn.add_lora(model, 4, 8, rngs=nnx.Rngs(1))
+  for layer in model.values():
+    layer.lora_b[...] = normal(*layer.lora_b.shape, seed=2) / 8
+  nn.save_merged(model, tmp_path / "out")
+  written = load_file(tmp_path / "out/model.safetensors")
+  assert set(written) == {"q.weight", "dense.weight", "dense.bias", "out.weight"}
+  for name, layer in model.items():
+    want = layer.merged_matrix()
+    np.testing.assert_allclose(written[f"{name}.weight"], want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(written["dense.bias"], normal(32))
 
 
 def test_works_in_a_stack_under_scan():

@@ -12,6 +12,7 @@ from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._base import (
+  bias_field,
   contraction_of,
   dense_variable,
   is_embed,
@@ -108,7 +109,7 @@ def _entries(place: Place) -> Iterator[_Entry]:
   else:
     turn = jnp.transpose if contraction is None else contraction.to_matrix
     yield _Entry("weight", dense, lead, shape, dense[...].dtype, turn)
-  if base.bias is not None:
-    bias = base.bias[...]
+  bias: Any = getattr(base, bias_field(base), None)
+  if bias is not None:
     flat = (lambda x: x) if contraction is None else contraction.bias_to_vector
-    yield _Entry("bias", base.bias, lead, shape[:1], bias.dtype, flat)
+    yield _Entry("bias", bias, lead, shape[:1], bias[...].dtype, flat)
