@@ -21,7 +21,7 @@ class NF4Dense(nn.Dense, kw_only=True):
   The packed weight is a `QuantizedArray` of logical shape (out, in) named `kernel` in the
   collection `"quantized"`; the bias is where Dense has it, `"params"`. The weight is decoded for
   the product, again in the backward pass, and never kept. It receives no gradient: an optimizer
-  over `"params"` does not see it. Its outputs are those of `optax_lowmem.nn.NF4Linear`, bit for bit.
+  over `"params"` does not see it. Its outputs are bit for bit those of `optax_lowmem.nn.NF4Linear`.
 
   `init` quantizes the kernel that Dense would have with the same key. To take the kernels of a
   checkpoint, use `pack`. Under `nn.scan` or `nn.vmap` give `variable_axes` an entry
