@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import core
 from flax import linen as nn
 
 from optax_lowmem._blocks import QuantizedArray
@@ -212,6 +213,11 @@ def _record(
   if before.contraction.groups() != layer.contraction.groups():
     raise ValueError(f"`{name}` is called with two equations, which see its kernel differently.")
   return next_fun(*args, **kwargs)
+
+
+def copied(tree: Any) -> dict[str, Any]:
+  """The same leaves in nested dicts of their own, in which entries can be set."""
+  return core.unfreeze(tree)
 
 
 def weight_at(params: Any, path: Sequence[str], field: str) -> Any:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import core, traverse_util
 from flax import linen as nn
+from flax import traverse_util
 
 from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
-from optax_lowmem.linen._layers import Layer, Layers, all_linear, choose, weight_at
+from optax_lowmem.linen._layers import Layer, Layers, all_linear, choose, copied, weight_at
 from optax_lowmem.linen._lora_dense import check_settings, initial_a, scale_of
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.nn._quantized import dequantize_stack
@@ -187,7 +187,7 @@ class LoRA:
         f"`dropout` is {rate}, and `rngs` has no 'dropout'. Pass `rngs={{'dropout': key}}`, or to "
         "evaluate use `dataclasses.replace(lora, deterministic=True)`."
       )
-    params = core.unfreeze(variables["params"])
+    params = copied(variables["params"])
     flat = self._checked(variables["lora"])
     for target in self.chosen:
       a, b = (flat[name] for name in target.shapes)
@@ -222,7 +222,7 @@ class LoRA:
     Raises:
       ValueError: `adapters` or `params` are not those of `layers`.
     """
-    params, flat = core.unfreeze(params), self._checked(adapters)
+    params, flat = copied(params), self._checked(adapters)
     for target in self.chosen:
       layer = target.layer
       at, boxed = holder(params, layer.path), holder(params, layer.path)[layer.field]
@@ -240,7 +240,7 @@ class LoRA:
 
   def _checked(self, adapters: Any) -> dict[tuple[str, ...], Any]:
     """The factors by their keys, all there and of the right shapes."""
-    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(core.unfreeze(adapters))
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(copied(adapters))
     shapes = {key: shape for target in self.chosen for key, shape in target.shapes.items()}
     # Layers of the model's own that have adapters keep theirs in the same collection.
     own = {name for name, kind in self.layers.others if kind == "LoRADense"}
@@ -255,7 +255,7 @@ class LoRA:
 
   def _without(self, params: Any) -> dict[str, Any]:
     """The parameters without the factors that lay beside them."""
-    params = core.unfreeze(params)
+    params = copied(params)
     for target in self.chosen:
       holder(params, target.layer.path).pop(FACTORS, None)
     return params

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from flax import core, traverse_util
+from flax import traverse_util
 
 from optax_lowmem._blocks import QuantizedArray
-from optax_lowmem.linen._layers import Layers, choose, weight_at
+from optax_lowmem.linen._layers import Layers, choose, copied, weight_at
 from optax_lowmem.linen._nf4_dense import check_unboxed
 from optax_lowmem.nn._places import matches, patterns
 from optax_lowmem.nn._quantized import check_codebook, check_weight, quantize_like, quantize_stack
@@ -71,7 +71,7 @@ def quantize_params(
     if layer.field == "kernel" and not any(matches(pattern, layer.name) for pattern in skip)
   ]
   chosen = choose("targets", ".*" if targets is None else targets, layers, possible)
-  params = core.unfreeze(params)
+  params = copied(params)
   for layer in chosen:
     kernel = weight_at(params, layer.path, "kernel")
     if kernel is None:
@@ -130,9 +130,9 @@ def pack(params: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
   >>> model.apply(variables, x).shape
   (3, 32)
   """
-  params = core.unfreeze(params)
+  params = copied(params)
   quantized: dict[tuple[str, ...], Any] = {}
-  for path, q in traverse_util.flatten_dict(core.unfreeze(like)).items():
+  for path, q in traverse_util.flatten_dict(copied(like)).items():
     name = ".".join(path)
     if not isinstance(q, QuantizedArray):
       raise ValueError(f"`like` must hold QuantizedArrays, got {type(q).__name__} at `{name}`.")
