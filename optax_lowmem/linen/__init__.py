@@ -25,6 +25,8 @@ from optax_lowmem.linen._layers import find_layers as find_layers
 from optax_lowmem.linen._lora import LoRA as LoRA
 from optax_lowmem.linen._lora_dense import LoRADense as LoRADense
 from optax_lowmem.linen._nf4_dense import NF4Dense as NF4Dense
+from optax_lowmem.linen._peft import load_peft as load_peft
+from optax_lowmem.linen._peft import save_peft as save_peft
 from optax_lowmem.linen._quantize import pack as pack
 from optax_lowmem.linen._quantize import quantize_params as quantize_params
 
@@ -37,6 +39,8 @@ __all__ = [
   "apply",
   "find_layers",
   "intercept",
+  "load_peft",
   "pack",
   "quantize_params",
+  "save_peft",
 ]

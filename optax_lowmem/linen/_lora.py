@@ -188,7 +188,7 @@ class LoRA:
         "evaluate use `dataclasses.replace(lora, deterministic=True)`."
       )
     params = copied(variables["params"])
-    flat = self._checked(variables["lora"])
+    flat = self.checked(variables["lora"])
     for target in self.chosen:
       a, b = (flat[name] for name in target.shapes)
       at = holder(params, target.layer.path)
@@ -222,7 +222,7 @@ class LoRA:
     Raises:
       ValueError: `adapters` or `params` are not those of `layers`.
     """
-    params, flat = copied(params), self._checked(adapters)
+    params, flat = copied(params), self.checked(adapters)
     for target in self.chosen:
       layer = target.layer
       at, boxed = holder(params, layer.path), holder(params, layer.path)[layer.field]
@@ -238,7 +238,7 @@ class LoRA:
       at[layer.field] = nn.meta.replace_boxed(boxed, merged) if boxes else merged
     return params
 
-  def _checked(self, adapters: Any) -> dict[tuple[str, ...], Any]:
+  def checked(self, adapters: Any) -> dict[tuple[str, ...], Any]:
     """The factors by their keys, all there and of the right shapes."""
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(copied(adapters))
     shapes = {key: shape for target in self.chosen for key, shape in target.shapes.items()}
