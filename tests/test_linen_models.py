@@ -454,3 +454,16 @@ def test_stacks_along_other_axes_and_unknown_products_are_refused():
   merged = lora.merge(variables["params"], adapters)
   assert jax.tree.structure(merged) == jax.tree.structure(variables["params"])
   close(boxed.apply({"params": merged}, x), lora.apply({**variables, "lora": adapters}, x))
+
+
+def test_layers_whose_weights_are_normalized_are_left_alone():
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(4, name="b")(nn.WeightNorm(nn.Dense(4, name="a"))(x))
+
+  variables, x = jax.eval_shape(Normed().init, KEY, jnp.ones((2, 4))), jnp.ones((2, 4))
+  layers = linen.find_layers(Normed(), variables, x)
+  assert layers.names == ["b"]
+  with pytest.raises(ValueError, match="`a` is a Dense in a WeightNorm"):
+    linen.LoRA(Normed(), layers, 2, 4, "a")

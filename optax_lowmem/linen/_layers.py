@@ -18,10 +18,10 @@ from optax_lowmem.linen._lora_dense import LoRADense
 from optax_lowmem.linen._nf4_dense import NF4Dense
 from optax_lowmem.linen._product import STACKED, dense
 from optax_lowmem.nn._contraction import Contraction
-from optax_lowmem.nn._places import listing, matches, nearest, patterns
-from optax_lowmem.nn._targets import HEADS
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
+# What they hold is not what their layer multiplies by, so that nothing can be merged into it.
+_NORMED = (nn.WeightNorm, nn.SpectralNorm)
 _METHODS = {inspect.unwrap(kind.__call__): kind for kind in _KINDS}
 
 
@@ -123,7 +123,8 @@ def find_layers(
   The model is traced once, abstractly, and nothing is computed: only that tells a kernel of shape
   (heads, dim, out) from three stacked ones of shape (dim, out). `nn.Dense`, `nn.DenseGeneral`,
   `nn.Einsum` and `nn.Embed` are found wherever they are called: in attention layers of flax, under
-  `nn.scan`, `nn.vmap`, `nn.remat` and `nn.jit`, in `setup` or in compact methods.
+  `nn.scan`, `nn.vmap`, `nn.remat` and `nn.jit`, in `setup` or in compact methods; not in
+  `nn.WeightNorm` and `nn.SpectralNorm`, whose weights are not what is multiplied by.
 
   Args:
     model: any Linen module. It is not changed.
@@ -159,7 +160,7 @@ def find_layers(
     )
   found: dict[tuple[str, ...], Layer] = {}
   others: dict[str, str] = {}
-  record = functools.partial(_record, variables["params"], found, others)
+  record = functools.partial(_record, variables["params"], found, others, [])
   given = (variables, args, kwargs)
   leaves, structure = jax.tree.flatten(given)
   abstract = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
@@ -183,15 +184,23 @@ def _record(
   params: Any,
   found: dict[tuple[str, ...], Layer],
   others: dict[str, str],
+  normed: list[str],
   next_fun: Callable[..., Any],
   args: Any,
   kwargs: Any,
   context: Any,
 ) -> Any:
   module, call = context.module, call_of(args, kwargs, context)
+  kind = type(module).__name__
+  if isinstance(module, _NORMED):
+    normed.append(kind)
+    try:
+      return next_fun(*args, **kwargs)
+    finally:
+      normed.pop()
   weight = call and weight_at(params, module.path, call.field)
-  if call is None or weight is None:
-    others.setdefault(".".join(module.path), type(module).__name__)
+  if call is None or weight is None or normed:
+    others.setdefault(".".join(module.path), " in a ".join([kind, *normed]))
     return next_fun(*args, **kwargs)
   packed = isinstance(weight, QuantizedArray)
   one = call.contraction.matrix_shape if packed else call.contraction.kernel_shape
@@ -207,7 +216,6 @@ def _record(
     or getattr(module, "preferred_element_type", None) is not None
     or module.promote_dtype is not nn.Dense.promote_dtype
   )
-  kind = type(module).__name__
   layer = Layer(tuple(module.path), kind, call.field, stack, call.contraction, own)
   before = found.setdefault(layer.path, layer)
   if before.contraction.groups() != layer.contraction.groups():
@@ -225,39 +233,3 @@ def weight_at(params: Any, path: Sequence[str], field: str) -> Any:
   for key in path:
     params = params.get(key) if isinstance(params, Mapping) else None
   return nn.unbox(params[field]) if isinstance(params, Mapping) and field in params else None
-
-
-def all_linear(layers: Layers) -> list[Layer]:
-  """Every linear layer but the output head: what has the name of one, or the sizes of one."""
-  linear = [layer for layer in layers.layers if layer.field == "kernel"]
-  heads = [layer for layer in linear if HEADS.fullmatch(layer.name)]
-  if not heads:
-    rows = {layer.matrix_shape[-1] for layer in layers.layers if layer.field == "embedding"}
-    heads = [layer for layer in linear if layer.matrix_shape[-2] in rows]
-    heads = heads if len(heads) == 1 else []
-  return [layer for layer in linear if layer not in heads]
-
-
-def choose(
-  argument: str, targets: str | Sequence[str], layers: Layers, possible: Sequence[Layer]
-) -> list[Layer]:
-  """The possible layers that match; each pattern must match at least one."""
-  chosen: set[tuple[str, ...]] = set()
-  for pattern in patterns(argument, targets):
-
-    def named(name: str, pattern: Any = pattern) -> bool:
-      return matches(pattern, name) or bool(pattern.fullmatch(name.replace(".", "/")))
-
-    matched = {layer.path for layer in possible if named(layer.name)}
-    if not matched:
-      names = [layer.name for layer in possible]
-      lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-      other = [(layer.name, layer.kind) for layer in layers.layers if layer not in possible]
-      wrong = [(name, kind) for name, kind in (*other, *layers.others) if named(name)]
-      raise ValueError(
-        f"`{argument}` {pattern.pattern!r} matches no layer that can be changed."
-        + "".join(f" `{name}` is a {kind}." for name, kind in wrong[:3])
-        + f"{nearest(pattern.pattern, [*lasts, *names])} Available layers: {listing(names)}."
-      )
-    chosen |= matched
-  return [layer for layer in possible if layer.path in chosen]

@@ -13,9 +13,10 @@ from flax import traverse_util
 
 from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
-from optax_lowmem.linen._layers import Layer, Layers, all_linear, choose, copied, weight_at
+from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
 from optax_lowmem.linen._lora_dense import check_settings, initial_a, scale_of
 from optax_lowmem.linen._quantize import holder
+from optax_lowmem.linen._targets import all_linear, choose
 from optax_lowmem.nn._quantized import dequantize_stack
 from optax_lowmem.nn._targets import pattern_value
 

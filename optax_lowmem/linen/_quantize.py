@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from optax_lowmem._blocks import QuantizedArray
-from optax_lowmem.linen._layers import Layers, choose, copied, weight_at
+from optax_lowmem.linen._layers import Layers, copied, weight_at
 from optax_lowmem.linen._nf4_dense import check_unboxed
+from optax_lowmem.linen._targets import choose
 from optax_lowmem.nn._places import matches, patterns
 from optax_lowmem.nn._quantized import check_codebook, check_weight, quantize_like, quantize_stack
 
