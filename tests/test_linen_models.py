@@ -128,7 +128,8 @@ def test_every_layer_of_the_model_is_found_with_its_stack_and_matrix(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_new_adapters_change_nothing_and_trained_ones_are_the_merged_weights(name):
-  model, params, _, lora = setup(name, targets=".*")
+  targets = "embed|query|out|up" if name == "scanned" else ".*"
+  model, params, _, lora = setup(name, targets=targets)
   before = jax.tree.map(np.array, params)
   adapters = jax.jit(lora.init)(KEY) if name == "scanned" else new(lora)
   plain = jax.jit(model.apply)
@@ -148,16 +149,18 @@ def test_new_adapters_change_nothing_and_trained_ones_are_the_merged_weights(nam
 
 @pytest.mark.parametrize("name, packed", [("unrolled", False), ("scanned", True)])
 def test_gradients_are_those_of_the_merged_weights(name, packed):
-  model, params, _, lora = setup(name, packed, use_rslora=True, rank_pattern={"up": 2})
+  model, params, _, lora = setup(
+    name, packed, targets="query|out|up", use_rslora=True, rank_pattern={"up": 2}
+  )
   adapters = moved(new(lora))
   want = jax.jit(
-    jax.grad(lambda a: (model.apply({"params": lora.merge(params, a)}, IDS) ** 2).mean())
+    jax.grad(lambda a: (linen.apply(model, {"params": lora.merge(params, a)}, IDS) ** 2).mean())
   )
   got = jax.jit(jax.grad(lambda a: (lora.apply({"params": params, "lora": a}, IDS) ** 2).mean()))
   close(got(adapters), want(adapters), 3e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["scanned"])
 def test_packed_model_is_the_model_with_decoded_kernels(name):
   model, params, _, lora = setup(name)
   packed, _ = parameters(name, True)
