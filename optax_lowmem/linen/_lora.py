@@ -207,11 +207,11 @@ class LoRA:
   def merge(self, params: Mapping[str, Any], adapters: Any, dtype: Any = None) -> dict[str, Any]:
     r"""Takes adapters into the weights: :math:`W + s A B`, in float32.
 
-    The result is for the plain model. A packed kernel with an adapter is decoded, one without stays
-    packed, and needs `linen.apply`; if the original ones are at hand, pass those as `params` instead.
-    It is differentiable in `adapters`, but the gradient then needs float32 arrays of the size of
-    every adapted layer, where that of `apply` needs none. An output layer that is tied to an adapted
-    embedding gets the change too.
+    The result is for the plain model. A packed kernel with an adapter is decoded; one without
+    stays packed, and needs `linen.apply`. If the original ones are at hand, pass those as `params`
+    instead. It is differentiable in `adapters`, but the gradient then needs float32 arrays of the
+    size of every adapted layer, where that of `apply` needs none. An output layer that is tied to
+    an adapted embedding gets the change too.
 
     Args:
       params: the parameters of the model, packed or not.
