@@ -3,7 +3,8 @@
 >>> import optax_lowmem as lowmem
 >>> tx = lowmem.adamw(3e-4)  # instead of optax.adamw(3e-4): a quarter of the state
 
-NF4 weights and LoRA for Flax are in `optax_lowmem.nn`, which needs flax and is imported by itself.
+NF4 weights and LoRA for Flax are in `optax_lowmem.nn` (NNX) and `optax_lowmem.linen`, which need
+flax and are imported by themselves.
 """
 
 from optax_lowmem._aliases import adagrad, adam, adamw, ademamix, create, lion, rmsprop, sgd

@@ -39,7 +39,12 @@ class Contraction:
       batch = tuple(module.batch_axis.values())
       shape = (*batch, *module.in_features, *module.out_features)
       return cls(None, tuple(module.axis), len(batch), shape)
-    lhs, rhs, out = _split(module.einsum_str)
+    return cls.of_equation(module.einsum_str, tuple(module.kernel_shape))
+
+  @classmethod
+  def of_equation(cls, equation: str, kernel_shape: tuple[int, ...]) -> Contraction:
+    """The contraction of an equation of an input and a kernel; raises as `of` does."""
+    lhs, rhs, out = _split(equation)
     letters = [c for c in lhs + out if c != "."]
     lonely = (set(rhs) - set(lhs) - set(out)) | (set(lhs) - set(rhs) - set(out) - {"."})
     repeated = any(
@@ -47,11 +52,11 @@ class Contraction:
     )
     if lonely or repeated or "." in rhs or not letters:
       raise ValueError(
-        f"the equation {module.einsum_str!r} is not a plain product of an input and a kernel: it "
+        f"the equation {equation!r} is not a plain product of an input and a kernel: it "
         "sums over an axis of one of them alone, repeats a letter, or has an ellipsis in the "
         "kernel. Leave this module out of `targets`."
       )
-    return cls(module.einsum_str, (), 0, tuple(module.kernel_shape))
+    return cls(equation, (), 0, kernel_shape)
 
   def letters(self, ndim: int) -> tuple[str, str, str]:
     """Letters of the axes of an input of rank `ndim`, of the kernel and of the output."""

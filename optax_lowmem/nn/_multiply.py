@@ -19,6 +19,7 @@ def _with_bits_of(weight: QuantizedArray, x: jax.Array) -> QuantizedArray:
   return dataclasses.replace(weight, codes=weight.codes ^ zero)
 
 
+@jax.custom_batching.custom_vmap
 def _wait_for(x: jax.Array, weight: QuantizedArray) -> QuantizedArray:
   """The weight, not to be decoded before `x` is there.
 
@@ -33,6 +34,14 @@ def _wait_for(x: jax.Array, weight: QuantizedArray) -> QuantizedArray:
     cpu=_with_bits_of,
     default=lambda weight, x: jax.lax.optimization_barrier((weight, x))[0],
   )
+
+
+@_wait_for.def_vmap
+def _wait_for_whole(size, batched, x, weight):
+  # All weights wait for all of x. Tied to one example each, a weight that a batch of examples
+  # shares would be decoded for each: 16 dense weights for 16 examples under `jax.vmap`.
+  del size
+  return _wait_for(x, weight), batched[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -99,14 +99,14 @@ def peft_layers(
   return found
 
 
-def _target_modules(names: Sequence[str], everything: Sequence[str]) -> list[str]:
+def target_modules(names: Sequence[str], everything: Sequence[str]) -> list[str]:
   """The shortest `target_modules` with which PEFT adapts these layers and no others."""
   lasts = {name.rpartition(".")[2] for name in names}
   same = {name for name in everything if name.rpartition(".")[2] in lasts}
   return sorted(lasts if same == set(names) else names)
 
 
-def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def pattern_of(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
   """The commonest value, and a pattern of PEFT's that gives the others."""
   common = collections.Counter(values.values()).most_common(1)[0][0]
   by_last: dict[str, set[Any]] = {}
@@ -124,7 +124,7 @@ def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
   return common, pattern
 
 
-def _number(value: float) -> int | float:
+def number(value: float) -> int | float:
   return int(value) if value == int(value) else value
 
 
@@ -236,16 +236,16 @@ def save_peft(
         f"`{name}` is trained whole, and PEFT would take {sorted(others)[0]!r} for it too, whose "
         "name ends in the same letters. Train both, or rename one."
       )
-  rank, rank_pattern = _pattern({name: layer.rank for name, layer in layers.items()})
-  alpha, alpha_pattern = _pattern({name: layer.alpha for name, layer in layers.items()})
+  rank, rank_pattern = pattern_of({name: layer.rank for name, layer in layers.items()})
+  alpha, alpha_pattern = pattern_of({name: layer.alpha for name, layer in layers.items()})
   config = {
     "peft_type": "LORA",
     "task_type": task_type,
     "base_model_name_or_path": base_model,
     "r": rank,
-    "lora_alpha": _number(alpha),
+    "lora_alpha": number(alpha),
     "lora_dropout": rate,
-    "target_modules": _target_modules(list(layers), all_names),
+    "target_modules": target_modules(list(layers), all_names),
     "bias": bias,
     "fan_in_fan_out": False,
     "inference_mode": True,
@@ -256,7 +256,7 @@ def save_peft(
     "use_dora": use_dora,
     "lora_bias": lora_bias,
     "rank_pattern": rank_pattern,
-    "alpha_pattern": {key: _number(value) for key, value in alpha_pattern.items()},
+    "alpha_pattern": {key: number(value) for key, value in alpha_pattern.items()},
     "modules_to_save": modules,
     "ensure_weight_tying": bool(modules) and is_tied(model),
   }

@@ -20,7 +20,7 @@ from optax_lowmem.nn._places import (
   patterns,
 )
 
-_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|unembed(ding)?|output_head|logits?(_dense|_proj)?)")
+HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|unembed(ding)?|output_head|logits?(_dense|_proj)?)")
 
 
 class Target(NamedTuple):
@@ -38,7 +38,7 @@ def all_linear(everything: Sequence[Place]) -> list[Place]:
   an embedding has rows.
   """
   layers = [p for p in adaptable(everything) if is_linear(base_of(p.module))]
-  heads = [p for p in layers if _HEADS.fullmatch(p.path)]
+  heads = [p for p in layers if HEADS.fullmatch(p.path)]
   if not heads:
     rows = {p.module.num_embeddings for p in everything if isinstance(p.module, nnx.Embed)}
     heads = [p for p in layers if matrix_shape(base_of(p.module))[-2] in rows]

@@ -1,0 +1,235 @@
+"""Which linear layers and embeddings a Linen model has, found by tracing it once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import core
+from flax import linen as nn
+
+from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem.linen._lora_dense import LoRADense
+from optax_lowmem.linen._nf4_dense import NF4Dense
+from optax_lowmem.linen._product import STACKED, dense
+from optax_lowmem.nn._contraction import Contraction
+
+_KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
+# What they hold is not what their layer multiplies by, so that nothing can be merged into it.
+_NORMED = (nn.WeightNorm, nn.SpectralNorm)
+_METHODS = {inspect.unwrap(kind.__call__): kind for kind in _KINDS}
+
+
+class Call(NamedTuple):
+  """The call of a layer: its input, its weight's name, and how it multiplies by the weight."""
+
+  x: Any
+  field: str  # "kernel", or "embedding", whose table is looked up
+  contraction: Contraction
+
+
+def call_of(args: Sequence[Any], kwargs: Mapping[str, Any], context: Any) -> Call | None:
+  """What a method call that was intercepted computes; None unless it is a layer's product.
+
+  Told by the function that runs, not by the module's type: the class that `nn.remat` makes of Dense
+  calls Dense's, inside of the transformation, and so may a subclass.
+  """
+  module = context.module
+  method = getattr(context.orig_method, "func", context.orig_method)
+  kind = _METHODS.get(inspect.unwrap(method))
+  if kind is None or isinstance(module, (LoRADense, NF4Dense)):
+    return None
+  x = jnp.asarray(args[0] if args else kwargs["inputs"])
+  if kind is nn.Embed:
+    return Call(x, "embedding", dense((module.num_embeddings, module.features)))
+  if kind is nn.Dense:
+    return Call(x, "kernel", dense((x.shape[-1], module.features)))
+  if kind is nn.Einsum:
+    equation = module.einsum_str or (args[1] if len(args) > 1 else kwargs["einsum_str"])
+    return Call(x, "kernel", Contraction.of_equation(equation, tuple(module.shape)))
+  axis = sorted(a % x.ndim for a in _several(module.axis))
+  batch = len(_several(module.batch_dims))
+  shape = (*x.shape[:batch], *(x.shape[a] for a in axis), *_several(module.features))
+  return Call(x, "kernel", Contraction(None, tuple(axis), batch, shape))
+
+
+def _several(value: Any) -> tuple[int, ...]:
+  return (value,) if isinstance(value, int) else tuple(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A linear layer or an embedding of a model.
+
+  Attributes:
+    path: its keys in `params`.
+    kind: the name of its class.
+    field: its weight's name in `params`, `"kernel"` or `"embedding"`.
+    stack: the leading axes that the weight has in `params` and not in the layer itself.
+    contraction: how the axes of the weight make a matrix.
+    own: whether it multiplies in a way of its own, which a packed layer would not.
+  """
+
+  path: tuple[str, ...]
+  kind: str
+  field: str
+  stack: tuple[int, ...]
+  contraction: Contraction
+  own: bool
+
+  @property
+  def name(self) -> str:
+    """The path, dotted."""
+    return ".".join(self.path)
+
+  @property
+  def matrix_shape(self) -> tuple[int, ...]:
+    """(out, in), or (batch, out, in), of one layer."""
+    return self.contraction.matrix_shape
+
+
+class Layers(NamedTuple):
+  """What `find_layers` found.
+
+  Attributes:
+    layers: the linear layers and embeddings, in the order of the calls.
+    others: (dotted path, class) of every other module that was called.
+  """
+
+  layers: tuple[Layer, ...]
+  others: tuple[tuple[str, str], ...]
+
+  @property
+  def names(self) -> list[str]:
+    """The dotted paths of the linear layers and embeddings."""
+    return [layer.name for layer in self.layers]
+
+
+def find_layers(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  *args: Any,
+  rngs: Any = None,
+  method: Any = None,
+  **kwargs: Any,
+) -> Layers:
+  """Finds the linear layers and embeddings that a call of the model goes through.
+
+  The model is traced once, abstractly, and nothing is computed: only that tells a kernel of shape
+  (heads, dim, out) from three stacked ones of shape (dim, out). `nn.Dense`, `nn.DenseGeneral`,
+  `nn.Einsum` and `nn.Embed` are found wherever they are called: in attention layers of flax, under
+  `nn.scan`, `nn.vmap`, `nn.remat` and `nn.jit`, in `setup` or in compact methods; not in
+  `nn.WeightNorm` and `nn.SpectralNorm`, whose weights are not what is multiplied by.
+
+  Args:
+    model: any Linen module. It is not changed.
+    variables: its variables, `{"params": …}`; arrays or `jax.ShapeDtypeStruct`.
+    *args: arguments of the call, arrays or `jax.ShapeDtypeStruct`.
+    rngs: as in `model.apply`.
+    method: as in `model.apply`.
+    **kwargs: keyword arguments of the call.
+
+  Returns:
+    `Layers`, for `LoRA` and `quantize_params`.
+
+  Raises:
+    TypeError: `model` is not a Linen module.
+    ValueError: `variables` has no `"params"`, or layers are stacked along other than leading axes.
+
+  >>> import jax, jax.numpy as jnp
+  >>> from flax import linen as flax_linen
+  >>> from optax_lowmem import linen
+  >>> model = flax_linen.MultiHeadDotProductAttention(num_heads=2)
+  >>> x = jnp.ones((1, 3, 8))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> layers = linen.find_layers(model, variables, x)
+  >>> layers.names, layers.layers[3].matrix_shape
+  (['query', 'key', 'value', 'out'], (8, 8))
+  """
+  if not isinstance(model, nn.Module):
+    raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}.")
+  if "params" not in variables:
+    raise ValueError(
+      f"`variables` must have a collection 'params', got {sorted(variables)}. "
+      "Pass `{'params': params}`."
+    )
+  found: dict[tuple[str, ...], Layer] = {}
+  others: dict[str, str] = {}
+  record = functools.partial(_record, variables["params"], found, others, [])
+  given = (variables, args, kwargs)
+  leaves, structure = jax.tree.flatten(given)
+  abstract = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
+
+  def call(traced: dict[int, Any]) -> Any:
+    # Imported late: what is intercepted there is found here.
+    from optax_lowmem.linen._intercept import intercept
+
+    merged = [traced.get(i, leaf) for i, leaf in enumerate(leaves)]
+    variables, args, kwargs = jax.tree.unflatten(structure, merged)
+    with nn.intercept_methods(intercept), nn.intercept_methods(record):
+      model.apply(variables, *args, rngs=rngs, method=method, mutable=True, **kwargs)
+
+  jax.eval_shape(call, abstract)
+  for layer in found.values():
+    others.pop(layer.name, None)
+  return Layers(tuple(found.values()), tuple(others.items()))
+
+
+def _record(
+  params: Any,
+  found: dict[tuple[str, ...], Layer],
+  others: dict[str, str],
+  normed: list[str],
+  next_fun: Callable[..., Any],
+  args: Any,
+  kwargs: Any,
+  context: Any,
+) -> Any:
+  module, call = context.module, call_of(args, kwargs, context)
+  kind = type(module).__name__
+  if isinstance(module, _NORMED):
+    normed.append(kind)
+    try:
+      return next_fun(*args, **kwargs)
+    finally:
+      normed.pop()
+  weight = call and weight_at(params, module.path, call.field)
+  if call is None or weight is None or normed:
+    others.setdefault(".".join(module.path), " in a ".join([kind, *normed]))
+    return next_fun(*args, **kwargs)
+  packed = isinstance(weight, QuantizedArray)
+  one = call.contraction.matrix_shape if packed else call.contraction.kernel_shape
+  stack = weight.shape[: len(weight.shape) - len(one)]
+  name = ".".join(module.path)
+  if (*stack, *one) != weight.shape:
+    raise ValueError(
+      f"`{name}` needs a {call.field} of shape {one} and has one of {weight.shape}. {STACKED}"
+    )
+  own = (
+    getattr(module, "dot_general", None) is not None
+    or getattr(module, "dot_general_cls", None) is not None
+    or getattr(module, "preferred_element_type", None) is not None
+    or module.promote_dtype is not nn.Dense.promote_dtype
+  )
+  layer = Layer(tuple(module.path), kind, call.field, stack, call.contraction, own)
+  before = found.setdefault(layer.path, layer)
+  if before.contraction.groups() != layer.contraction.groups():
+    raise ValueError(f"`{name}` is called with two equations, which see its kernel differently.")
+  return next_fun(*args, **kwargs)
+
+
+def copied(tree: Any) -> dict[str, Any]:
+  """The same leaves in nested dicts of their own, in which entries can be set."""
+  return core.unfreeze(tree)
+
+
+def weight_at(params: Any, path: Sequence[str], field: str) -> Any:
+  """A weight in a tree of parameters, without its box of partitioning names; None if absent."""
+  for key in path:
+    params = params.get(key) if isinstance(params, Mapping) else None
+  return nn.unbox(params[field]) if isinstance(params, Mapping) and field in params else None

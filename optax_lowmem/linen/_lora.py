@@ -1,0 +1,263 @@
+"""Adapters for a Linen model that was not edited."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem.linen._intercept import FACTORS, Factors, apply
+from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
+from optax_lowmem.linen._lora_dense import check_settings, initial_a, scale_of
+from optax_lowmem.linen._quantize import holder
+from optax_lowmem.linen._targets import all_linear, choose
+from optax_lowmem.nn._quantized import dequantize_stack
+from optax_lowmem.nn._targets import pattern_value
+
+
+class Target(NamedTuple):
+  """A layer with an adapter, its rank and its scale."""
+
+  layer: Layer
+  rank: int
+  alpha: float
+  scale: float
+
+  @property
+  def shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shapes of the factors, by their keys."""
+    *batch, out, inputs = self.layer.matrix_shape
+    lead, path = (*self.layer.stack, *batch), self.layer.path
+    return {
+      (*path, "lora_a"): (*lead, inputs, self.rank),
+      (*path, "lora_b"): (*lead, self.rank, out),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoRA:
+  r"""A Linen model with low-rank adapters, which is itself not edited.
+
+  .. math:: y = \mathrm{layer}(x) + s \, (\mathrm{drop}(x) \, A) \, B, \qquad s = \alpha / r
+
+  `init` makes the adapters, a tree of float32 arrays and nothing else; `apply` is that of the model
+  with ``variables["lora"]`` beside ``variables["params"]``. Train the adapters:
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from flax import linen as flax_linen
+  >>> from flax.training.train_state import TrainState
+  >>> from optax_lowmem import linen
+  >>> x = jnp.ones((3, 64))
+  >>> model = flax_linen.Sequential([flax_linen.Dense(64), flax_linen.Dense(4)])
+  >>> params = model.init(jax.random.key(0), x)["params"]
+  >>> layers = linen.find_layers(model, {"params": params}, x)
+  >>> params = linen.quantize_params(params, layers, targets="layers_0")  # if in 4 bits
+  >>> lora = linen.LoRA(model, layers, rank=8, alpha=16, targets="layers_0")
+  >>> adapters = lora.init(jax.random.key(1))
+  >>> jax.tree.map(jnp.shape, adapters)
+  {'layers_0': {'lora_a': (64, 8), 'lora_b': (8, 64)}}
+  >>> state = TrainState.create(apply_fn=lora.apply, params=adapters, tx=optax.adamw(1e-3))
+  >>> def loss(adapters):
+  ...   return state.apply_fn({"params": params, "lora": adapters}, x).sum()
+  >>> state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+  Layers compute their products unchanged, and x A B is added; no A B is made. For the time of a
+  call the factors lie beside the kernels in `"params"`, so that `nn.scan` and `nn.vmap` slice them
+  as they slice the kernels (over leading axes) and the model needs no new collection. Linear layers
+  of more axes have factors of the product of those that are summed over and of the others; axes
+  that a kernel shares with input and output, and stacks, have factors of their own for each index.
+  In embeddings A starts at zero, as in PEFT; `attend` stays that of the base, and nothing is
+  dropped.
+
+  Args:
+    model: any Linen module.
+    layers: of `find_layers`.
+    rank: r, the inner size of the correction.
+    alpha: the numerator of the scale.
+    targets: `"all-linear"`, which is every linear layer but the output head, or a regular
+      expression or a list of them, each matching a layer's whole path, joined with `.` or `/`, or
+      its last part (`query|value`).
+    dropout: the share of the inputs of A that are zeroed, by the stream `dropout` of `rngs`.
+    deterministic: nothing is dropped. For evaluation: ``dataclasses.replace(lora,
+      deterministic=True)``.
+    use_rslora: scale by alpha / sqrt(rank) instead (rank-stabilized LoRA).
+    rank_pattern: ranks of some layers, by regular expressions that match the end of a dotted path;
+      the first that does counts.
+    alpha_pattern: the same for alpha.
+
+  Raises:
+    ValueError: nothing matches (the message lists the layers that could), or an argument is out of
+      range.
+    TypeError: `model` is not a Linen module.
+
+  References:
+    Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv:2106.09685.
+    Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023,
+    arXiv:2312.03732.
+  """
+
+  model: nn.Module
+  layers: Layers
+  rank: int
+  alpha: float
+  targets: str | Sequence[str] = "all-linear"
+  _: dataclasses.KW_ONLY
+  dropout: float = 0.0
+  deterministic: bool = False
+  use_rslora: bool = False
+  rank_pattern: Mapping[str, int] | None = None
+  alpha_pattern: Mapping[str, float] | None = None
+  chosen: tuple[Target, ...] = dataclasses.field(init=False, repr=False)
+
+  def __post_init__(self):
+    if not isinstance(self.model, nn.Module):
+      raise TypeError(
+        f"`model` must be a flax.linen.Module, got {type(self.model).__name__}. "
+        "A model has one set of adapters."
+      )
+    if not isinstance(self.layers, Layers):
+      raise TypeError(
+        f"`layers` must be what `find_layers` returns, got {type(self.layers).__name__}."
+      )
+    check_settings(self.rank, self.alpha, self.dropout)
+    if self.targets == "all-linear":
+      found = all_linear(self.layers)
+      if not found:
+        raise ValueError("`targets` 'all-linear': there is no linear layer but the output head.")
+    else:
+      found = choose("targets", self.targets, self.layers, self.layers.layers)
+    targets = []
+    for layer in found:
+      rank = pattern_value(self.rank_pattern or {}, layer.name, self.rank)
+      alpha = pattern_value(self.alpha_pattern or {}, layer.name, self.alpha)
+      check_settings(rank, alpha, self.dropout)
+      targets.append(Target(layer, rank, alpha, scale_of(rank, alpha, self.use_rslora)))
+    for what in ("rank_pattern", "alpha_pattern"):
+      for key in getattr(self, what) or {}:
+        if not any(pattern_value({key: True}, layer.name, False) for layer in found):
+          raise ValueError(
+            f"`{what}` {key!r} matches no layer that is adapted. A key is a regular expression "
+            "that matches the end of a dotted path."
+          )
+    object.__setattr__(self, "chosen", tuple(targets))
+
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    """Returns new adapters, which change nothing: nested dicts of `lora_a` and `lora_b`."""
+    flat: dict[tuple[str, ...], jax.Array] = {}
+    for target, one in zip(self.chosen, jax.random.split(key, len(self.chosen)), strict=True):
+      (name_a, shape_a), (name_b, shape_b) = target.shapes.items()
+      if target.layer.field == "embedding":  # as PEFT: looking up is cheap in A, so A is zero
+        flat[name_a] = jnp.zeros(shape_a, jnp.float32)
+        flat[name_b] = jax.random.normal(one, shape_b, jnp.float32)
+      else:
+        flat[name_a] = initial_a(one, shape_a)
+        flat[name_b] = jnp.zeros(shape_b, jnp.float32)
+    return traverse_util.unflatten_dict(flat)
+
+  def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """`model.apply`, with adapters. Packed kernels run as in `linen.apply`.
+
+    Args:
+      variables: `{"params": …, "lora": adapters}` and other collections of the model.
+      *args: arguments of the call.
+      **kwargs: keyword arguments of `model.apply` and of the call.
+
+    Returns:
+      What `model.apply` returns.
+
+    Raises:
+      ValueError: `variables` lacks `"lora"`, or it holds other layers or shapes than `layers`; or
+        there is dropout and `rngs` has no `dropout`.
+    """
+    lacking = [name for name in ("params", "lora") if name not in variables]
+    if lacking:
+      raise ValueError(
+        f"`variables` has no collection {lacking[0]!r}, got {sorted(variables)}. "
+        "Pass `{'params': params, 'lora': adapters}`."
+      )
+    rate = 0.0 if self.deterministic else self.dropout
+    rngs = kwargs.get("rngs")
+    if rate > 0 and not (rngs is not None and (not isinstance(rngs, Mapping) or "dropout" in rngs)):
+      raise ValueError(
+        f"`dropout` is {rate}, and `rngs` has no 'dropout'. Pass `rngs={{'dropout': key}}`, or to "
+        "evaluate use `dataclasses.replace(lora, deterministic=True)`."
+      )
+    params = copied(variables["params"])
+    flat = self.checked(variables["lora"])
+    for target in self.chosen:
+      a, b = (flat[name] for name in target.shapes)
+      at = holder(params, target.layer.path)
+      if FACTORS in at:
+        raise ValueError(
+          f"`{target.layer.name}` has a {FACTORS!r} in 'params' already. A layer has one adapter."
+        )
+      drops = rate if target.layer.field == "kernel" else 0.0
+      at[FACTORS] = Factors(a, b * target.scale, drops)
+    out = apply(self.model, {**variables, "params": params}, *args, **kwargs)
+    if kwargs.get("mutable", False) is not False and "params" in out[1]:
+      return out[0], {**out[1], "params": self._without(out[1]["params"])}
+    return out
+
+  def merge(self, params: Mapping[str, Any], adapters: Any, dtype: Any = None) -> dict[str, Any]:
+    r"""Takes adapters into the weights: :math:`W + s A B`, in float32.
+
+    The result is for the plain model. A packed kernel with an adapter is decoded; one without
+    stays packed, and needs `linen.apply`. If the original ones are at hand, pass those as `params`
+    instead. It is differentiable in `adapters`, but the gradient then needs float32 arrays of the
+    size of every adapted layer, where that of `apply` needs none. An output layer that is tied to
+    an adapted embedding gets the change too.
+
+    Args:
+      params: the parameters of the model, packed or not.
+      adapters: as in `init`.
+      dtype: of the merged weights; None is what each has (before it was packed).
+
+    Returns:
+      The parameters, as nested dicts.
+
+    Raises:
+      ValueError: `adapters` or `params` are not those of `layers`.
+    """
+    params, flat = copied(params), self.checked(adapters)
+    for target in self.chosen:
+      layer = target.layer
+      at, boxed = holder(params, layer.path), holder(params, layer.path)[layer.field]
+      weight = weight_at(params, layer.path, layer.field)
+      a, b = (flat[name] for name in target.shapes)
+      delta = target.scale * jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
+      if isinstance(weight, QuantizedArray):
+        merged = layer.contraction.to_kernel(dequantize_stack(weight) + delta)
+      else:
+        merged = jnp.asarray(weight, jnp.float32) + layer.contraction.to_kernel(delta)
+      merged = merged.astype(weight.dtype if dtype is None else dtype)
+      boxes = isinstance(boxed, nn.meta.AxisMetadata)
+      at[layer.field] = nn.meta.replace_boxed(boxed, merged) if boxes else merged
+    return params
+
+  def checked(self, adapters: Any) -> dict[tuple[str, ...], Any]:
+    """The factors by their keys, all there and of the right shapes."""
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(copied(adapters))
+    shapes = {key: shape for target in self.chosen for key, shape in target.shapes.items()}
+    # Layers of the model's own that have adapters keep theirs in the same collection.
+    own = {name for name, kind in self.layers.others if kind == "LoRADense"}
+    extra = [key for key in flat if key not in shapes and ".".join(key[:-1]) not in own]
+    for key, shape in shapes.items():
+      if key not in flat or jnp.shape(flat[key]) != shape:
+        got = f"shape {jnp.shape(flat[key])}" if key in flat else "none"
+        raise ValueError(f"the adapters must have `{'.'.join(key)}` of shape {shape}, got {got}.")
+    if extra:
+      raise ValueError(f"the adapters have `{'.'.join(extra[0])}`, which is not in `targets`.")
+    return flat
+
+  def _without(self, params: Any) -> dict[str, Any]:
+    """The parameters without the factors that lay beside them."""
+    params = copied(params)
+    for target in self.chosen:
+      holder(params, target.layer.path).pop(FACTORS, None)
+    return params

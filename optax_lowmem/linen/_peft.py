@@ -1,0 +1,195 @@
+"""Adapters of Linen models in the files of PEFT."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from optax_lowmem.linen._layers import Layer
+from optax_lowmem.linen._lora import LoRA
+from optax_lowmem.linen._lora_dense import scale_of
+from optax_lowmem.nn._peft import number, pattern_of, target_modules
+from optax_lowmem.nn._peft_files import (
+  CONFIG,
+  PREFIX,
+  WEIGHTS,
+  import_safetensors,
+  read_config,
+  read_tensors,
+  write_adapter,
+)
+from optax_lowmem.nn._places import listing, names_in_stack, nearest
+from optax_lowmem.nn._targets import pattern_value
+
+
+def save_peft(
+  lora: LoRA,
+  adapters: Any,
+  dir: str | os.PathLike[str],
+  *,
+  base_model: str | None = None,
+  task_type: str = "CAUSAL_LM",
+  stack: str = "layers",
+  overwrite: bool = False,
+) -> pathlib.Path:
+  """Writes adapters as PEFT writes them.
+
+  `PeftModel.from_pretrained(base, dir)` and `optax_lowmem.nn.load_peft` load the result, if the
+  paths of the Linen model are those of theirs; a stacked `layers.q_proj` is written as
+  `layers.{i}.q_proj`, one for each layer.
+
+  Args:
+    lora: the model that the adapters are of.
+    adapters: as from `lora.init`.
+    dir: the directory to write to; it is made if needed.
+    base_model: name or path of the base model, for the configuration.
+    task_type: PEFT's task type, for the configuration.
+    stack: the part of a stacked layer's path after which the layer number belongs.
+    overwrite: replace an adapter that is in `dir` already.
+
+  Returns:
+    `dir` as a `pathlib.Path`.
+
+  Raises:
+    FileExistsError: there is an adapter in `dir`, and `overwrite` is False.
+    ValueError: `adapters` are not those of `lora`, or a layer has no one matrix or no clear name in
+      PyTorch.
+    ImportError: the package safetensors is not installed.
+
+  >>> import jax, jax.numpy as jnp, tempfile
+  >>> from flax import linen as flax_linen
+  >>> from optax_lowmem import linen
+  >>> model, x = flax_linen.Sequential([flax_linen.Dense(4)]), jnp.ones((3, 8))
+  >>> layers = linen.find_layers(model, model.init(jax.random.key(0), x), x)
+  >>> lora = linen.LoRA(model, layers, rank=2, alpha=4)
+  >>> adapters = lora.init(jax.random.key(1))
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   back = linen.load_peft(lora, linen.save_peft(lora, adapters, folder))
+  >>> bool((back["layers_0"]["lora_a"] == adapters["layers_0"]["lora_a"]).all())
+  True
+
+  References:
+    https://huggingface.co/docs/peft/developer_guides/checkpoint
+  """
+  import_safetensors()  # before any work, if it is missing
+  dir = pathlib.Path(dir)
+  there = [name for name in (CONFIG, WEIGHTS) if (dir / name).exists()]
+  if there and not overwrite:
+    raise FileExistsError(
+      f"`dir` {str(dir)!r} holds an adapter already ({', '.join(there)}). "
+      "Choose another directory, or pass `overwrite=True`."
+    )
+  flat = lora.checked(adapters)
+  tensors: dict[str, np.ndarray] = {}
+  ranks: dict[str, int] = {}
+  alphas: dict[str, float] = {}
+  for target in lora.chosen:
+    names = _names(target.layer, stack)
+    a, b = (np.asarray(flat[key], np.float32) for key in target.shapes)
+    for i, name in enumerate(names):
+      for part, value in (("A", a), ("B", b)):
+        one = value[i] if target.layer.stack else value
+        tensors[PREFIX + name + _end(target.layer, part)] = np.ascontiguousarray(one.T)
+    ranks |= dict.fromkeys(names, target.rank)
+    alphas |= dict.fromkeys(names, target.alpha)
+  every = [name for layer in lora.layers.layers for name in _names(layer, stack, check=False)]
+  rank, rank_pattern = pattern_of(ranks)
+  alpha, alpha_pattern = pattern_of(alphas)
+  config = {
+    "peft_type": "LORA",
+    "task_type": task_type,
+    "base_model_name_or_path": base_model,
+    "r": rank,
+    "lora_alpha": number(alpha),
+    "lora_dropout": lora.dropout,
+    "target_modules": target_modules(list(ranks), every),
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "use_rslora": lora.use_rslora,
+  }
+  alpha_pattern = {key: number(value) for key, value in alpha_pattern.items()}
+  optional = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+  write_adapter(dir, config | {key: value for key, value in optional.items() if value}, tensors)
+  return dir
+
+
+def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers") -> dict[str, Any]:
+  """Reads the adapters that PEFT or a `save_peft` wrote.
+
+  Args:
+    lora: the model that the adapters are for, with the targets, ranks and scales of the file.
+    dir: the directory of `adapter_config.json` and `adapter_model.safetensors`.
+    stack: the part of a stacked layer's path after which the layer number belongs.
+
+  Returns:
+    The adapters, as from `lora.init`.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the file holds what is not supported (DoRA, biases, modules saved whole), or does
+      not fit `lora`: other layers, shapes, ranks or scales.
+    ImportError: the package safetensors is not installed.
+  """
+  dir = pathlib.Path(dir)
+  config, file = read_config(dir / CONFIG), read_tensors(dir / WEIGHTS)
+  names = [name for target in lora.chosen for name in _names(target.layer, stack)]
+  unknown = [name for name in file.layers if name not in names]
+  if unknown or file.plain:
+    name = unknown[0] if unknown else next(iter(file.plain))
+    raise ValueError(
+      f"the adapter in {str(dir)!r} holds `{name}`, which has no adapter in `lora`."
+      f"{nearest(name, names)} Adapted layers: {listing(names)}."
+    )
+  flat: dict[tuple[str, ...], Any] = {}
+  for target in lora.chosen:
+    found: dict[str, list[np.ndarray]] = {"A": [], "B": []}
+    *_, out, inputs = target.layer.matrix_shape
+    shapes = {"A": (target.rank, inputs), "B": (out, target.rank)}
+    for name in _names(target.layer, stack):
+      parts = file.layers.get(name, {})
+      got = {part: value.shape for part, value in parts.items()}
+      if got != shapes:
+        raise ValueError(
+          f"the adapter in {str(dir)!r} must have {shapes} for `{name}`, got {got or 'none'}. "
+          "Give `lora` the targets and the rank of the file; DoRA and biases are not supported."
+        )
+      rank = int(pattern_value(config.get("rank_pattern") or {}, name, config["r"]))
+      alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+      scale = scale_of(rank, alpha, bool(config.get("use_rslora")))
+      if abs(scale - target.scale) > 1e-6 * scale:
+        raise ValueError(
+          f"the adapter in {str(dir)!r} has scale {scale:g} for `{name}`, `lora` has "
+          f"{target.scale:g}. Give `lora` the same alpha, rank and use_rslora."
+        )
+      for part in found:
+        found[part].append(parts[part].T)
+    for key, values in zip(target.shapes, found.values(), strict=True):
+      flat[key] = jnp.asarray(np.stack(values) if target.layer.stack else values[0])
+  return traverse_util.unflatten_dict(flat)
+
+
+def _names(layer: Layer, stack: str, check: bool = True) -> list[str]:
+  """What the layers of a stack are called in PyTorch."""
+  names = names_in_stack(layer.name, layer.stack, stack)
+  if check and not names:
+    raise ValueError(
+      f"`{layer.name}` is a stack of layers, and where its layer number belongs is not clear: the "
+      f"path must have one part {stack!r} and the weight one leading axis. Name it in `stack`."
+    )
+  if check and len(layer.matrix_shape) > 2:
+    raise ValueError(
+      f"`{layer.name}` multiplies by one matrix for each index of an axis that its kernel shares "
+      "with input and output, for which PEFT has no adapter. Merge it with `LoRA.merge` instead."
+    )
+  return names or [layer.name]
+
+
+def _end(layer: Layer, part: str) -> str:
+  return f".lora_embedding_{part}" if layer.field == "embedding" else f".lora_{part}.weight"

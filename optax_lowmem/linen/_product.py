@@ -1,0 +1,70 @@
+"""What a layer of Flax Linen computes: packed weights, and low-rank corrections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem.nn._contraction import Contraction
+from optax_lowmem.nn._lora import low_rank
+from optax_lowmem.nn._multiply import multiply
+
+STACKED = (
+  "Layers are stacked along the leading axes of their variables: give `nn.scan` or `nn.vmap` "
+  "axis 0 for them in `variable_axes`."
+)
+
+
+def packed_product(
+  x: jax.Array,
+  weight: QuantizedArray,
+  contraction: Contraction,
+  bias: jax.Array | None,
+  dtype: Any,
+  precision: Any,
+) -> jax.Array:
+  """What a linear layer of Linen computes with the decoded weight, which is never kept.
+
+  As there, a `dtype` of None is that to which the input, the weight and the bias promote.
+  """
+  if weight.shape != contraction.matrix_shape:
+    raise ValueError(
+      f"a packed kernel has shape {weight.shape} (out, in), and its layer needs "
+      f"{contraction.matrix_shape}. {STACKED}"
+    )
+  if dtype is None:
+    dtype = jnp.result_type(x, weight.dtype, *([] if bias is None else [bias]))
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
+  x = jnp.asarray(x, dtype)
+  flat = contraction.flatten(x)
+  if weight.ndim == 2:
+    y: Any = multiply(flat, weight, precision)
+  else:
+    y = jax.vmap(lambda x, weight: multiply(x, weight, precision))(flat, weight)
+  y = contraction.unflatten(y, x)
+  return y if bias is None else y + contraction.spread_bias(jnp.asarray(bias, dtype), x.ndim)
+
+
+def correction(
+  x: jax.Array, a: jax.Array, b: jax.Array, contraction: Contraction, dtype: Any
+) -> jax.Array:
+  """x A B in the dtype of the layer's output, with the axes of the layer's output."""
+  x = jnp.asarray(x, dtype)
+  flat, a, b = contraction.flatten(x), a.astype(dtype), b.astype(dtype)
+  y: Any = low_rank(flat, a, b) if a.ndim == 2 else jnp.matmul(jnp.matmul(flat, a), b)
+  return contraction.unflatten(y, x)
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+  """Zeroes a share of the elements and scales up the others, as `flax.linen.Dropout`."""
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def dense(shape: tuple[int, int]) -> Contraction:
+  """A kernel (in, out), multiplied with the last axis of the input."""
+  return Contraction(None, (-1,), 0, shape)
