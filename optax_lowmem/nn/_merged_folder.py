@@ -64,25 +64,25 @@ def size_in_bytes(size: int | str | None) -> int | None:
 
 
 @contextlib.contextmanager
-def new_folder(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """A folder to write to, which is given the name `directory` once all is written.
+def new_folder(dir: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """A folder to write to, which is given the name `dir` once all is written.
 
   Where anything is raised before that, nothing is left.
 
   Raises:
-    FileExistsError: there is something at `directory` that is no empty folder.
+    FileExistsError: there is something at `dir` that is no empty folder.
   """
-  final = pathlib.Path(os.path.abspath(directory))
+  final = pathlib.Path(os.path.abspath(dir))
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
     raise FileExistsError(
-      f"`directory` {str(directory)!r} exists and is not empty. Choose another one."
+      f"`dir` {str(dir)!r} exists and is not empty. Choose another one."
     )
   if final.exists():
     try:  # now, not after all the work: a mounted folder cannot be replaced
       final.rmdir()
     except OSError as error:
       raise FileExistsError(
-        f"`directory` {str(directory)!r} cannot be replaced ({error}). Name a new one inside it."
+        f"`dir` {str(dir)!r} cannot be replaced ({error}). Name a new one inside it."
       ) from error
   partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
   partial.mkdir(parents=True)

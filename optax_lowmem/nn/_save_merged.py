@@ -36,7 +36,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 
 def save_merged(
   model: nnx.Module,
-  directory: str | os.PathLike[str],
+  dir: str | os.PathLike[str],
   original: Source | None = None,
   *,
   dtype: Any = None,
@@ -58,7 +58,7 @@ def save_merged(
 
   Args:
     model: a module with adapters, whose paths are those of the PyTorch model, as for `save_peft`.
-    directory: the directory to write; it must be new or empty.
+    dir: the directory to write; it must be new or empty.
     original: the weights under PyTorch's names: a Hugging Face directory, a safetensors file, or
       a mapping. The mapping's values need a `shape`, a `dtype`, and `numpy.asarray` to work on
       them; they may be lazy.
@@ -69,10 +69,10 @@ def save_merged(
     stack: the part of a stacked module's path after which the layer number belongs.
 
   Returns:
-    `directory` as a `pathlib.Path`.
+    `dir` as a `pathlib.Path`.
 
   Raises:
-    FileExistsError: there is something in `directory`.
+    FileExistsError: there is something in `dir`.
     FileNotFoundError: there are no weights at `original`.
     TypeError: `original` maps to something that is no array.
     ValueError: `model` has no adapter; a name or a shape does not fit `original`; a merged weight
@@ -97,7 +97,7 @@ def save_merged(
   if not changes.deltas:
     raise ValueError("`model` holds no LoRALinear, there is nothing to merge.")
   tied = is_tied(model) or shares_table(model) or None
-  output = (directory, dtype, max_shard_size)
+  output = (dir, dtype, max_shard_size)
   if original is None:
     return _save("`model`", model_weights(model, stack), changes, None, tied, *output)
   return _save("`original`", open_weights(original), changes, original, tied, *output)
@@ -106,7 +106,7 @@ def save_merged(
 def merge_peft(
   original: Source,
   adapter: str | os.PathLike[str],
-  directory: str | os.PathLike[str],
+  dir: str | os.PathLike[str],
   *,
   dtype: Any = None,
   max_shard_size: int | str | None = None,
@@ -121,17 +121,17 @@ def merge_peft(
     original: as in `save_merged`.
     adapter: the directory of `adapter_config.json` and `adapter_model.safetensors`, as PEFT's
       `save_pretrained` or `save_peft` wrote it.
-    directory: as in `save_merged`.
+    dir: as in `save_merged`.
     dtype: as in `save_merged`.
     max_shard_size: as in `save_merged`.
     tied: whether the output layer is the embedding, so that there is one table for both. None is
       what `config.json` says; without one, no.
 
   Returns:
-    `directory` as a `pathlib.Path`.
+    `dir` as a `pathlib.Path`.
 
   Raises:
-    FileExistsError: there is something in `directory`.
+    FileExistsError: there is something in `dir`.
     FileNotFoundError: a file is missing.
     TypeError: `original` maps to something that is no array.
     ValueError: the adapter is of a kind that is not supported, is not whole, or does not fit
@@ -155,7 +155,7 @@ def merge_peft(
   config, file = read_config(path / CONFIG), read_tensors(path / WEIGHTS)
   changes = changes_of_file(str(path), config, file)
   follows = bool(config.get("ensure_weight_tying"))
-  weights, output = open_weights(original), (directory, dtype, max_shard_size)
+  weights, output = open_weights(original), (dir, dtype, max_shard_size)
   check_whole(str(path), config, file, weights.shapes)
   return _save("`original`", weights, changes, original, tied, *output, follows)
 
@@ -166,7 +166,7 @@ def _save(
   changes: Changes,
   original: Source | None,
   tied: bool | None,
-  directory: str | os.PathLike[str],
+  dir: str | os.PathLike[str],
   dtype: Any,
   max_shard_size: int | str | None,
   head_follows: bool = True,
@@ -180,8 +180,8 @@ def _save(
     tied = folder is not None and says_tied(read_json(folder / "config.json"), weights)
   check_tied(weights, changes, tied, head_follows)
   index = {} if folder is None else read_index(folder)
-  with new_folder(directory) as new:
+  with new_folder(dir) as new:
     if folder is not None:
       copy_companions(folder, new, as_dtype)
     write_merged(new, weights, changes, dtype=as_dtype, limit=limit, index=index)
-  return pathlib.Path(directory)
+  return pathlib.Path(dir)
