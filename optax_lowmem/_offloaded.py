@@ -15,6 +15,7 @@ import optax
 from jax.core import Tracer
 
 from optax_lowmem._boxes import unbox
+from optax_lowmem._one_by_one import one_by_one
 from optax_lowmem._paging import Paged, fetch, is_paged, nbytes, store, stream
 
 _UNITS = {"": 1, "B": 1}
@@ -245,11 +246,13 @@ def paged(state: Any, like: Any) -> Any:
 class _Lazy:
   """An array of a new state that is made when it is needed."""
 
-  def __init__(self, shape: Any, make: Callable[[], jax.Array]):
-    self.shape, self.dtype, self._make = shape.shape, shape.dtype, make
+  def __init__(self, shape: Any, make: Callable[[], jax.Array], device: Any):
+    self.shape, self.dtype = shape.shape, shape.dtype
+    self._make, self._device = make, device
 
   def __call__(self) -> jax.Array:
-    return self._make()
+    with jax.default_device(self._device):  # where no parameter says where
+      return self._make()
 
 
 def _init(init: Callable[[Any], Any], params: Any, bound: int) -> Any:
@@ -257,19 +260,14 @@ def _init(init: Callable[[Any], Any], params: Any, bound: int) -> Any:
   arrays = [x for x in jax.tree.leaves(params) if hasattr(x, "dtype")]
   if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray) for x in arrays):
     return init(params)
-  if len(_devices(params)) > 1:  # traced, it would not see how the parameters lie
+  devices = _devices(params)
+  if len(devices) > 1:  # traced, it would not see how the parameters lie
     return init(params)
-  shapes, treedef = jax.tree.flatten(jax.eval_shape(init, params))
-  if sum(map(nbytes, shapes)) <= bound:
+  makers, shapes = one_by_one(init, params)
+  leaves, treedef = jax.tree.flatten(shapes)
+  if sum(map(nbytes, leaves)) <= bound:
     return init(params)
-
-  def make(k):
-    def one(params):
-      return jax.tree.leaves(init(params))[k]
-
-    return lambda: jax.jit(one)(params)
-
-  return treedef.unflatten([_Lazy(s, make(k)) for k, s in enumerate(shapes)])
+  return treedef.unflatten([_Lazy(*pair, devices[0]) for pair in zip(leaves, makers, strict=True)])
 
 
 def _devices(params: Any) -> list[Any]:

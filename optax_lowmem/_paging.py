@@ -20,6 +20,8 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 
+from optax_lowmem._one_by_one import inputs_of, subprogram
+
 # Where no shardings are named, JAX pairs a donated argument with the first result of its shape and
 # dtype, in whatever memory: a donated moment with the new parameter, upon which the runtime aborts
 # the process (jax 0.10 to 0.12). Pages therefore have a shape that nothing else has.
@@ -279,12 +281,8 @@ def _evaluate(jaxpr: Any, component: Component, env: dict[Any, Any]) -> None:
   eqns = [jaxpr.eqns[i] for i in component.equations]
   if not eqns:
     return
-  made = {v for eqn in eqns for v in eqn.outvars}
-  inputs = list(dict.fromkeys(v for e in eqns for v in e.invars if _is_var(v) and v not in made))
   outvars = {jaxpr.outvars[k] for k in component.stores if _is_var(jaxpr.outvars[k])}
-  outputs = [v for v in made if v in outvars or v in set(component.made)]
-  names, paths = (None,) * len(inputs), (None,) * len(outputs)
-  info = jaxpr.debug_info._replace(arg_names=names, result_paths=paths)
-  part = jec.Jaxpr((), inputs, outputs, eqns, jaxpr.effects, info)
-  values = jec.jaxpr_as_fun(jec.ClosedJaxpr(part, ()))(*(env[v] for v in inputs))
+  made = {v for eqn in eqns for v in eqn.outvars}
+  inputs, outputs = inputs_of(eqns), [v for v in made if v in outvars or v in set(component.made)]
+  values = subprogram(jaxpr, eqns, inputs, outputs)(*(env[v] for v in inputs))
   env.update(zip(outputs, values, strict=True))

@@ -74,9 +74,7 @@ def new_folder(dir: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """
   final = pathlib.Path(os.path.abspath(dir))
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
-    raise FileExistsError(
-      f"`dir` {str(dir)!r} exists and is not empty. Choose another one."
-    )
+    raise FileExistsError(f"`dir` {str(dir)!r} exists and is not empty. Choose another one.")
   if final.exists():
     try:  # now, not after all the work: a mounted folder cannot be replaced
       final.rmdir()
