@@ -126,6 +126,7 @@ def test_state_comes_back_to_the_memory_it_was_in(tmp_path, name):
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(files, tmp_path):
   """At a learning rate that ruins the model, the first measurements are the best."""
   options = "--steps 30 --eval-every 2 --patience 2 --lr 2.0 --warmup 0 --schedule constant"
+  options += " --targets q_proj"
   assert finetune.main(arguments(files, tmp_path / "out", *options.split())) == 0
   measured = [r for r in records(tmp_path / "out") if "held_out_loss" in r and r["step"]]
   losses = [r["held_out_loss"] for r in measured]
@@ -136,3 +137,37 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(files, tmp_path):
   kept = load_file(tmp_path / "out/best/adapter_model.safetensors")
   assert same(kept, adapter(tmp_path / "again"))
   assert not same(kept, adapter(tmp_path / "out"))
+
+
+SHORT = "--steps 2 --targets q_proj --save-every 0".split()
+
+
+def test_a_run_continued_elsewhere_can_be_killed_at_once(files, tmp_path, monkeypatch):
+  whole, first, second = (tmp_path / name for name in "abc")
+  assert finetune.main(arguments(files, whole, *SHORT)) == 0
+  assert finetune.main(arguments(files, first, *SHORT, "--stop-after", "1")) == 0
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(finetune.Steps, "ready", lambda *_: (_ for _ in ()).throw(Killed))
+    finetune.main(["--resume", str(first), "--out", str(second)])
+  assert finetune.main(["--resume", str(second)]) == 0
+  assert same(adapter(whole), adapter(second))
+
+
+def test_a_run_killed_before_its_results_writes_them_and_no_run_is_done_twice(
+  files, tmp_path, capsys
+):
+  patient = "--steps 4 --eval-every 1 --patience 1 --lr 5.0 --warmup 0 --schedule constant".split()
+  for out, more in ((tmp_path / "a", SHORT), (tmp_path / "b", [*SHORT, *patient])):
+    assert finetune.main(arguments(files, out, *more)) == 0
+    before, end = adapter(out), records(out)
+    for name in ("summary.json", "loss.png"):
+      (out / name).unlink()
+    assert finetune.main(["--resume", str(out)]) == 0
+    assert same(adapter(out), before) and records(out) == end
+    assert (out / "summary.json").exists() and (out / "loss.png").exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+      finetune.main(["--resume", str(out)])
+    assert ("--patience 1 ended it" if "--patience" in more else "done already") in (
+      capsys.readouterr().err
+    )

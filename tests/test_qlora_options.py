@@ -110,6 +110,10 @@ def planned(out, files, printed):
   assert "temporaries of a training step" in printed and not out.exists()
 
 
+def alone(out, files, printed):
+  assert "--fsdp: there is only one device" in printed
+
+
 # Of each case: the options, and what to look at. The runs are short: two steps unless said.
 CASES = {
   "numbers": (
@@ -126,7 +130,7 @@ CASES = {
   ),
   "paged": ("--optim paged_adamw_8bit --rank 64 --targets q_proj --eval-every 1", paged),
   "pissa": ("--init pissa --quantize int8 --targets q_proj --optim adafactor", None),
-  "loftq": ("--init loftq --targets q_proj --optim came --fsdp", None),
+  "loftq": ("--init loftq --optim came --fsdp", alone),
   "board": (
     "--tensorboard --eval-every 1 --patience 9 --save-every 1 --neftune-alpha 5 --buckets 2 "
     "--targets q_proj",

@@ -41,6 +41,8 @@ def test_flags_go_before_yaml_and_yaml_before_defaults(tmp_path):
     ("rank: [4]", "is not an int"),
     ("rank: true", "is not an int"),
     ("rank: null", "is not an int"),
+    ("rank_pattern: {q_proj: 8.7}", "is not an int"),
+    ("rank_pattern: {q_proj: true}", "is not an int"),
     ("packing: 1", "is neither true nor false"),
     ("lr: fast", "lr: 'fast' is not a float"),
     ("quantize: nf8", "quantize must be one of nf4"),
@@ -53,6 +55,20 @@ def test_flags_go_before_yaml_and_yaml_before_defaults(tmp_path):
 def test_bad_yaml_is_refused(tmp_path, text, message):
   with pytest.raises(ValueError, match=message):
     parse("", ["--config", write(tmp_path / "run.yaml", text)])
+
+
+def test_empty_patterns_and_lists_are_the_defaults(tmp_path):
+  config = write(tmp_path / "run.yaml", "rank_pattern:\nmodules_to_save:\n")
+  s = parse("", ["--config", config])
+  assert s.rank_pattern == {} and s.modules_to_save == []
+
+
+def test_automatic_dtype_does_not_contradict_what_it_was(tmp_path):
+  s = parse("", ["--dtype", "auto"])
+  save_settings(s, tmp_path, "0")
+  write(tmp_path / "run.yaml", "dtype: auto\n")
+  again = parse("", ["--config", str(tmp_path / "run.yaml"), "--resume", str(tmp_path)])
+  assert again.dtype == s.dtype == "float32"
 
 
 def test_missing_yaml():

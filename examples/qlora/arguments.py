@@ -151,12 +151,18 @@ def parse(description: str, argv: Sequence[str] | None = None, prog: str | None 
   given = vars(parser.parse_args(argv))
   if given.get("config"):
     given = from_yaml(Path(given["config"])) | given
+  if given.get("dtype") == "auto":
+    given["dtype"] = _automatic_dtype()
   saved = resumed(Path(given["resume"]), given, set(HELP)) if given.get("resume") else {}
   settings = Settings(**saved | given)
   check(settings)
   if settings.dtype == "auto":
-    settings.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    settings.dtype = _automatic_dtype()
   return settings
+
+
+def _automatic_dtype() -> str:
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def from_yaml(path: Path) -> dict[str, Any]:
@@ -215,7 +221,7 @@ def _reader(kind: Any) -> Callable[[str], Any]:
 
     def pairs(text: str) -> dict[str, Any]:
       if text.lstrip().startswith("{"):
-        return {str(k): number(v) for k, v in json.loads(text).items()}
+        return {str(k): _number(number, v) for k, v in json.loads(text).items()}
       cut = [part.rpartition("=") for part in text.split(",") if part.strip()]
       return {name.strip(): number(value) for name, _, value in cut}
 
@@ -227,22 +233,28 @@ def _converted(each: "Field[Any]", value: Any) -> Any:
   """A value of YAML as the setting wants it; YAML reads 1e-3 as a text."""
   kind: Any = kind_of(each)
   optional = default_of(each) is None
-  if value is None and optional:
-    return None
+  if value is None and (optional or typing.get_origin(kind)):
+    return default_of(each)
   if typing.get_origin(kind) is dict:
     if not isinstance(value, Mapping):
       raise ValueError("is not a mapping of names to numbers")
     number = typing.get_args(kind)[1]
-    return {str(name): number(n) for name, n in value.items()}
+    return {str(name): _number(number, n) for name, n in value.items()}
   if typing.get_origin(kind) is list:
     return [str(part) for part in value] if isinstance(value, list) else _reader(kind)(str(value))
   if kind is bool:
     if not isinstance(value, bool):
       raise ValueError("is neither true nor false")
     return value
+  return _number(kind, value)
+
+
+def _number(kind: Any, value: Any) -> Any:
+  """A value as a number (or text) of that kind; 8.7 is no int, and true is none."""
+  text = f"is not {'an' if kind is int else 'a'} {kind.__name__}"
   if isinstance(value, (bool, list, dict)) or (kind is int and isinstance(value, float)):
-    raise ValueError(f"is not {'an' if kind is int else 'a'} {kind.__name__}")
+    raise ValueError(text)
   try:
     return kind(value)
   except (ValueError, TypeError) as error:
-    raise ValueError(f"is not {'an' if kind is int else 'a'} {kind.__name__}") from error
+    raise ValueError(text) from error

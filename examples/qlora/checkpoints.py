@@ -40,7 +40,11 @@ def replacing(folder: Path) -> Iterator[Path]:
   for left in (new, old) if folder.exists() else (new,):
     shutil.rmtree(left, ignore_errors=True)
   new.mkdir(parents=True)
-  yield new
+  try:
+    yield new
+  except BaseException:
+    shutil.rmtree(new, ignore_errors=True)
+    raise
   for path in [*new.iterdir(), new]:
     _flush(path)
   if folder.exists():

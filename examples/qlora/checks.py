@@ -1,11 +1,16 @@
 """What no run can have is refused before anything slow begins."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from evaluation import since_best
 
 if TYPE_CHECKING:
   from arguments import Settings
+  from chat import ChatTokenizer
+  from llama_config import LlamaConfig
 
 LEAST = {"steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "rank": 1, "eval_batches": 1}
 LEAST |= dict.fromkeys(
@@ -45,3 +50,42 @@ def check(s: "Settings") -> None:
     raise FileNotFoundError(f"--model {s.model}: there is no such file or directory.")
   if s.data is not None and not Path(s.data).is_file():
     raise FileNotFoundError(f"--data {s.data}: there is no such file.")
+
+
+def only_results_left(
+  s: "Settings", start: int, folder: Path, records: Sequence[dict[str, Any]]
+) -> bool:
+  """Whether the run that is resumed was killed after its last step, before its results.
+
+  Raises:
+    ValueError: where there is nothing left to do.
+  """
+  if start and not records:
+    raise ValueError(f"--resume {folder}: there is no metrics.jsonl, which a run begins with.")
+  patient = bool(s.patience) and since_best(records)[1] >= s.patience
+  whole = (folder / "summary.json").exists()
+  if start > s.steps or (start == s.steps and whole):
+    raise ValueError(f"--resume {folder}: all {start} steps are done already.")
+  if patient and whole:
+    raise ValueError(f"--resume {folder}: --patience {s.patience} ended it at step {start}.")
+  if s.stop_after and start >= s.stop_after:
+    raise ValueError(f"--stop-after {s.stop_after}: the run in {folder} is at step {start}.")
+  return patient or start == s.steps
+
+
+def check_vocabulary(tokenizer: "ChatTokenizer", config: "LlamaConfig") -> None:
+  """Raises ValueError where the tokenizer does not suit the model."""
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"The tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: "
+      "they do not belong together."
+    )
+
+
+def check_length(s: "Settings", config: "LlamaConfig") -> None:
+  """Raises ValueError where rows are longer than the model's positions."""
+  if s.seq_len > config.max_position_embeddings:
+    raise ValueError(
+      f"--seq-len {s.seq_len} is more than the {config.max_position_embeddings} positions "
+      "this model was made for."
+    )

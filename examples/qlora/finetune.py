@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ from arguments import Settings, parse
 from batches import Batch, Batches
 from chat import ChatTokenizer
 from checkpoints import found, load_state, replacing, save_state
+from checks import check_length, check_vocabulary, only_results_left
 from data import Dataset, load
 from evaluation import HeldOut, since_best
 from fetch import MODEL_NAME, default_data, default_model, sha256_of
-from llama_config import LlamaConfig
 from merging import merge
 from neftune import without_noise
 from optax_lowmem import nn as lowmem_nn
@@ -43,7 +44,7 @@ from recipe import optimizer as optimizer
 from report import Metrics, byte_parts, loss_picture, memory_in_use, read_records, running_mean
 from runs import check_same_data, output_folder, save_settings
 from sampling import Samples
-from spreading import dealt, devices_in_a_row, everywhere, in_parts
+from spreading import dealt, devices_in_a_row, everywhere, in_host_memory, in_parts
 from talking import talk
 from terminal import (
   CtrlC,
@@ -66,29 +67,37 @@ def finetune(s: Settings) -> int:
   begun = time.perf_counter()
   with sentences():  # what can be refused is refused here, before anything slow begins
     tx, schedule = optimizer(s)
-    out = output_folder(s)
     mesh = devices_in_a_row(s.devices, s.batch_size)
     shards = 1 if mesh is None else mesh.size
     model_path = Path(s.model) if s.model else default_model(say)
     config = open_checkpoint(model_path).config
+    check_length(s, config)
     shapes = abstract_model(config, s)
     if s.dry_run:
       return dry_run(s, tx, *split(shapes, partial(jax.eval_shape, tx.init)))
+    out = output_folder(s)
+    in_one = nullcontext()
+    if s.fsdp and mesh is None:
+      say("--fsdp: there is only one device, which holds the whole base model.")
+    elif s.fsdp:
+      in_one = in_host_memory()
     tokenizer = ChatTokenizer.from_model(model_path, s.chat_template)
-    check_fit(s, tokenizer, config)
+    check_vocabulary(tokenizer, config)
     data, data_sha256 = read_data(s, tokenizer)
     rows, held_rows = data.split()
-    held_rows = held_rows[: s.eval_batches * s.batch_size]
+    if not s.packing:  # what is not measured is learned from
+      most = s.eval_batches * s.batch_size
+      rows, held_rows = rows + held_rows[most:], held_rows[:most]
     say(f"Model: {model_path.name}, {config.parameter_count():,} parameters.")
     say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
-    graph, state, frozen = split(loaded_model(model_path, s), tx.init)
+    with in_one:
+      graph, state, frozen = split(loaded_model(model_path, s), tx.init)
     state, frozen = everywhere(state, mesh), (in_parts if s.fsdp else everywhere)(frozen, mesh)
-    start, records, before = 0, [], Path(s.resume or out)
+    start, records, ended, before = 0, [], False, Path(s.resume or out)
     if s.resume:
       state, start = load_state(found(before / "last") / "state.safetensors", state)
       records = read_records(before / "metrics.jsonl", until=start)
-      if start >= s.steps:
-        raise ValueError(f"--resume {before}: all {start} steps are done already.")
+      ended = only_results_left(s, start, before, records)
     out.mkdir(parents=True, exist_ok=True)
     board = Board(out / "tensorboard", start) if s.tensorboard else None
 
@@ -99,7 +108,7 @@ def finetune(s: Settings) -> int:
   model = merged(graph, state, frozen)
   model.eval()  # no dropout, no noise
   quiet = nnx.graphdef(model)
-  measure = HeldOut(quiet, frozen, batches.once(held_rows), mesh)
+  measure = HeldOut(quiet, frozen, batches.once(held_rows)[: s.eval_batches], mesh)
   samples = Samples(quiet, tokenizer, held_rows)
 
   def speak() -> dict[str, Any]:
@@ -115,17 +124,19 @@ def finetune(s: Settings) -> int:
   if start == 0:
     say("Held-out loss and samples before training ...")
     records = [{"step": 0, **measure(state), **speak()}]
-  # Before run.json: what --resume finds by it has something to go on from.
+  # run.json comes last: what --resume finds by it has something to go on from.
   if start == 0:
     save("last", 0)
-  elif math.isfinite(since_best(records)[0]) and not (out / "best").exists():
-    shutil.copytree(found(before / "best"), out / "best")
-  save_settings(s, out, data_sha256)
+  elif out.resolve() != before.resolve():
+    for name in ("last", "best"):
+      if found(before / name).exists():
+        shutil.copytree(found(before / name), out / name)
   metrics = Metrics(out / "metrics.jsonl", records, board)
-  steps, done, ended = Steps(graph, tx, shards=shards), start, False
+  save_settings(s, out, data_sha256)
+  steps, done = Steps(graph, tx, shards=shards), start
 
   with CtrlC() as ctrl_c, StepBar(start, s.steps) as bar:
-    for step in range(start, s.steps):
+    for step in range(start, start if ended else s.steps):
       batch = dealt(batches.at(step), mesh)
       program = steps.ready(state, frozen, batch)
       clock = time.perf_counter()
@@ -151,12 +162,13 @@ def finetune(s: Settings) -> int:
         if better:
           save("best")
       stopped = ctrl_c.asked or done == s.stop_after
+      if ended or stopped:
+        save("adapter")
       if ended or stopped or (s.save_every and done % s.save_every == 0):
         save("last", done)
       if ended or stopped:
         break
 
-  save("adapter")
   if board:
     board.close()
   if not ended:
@@ -196,20 +208,6 @@ def read_data(s: Settings, tokenizer: ChatTokenizer) -> tuple[Dataset, str]:
   for note in data.notes:
     say(note)
   return data, sha256
-
-
-def check_fit(s: Settings, tokenizer: ChatTokenizer, config: LlamaConfig) -> None:
-  """Raises ValueError where the tokenizer or the rows do not suit the model."""
-  if tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-      f"The tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: "
-      "they do not belong together."
-    )
-  if s.seq_len > config.max_position_embeddings:
-    raise ValueError(
-      f"--seq-len {s.seq_len} is more than the {config.max_position_embeddings} positions "
-      "this model was made for."
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

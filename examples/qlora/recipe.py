@@ -85,7 +85,18 @@ def packed(model: Any, s: Settings) -> Any:
   if s.quantize == "none":
     return model
   kept = ["lm_head", *(f"(.*\\.)?{re.escape(name)}(\\..*)?" for name in s.modules_to_save)]
+  if s.init == "loftq" and not _dense_linears(model, kept):  # LoftQ has packed what it adapted
+    return model
   return lowmem_nn.quantize_model(model, exclude=kept, codebook=s.quantize)
+
+
+def _dense_linears(model: Any, kept: list[str]) -> list[str]:
+  """The paths of linear layers that are not packed, but for those to be kept."""
+  paths = [
+    ".".join(map(str, path)) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear)
+  ]
+  either = re.compile("|".join(kept))
+  return [p for p in paths if not either.fullmatch(p) and not either.fullmatch(p.split(".")[-1])]
 
 
 def abstract_model(config: LlamaConfig, s: Settings) -> Any:

@@ -4,6 +4,8 @@ The numbers are those of one device, up to rounding: JAX partitions the program,
 the devices found.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import jax
@@ -35,6 +37,24 @@ def devices_in_a_row(count: int, batch_size: int) -> Mesh | None:
   return Mesh(np.array(there[:count]), ("data",), axis_types=(AxisType.Auto,))
 
 
+@contextmanager
+def in_host_memory() -> Iterator[None]:
+  """Makes new arrays on the CPU, for a model that no one device could hold.
+
+  Raises:
+    ValueError: where JAX was told to do without its CPU backend.
+  """
+  try:
+    cpu = jax.local_devices(backend="cpu")[0]
+  except RuntimeError as error:
+    raise ValueError(
+      "--fsdp reads the model into host memory first, for which JAX needs its CPU backend too. "
+      "Unset JAX_PLATFORMS, or add ,cpu to it."
+    ) from error
+  with jax.default_device(cpu):
+    yield
+
+
 def everywhere(tree: T, mesh: Mesh | None) -> T:
   """A copy of each array on every device, in the kind of memory in which it is."""
 
@@ -42,7 +62,9 @@ def everywhere(tree: T, mesh: Mesh | None) -> T:
     return tree
 
   def put(x: jax.Array) -> jax.Array:
+    (default,) = {device.default_memory().kind for device in x.sharding.device_set}
     kind = x.sharding.memory_kind
+    kind = None if kind == default else kind  # a CPU calls its own memory otherwise than a GPU
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(), memory_kind=kind))
 
   return jax.tree.map(put, tree)

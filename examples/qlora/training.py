@@ -212,4 +212,4 @@ class Steps:
 
   def temporaries(self) -> int:
     """Bytes that the largest of the programs needs beside its arguments and results."""
-    return max(p.memory_analysis().temp_size_in_bytes for p in self.programs.values())
+    return max((p.memory_analysis().temp_size_in_bytes for p in self.programs.values()), default=0)
