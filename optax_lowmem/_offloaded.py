@@ -141,18 +141,22 @@ def offloaded(
       new = inner.update(*args, **extra_args)
       return out_tree.unflatten(jax.tree.leaves(new))
     count = len(jax.tree.leaves(args[0]))
-    flat = jax.tree.leaves((*args, extra_args), is_leaf=is_paged)
+    # What is no array, such as the function whose minimum L-BFGS looks for, is not traced.
+    extra, extra_tree = jax.tree.flatten(extra_args)
+    numbers = {k: x for k, x in enumerate(extra) if _is_number(x)}
+    flat = jax.tree.leaves((*args, numbers), is_leaf=is_paged)
     positions = [k for k, x in enumerate(flat) if is_paged(x)]
 
-    def call(updates, state, params, extra_args):
-      return inner.update(updates, state, params, **extra_args)
+    def call(updates, state, params, numbers):
+      again = extra_tree.unflatten(numbers.get(k, x) for k, x in enumerate(extra))
+      return inner.update(updates, state, params, **again)
 
     def paged_results(shapes):  # what was paged stays so: updates, then state, as among arguments
       if len(jax.tree.leaves(shapes[0])) != count:
         raise ValueError("`offloaded` needs updates with the structure of the gradients.")
       return positions
 
-    results, _ = stream(call, (*args, extra_args), positions, paged_results, bound)
+    results, _ = stream(call, (*args, numbers), positions, paged_results, bound)
     return out_tree.unflatten(results)
 
   compiled = jax.jit(run)
@@ -334,6 +338,10 @@ def _shard_bytes(x: Any) -> int:
   if isinstance(x, jax.Array) and not isinstance(x, Tracer):
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
   return nbytes(x)
+
+
+def _is_number(x: Any) -> bool:
+  return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
 
 
 def _is_concrete(tree: Any) -> bool:

@@ -330,6 +330,20 @@ def test_hyperparameters_are_injected():
   assert pages(state)
 
 
+def test_what_is_passed_to_update_may_be_a_function():
+  params = {"w": jnp.linspace(-1, 1, 4096).reshape(64, 64)}
+  f = lambda p: (p["w"] ** 2).sum()  # noqa: E731
+  ends = []
+  for tx in (optax.lbfgs(), lowmem.offloaded(optax.lbfgs())):
+    p, state = params, tx.init(params)
+    for _ in range(2):
+      value, grad = jax.value_and_grad(f)(p)
+      updates, state = tx.update(grad, state, p, value=value, grad=grad, value_fn=f)
+      p = optax.apply_updates(p, updates)
+    ends.append(p)
+  chex.assert_trees_all_close(*ends, rtol=1e-6)
+
+
 def test_runs_outside_jit():
   params = tree(0, shapes=FEW)
   tx = lowmem.offloaded(lowmem.adamw(LR))
