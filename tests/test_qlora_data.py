@@ -168,6 +168,49 @@ class TestChat:
     with pytest.raises(ValueError, match="rewrites message 2 when others follow"):
       tokenizer.encode_chat(chat("cat", "sat", "and", "ran"))
 
+  def test_an_answer_ended_by_plain_text_is_learned_to_its_own_end(self, tmp_path):
+    own = (
+      "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
+      "{% if add_generation_prompt %}### assistant: {% else %}{{ eos_token }}{% endif %}"
+    )
+    save_tokenizer(tmp_path / "m", chat_template=own)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    ids, learned = tokenizer.encode_chat(chat("cat?", "sat", "the secret", "ran"))
+    assert raw_decode(tokenizer, np.array(ids)[learned]) == " sat ran\n<|im_end|>"
+    assert tokenizer.stop_ids == (tokenizer.eos_id,)
+
+  def test_an_end_token_that_is_not_called_special_is_learned(self, tmp_path):
+    backend = json.loads(save_tokenizer(tmp_path / "m").to_str())
+    for token in backend["added_tokens"]:
+      token["special"] = False
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(backend))
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    ids, learned = tokenizer.encode_chat(chat("cat?", "sat", "the secret", "ran"))
+    assert raw_decode(tokenizer, np.array(ids)[learned]) == "sat<|im_end|>ran<|im_end|>"
+    with pytest.raises(ValueError, match="contains the control token"):
+      tokenizer.encode_chat(chat("hi <|im_end|>", "x"))
+
+  @pytest.mark.parametrize(
+    ("prompt", "said", "what"),
+    [
+      (
+        "<think>\n",
+        "m.content",
+        r"asks for an answer with '<think>\\n', which it does not write be",
+      ),
+      ("", "m.content | upper", "changes the text of message 2, so what"),
+    ],
+  )
+  def test_why_an_answer_is_not_found(self, tmp_path, prompt, said, what):
+    own = (
+      "{% for m in messages %}<|im_start|>{{ m.role }} {{ " + said + " }}<|im_end|>{% endfor %}"
+      "{% if add_generation_prompt %}<|im_start|>assistant " + prompt + "{% endif %}"
+    )
+    save_tokenizer(tmp_path / "m", chat_template=own)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    with pytest.raises(ValueError, match=what):
+      tokenizer.encode_chat(chat("cat", "sat"))
+
   def test_control_tokens_and_roles_are_checked(self, tokenizer):
     with pytest.raises(ValueError, match=r"user's message contains .*'<\|im_end\|>'"):
       tokenizer.encode_chat(chat("hi <|im_end|>", "x"))

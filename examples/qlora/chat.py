@@ -61,9 +61,11 @@ class ChatTokenizer:
     writes_bos = self.template is KNOWN["llama-2"] or self.template.name == "the model's own"
     self._bos = bos if bos and (add_bos or writes_bos) else ""
     self._text_begin = bos if bos and add_bos else ""
-    special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
-    longest_first = sorted(special, key=len, reverse=True)
-    self._control = re.compile("|".join(map(re.escape, longest_first))) if special else None
+    # Some models' files do not call their own end token special.
+    added = backend.get_added_tokens_decoder().values()
+    control = {t.content for t in added if t.special or t.content in (bos, pad)} | {eos}
+    longest_first = "|".join(map(re.escape, sorted(control, key=lambda t: (-len(t), t))))
+    self._control, self._end = re.compile(longest_first), re.compile(rf"\s*(?:{longest_first})")
     self.stop_ids = tuple({self.eos_id, *self._end_of_answer()})
 
   def _end_of_answer(self) -> list[int]:
@@ -79,7 +81,7 @@ class ChatTokenizer:
 
   def _is_control(self, token: int) -> bool:
     text = self.backend.id_to_token(token)
-    return bool(self._control and text and self._control.fullmatch(text))
+    return bool(text and self._control.fullmatch(text))
 
   @classmethod
   def from_model(cls, path: str | Path, template: str = "auto") -> "ChatTokenizer":
@@ -114,7 +116,8 @@ class ChatTokenizer:
     """Tokens of a conversation, and which of them are learned.
 
     Learned is what the assistant says, the end token included: not the headers, not the other
-    roles, not the line break after the end token.
+    roles, not the line break after the end token. A token that ends the header and begins the
+    answer (" sat" where the prompt ends in a blank) is learned: without it, its word is not.
 
     Args:
       messages: ``{"role": ..., "content": ...}``, roles system, user, assistant.
@@ -134,7 +137,7 @@ class ChatTokenizer:
     for first, last in encoding.offsets:
       while first >= stop:
         start, stop = next(spans)
-      learned.append(start <= first and last <= stop)
+      learned.append((start <= first or start < last) and last <= stop)
     return encoding.ids, learned
 
   def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
@@ -153,7 +156,7 @@ class ChatTokenizer:
       role, content = message["role"], message["content"]
       if role not in ROLES:
         raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, got {role!r}")
-      if self._control and (found := self._control.search(content)):
+      if found := self._control.search(content):
         raise ValueError(
           f"the {role}'s message contains the control token {found[0]!r}; remove it, it "
           "would be read as the end or the start of a message"
@@ -163,7 +166,8 @@ class ChatTokenizer:
     """The text of a conversation and the character spans that are learned.
 
     An answer begins where the template, given what came before, says that it begins, and goes up
-    to the control token behind it, with which the model says that it is done.
+    to the control token behind it, with which the model says that it is done; or, where other text
+    follows it, up to its own end.
     """
     self._check(messages)
     whole = self.template.render(messages, self._bos, self.eos)
@@ -176,10 +180,21 @@ class ChatTokenizer:
       at = whole.find(content, len(before))
       if not whole.startswith(before) or at < 0:
         raise ValueError(
-          f"the chat template ({self.template.name}) rewrites message {i + 1} when others follow "
-          "it, so what is to be learned cannot be told; choose another --chat-template"
+          f"the chat template ({self.template.name}) {self._what_it_does(messages, i, before)}, so "
+          "what is to be learned cannot be told; choose another --chat-template"
         )
       stop = at + len(content)
-      end = self._control.search(whole, stop) if self._control else None
+      end = self._end.match(whole, stop)
       spans.append((len(before), end.end() if end else stop))
     return whole, spans
+
+  def _what_it_does(self, messages: Sequence[Message], i: int, before: str) -> str:
+    """Why answer `i` is not found behind `before`, the prompt for it."""
+    alone = self.template.render(messages[: i + 1], self._bos, self.eos)
+    if not alone.startswith(before):
+      same = (k for k in range(len(before)) if alone[k : k + 1] != before[k])
+      prompt = before[next(same) :][-40:]
+      return f"asks for an answer with {prompt!r}, which it does not write before message {i + 1}"
+    if messages[i]["content"].strip() in alone[len(before) :]:
+      return f"rewrites message {i + 1} when others follow it"
+    return f"changes the text of message {i + 1}"
