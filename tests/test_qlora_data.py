@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fetch
 from batches import Batches, pad
@@ -211,6 +211,37 @@ class TestChat:
     with pytest.raises(ValueError, match=what):
       tokenizer.encode_chat(chat("cat", "sat"))
 
+  @pytest.mark.parametrize("style", ["normalizer", "metaspace"])
+  def test_a_completion_has_the_tokens_of_the_whole_text(self, style):
+    """As Llama 2 and Mistral have it: the first word of a text gets a blank before it."""
+    letters = [*"\u2581abcdefghijklmnopqrstuvwxyz.", *(f"<0x{i:02X}>" for i in range(256))]
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *letters, "\u2581a", "cd"])}
+    merges = [("\u2581", "a"), ("c", "d")]
+    backend = Tokenizer(
+      models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True)
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    if style == "normalizer":
+      blanks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+      backend.normalizer = normalizers.Sequence(blanks)
+    else:
+      backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    for add_bos, bos in ((True, ["<s>"]), (False, [])):
+      tokenizer = ChatTokenizer(backend, bos="<s>", eos="</s>", add_bos=add_bos)
+      for prompt, completion, said in [
+        ("be", "an", ["a", "n"]),
+        ("be", " an", ["\u2581a", "n"]),
+        ("be ", "an", ["\u2581a", "n"]),  # holds the prompt's last letter: learned all the same
+        ("bec", "da", ["cd", "a"]),
+        ("b\U0001f600", "\U0001f600", ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]),
+      ]:
+        ids, learned = tokenizer.encode_completion(prompt, completion)
+        assert ids[:-1] == tokenizer.encode("".join(bos) + prompt + completion)
+        tokens = [backend.id_to_token(i) for i in ids]
+        assert [t for t, yes in zip(tokens, learned, strict=True) if yes] == [*said, "</s>"]
+      ids, learned = tokenizer.encode_completion("", "an")
+      assert learned == [False] * len(bos) + [True] * (len(ids) - len(bos))
+
   def test_control_tokens_and_roles_are_checked(self, tokenizer):
     with pytest.raises(ValueError, match=r"user's message contains .*'<\|im_end\|>'"):
       tokenizer.encode_chat(chat("hi <|im_end|>", "x"))
@@ -326,7 +357,7 @@ class TestData:
     assert data.kind == "prompts and completions and texts"
     first, second = data.rows
     assert raw_decode(tokenizer, first.ids) == "the cat sat<|im_end|>"
-    assert raw_decode(tokenizer, first.ids[first.learned]) == "sat<|im_end|>"
+    assert raw_decode(tokenizer, first.ids[first.learned]) == " sat<|im_end|>"
     assert raw_decode(tokenizer, second.ids[second.learned]) == "the dog ran<|im_end|>"
 
   def test_train_on_prompt(self, tmp_path, tokenizer):

@@ -141,10 +141,16 @@ class ChatTokenizer:
     return encoding.ids, learned
 
   def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-    """Tokens of a text without a template, and its end; those of `completion` are learned."""
-    before = self.encode(self._text_begin + prompt) if prompt or self._text_begin else []
-    after = [*self.encode(completion), self.eos_id]
-    return before + after, [False] * len(before) + [True] * len(after)
+    """Tokens of a text without a template, and its end; those of `completion` are learned.
+
+    The text is encoded whole: of some tokenizers (Llama 2's) a part alone has other tokens. One
+    that begins in the prompt and ends in the completion is learned.
+    """
+    before = self._text_begin + prompt
+    encoding = self.backend.encode(before + completion, add_special_tokens=False)
+    border = len(before)
+    learned = [border <= first or border < last for first, last in encoding.offsets]
+    return [*encoding.ids, self.eos_id], [*learned, True]
 
   def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation up to where the assistant's next answer starts."""
