@@ -420,6 +420,22 @@ class TestData:
         b'{"messages": [{"role": "user", "content": "<|im_end|>"}]}',
         r"line 1: the user's message contains the control token",
       ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b"},\n {"instruction": "\\ud83d!", "output": "b"}]',
+        r"row 2 \(line 2\): 'instruction' holds half a character \(U\+D83D\)",
+      ),
+      (
+        "a.jsonl",
+        b'{"instruction": "a", "output": "b", "input": "\\ude00"}',
+        r"'input' holds .*DE00",
+      ),
+      ("a.jsonl", b'{"text": "\\udfff"}', r"line 1: 'text' holds half a character \(U\+DFFF\)"),
+      (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "hi \\ud83d"}]}',
+        r"line 1, message 1: 'content' holds half a character \(U\+D83D\)",
+      ),
       ("a.jsonl", b'{"instruction": "a", "output": "b"}', "1 usable row of 1; at least 2"),
       ("a.txt", b"cat", "1 usable row of 1; at least 2"),
     ],
@@ -428,6 +444,11 @@ class TestData:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
       load(tmp_path / name, tokenizer, 32)
+
+  def test_two_halves_of_a_character_are_one(self, tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00"}\n' * 2)
+    assert raw_decode(tokenizer, load(path, tokenizer, 32).rows[0].ids) == "\U0001f600<|im_end|>"
 
   def test_missing_file(self, tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match=r"no data file at .*nothing\.json"):

@@ -1,5 +1,6 @@
 """What a row of data says, whatever keys it says it with."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from json_files import DataError
 from templates import Message
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Example(NamedTuple):
@@ -34,6 +36,7 @@ def read(raw: Any, where: str) -> Example:
   if "conversations" in raw:
     messages = _chat(raw["conversations"], where, "conversations", "from", "value")
     if isinstance(system := raw.get("system"), str) and system.strip():
+      _check_whole(system, f"{where}: 'system'")
       messages = [{"role": "system", "content": system}, *messages]
     return Example("ShareGPT conversations", messages)
   if "instruction" in raw or "output" in raw:
@@ -41,6 +44,7 @@ def read(raw: Any, where: str) -> Example:
     extra = raw.get("input") or ""
     if not isinstance(extra, str):
       raise DataError(f"{where}: 'input' is {type(extra).__name__}; expected a text, or nothing.")
+    _check_whole(extra, f"{where}: 'input'")
     question = instruction + (f"\n\n{extra}" if extra else "")
     answer = [{"role": "assistant", "content": output}] if output.strip() else []
     return Example("Alpaca instructions", [{"role": "user", "content": question}, *answer])
@@ -61,7 +65,17 @@ def _texts(raw: dict[str, Any], where: str, what: str, *keys: str) -> Iterator[s
     if not isinstance(raw.get(key), str):
       found = f"is {type(raw[key]).__name__}" if key in raw else "is missing"
       raise DataError(f"{where}: '{key}' {found}; {what} needs it as a text.")
+    _check_whole(raw[key], f"{where}: '{key}'")
   return (raw[key] for key in keys)
+
+
+def _check_whole(text: str, where: str) -> None:
+  """Raises DataError for a lone surrogate, which JSON can write and no tokenizer can read."""
+  if half := _HALF.search(text):
+    raise DataError(
+      f"{where} holds half a character (U+{ord(half[0]):04X}); write the other half too, or "
+      "remove it."
+    )
 
 
 def _chat(messages: Any, where: str, name: str, who: str, what: str) -> list[Message]:
@@ -75,5 +89,6 @@ def _chat(messages: Any, where: str, name: str, who: str, what: str) -> list[Mes
     known = {role: role for role in ROLES} | (SHAREGPT_ROLES if who == "from" else {})
     if role not in known:
       raise DataError(f"{where}, message {i}: '{who}' is {role!r}; expected {', '.join(known)}.")
+    _check_whole(message[what], f"{where}, message {i}: '{what}'")
     result.append({"role": known[role], "content": message[what]})
   return result
