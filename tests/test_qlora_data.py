@@ -260,10 +260,10 @@ class TestChat:
 
 
 class TestGGUF:
-  def write(self, path, backend, pre="smollm", kind="gpt2"):
+  def write(self, path, backend, pre="smollm", kind="gpt2", more=(), **flags):
     import gguf
 
-    tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+    tokens = [*map(backend.id_to_token, range(backend.get_vocab_size())), *more]
     merges = json.loads(backend.to_str())["model"]["merges"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(kind)
@@ -274,6 +274,8 @@ class TestGGUF:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
+    for key, value in flags.items():
+      writer.add_bool(f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -294,6 +296,22 @@ class TestGGUF:
     backend = save_tokenizer(tmp_path / "m")
     rebuilt = ChatTokenizer.from_model(self.write(tmp_path / "m.gguf", backend))
     assert [rebuilt.backend.id_to_token(i) for i in rebuilt.encode("1234")] == list("1234")
+
+  def test_llama_3_takes_whole_words_and_begins_a_text(self, tmp_path):
+    """Its words that no merge leads to are tokens all the same, and unless said it adds `bos`."""
+    backend = save_tokenizer(tmp_path / "m")
+    for pre, said, bos in (
+      ("llama-bpe", {}, True),
+      ("llama-bpe", {"add_bos_token": False}, False),
+      ("smollm", {}, False),
+      ("smollm", {"add_bos_token": True}, True),
+    ):
+      path = self.write(tmp_path / "m.gguf", backend, pre, more=["xyzzy"], **said)
+      tokenizer = ChatTokenizer.from_model(path)
+      words = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("xyzzy")]
+      assert words == (["xyzzy"] if pre == "llama-bpe" else list("xyzzy"))
+      ids, learned = tokenizer.encode_completion("", "cat")
+      assert (ids[0] == 1) == (not learned[0]) == bos
 
   def test_other_tokenizers_are_refused(self, tmp_path):
     backend = save_tokenizer(tmp_path / "m")

@@ -92,7 +92,9 @@ def from_gguf(path: Path) -> dict[str, Any]:
     )
   tokens: list[str] = value("ggml.tokens")
   merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges")]
-  backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+  llama_3 = split == "llama-bpe"  # a word of its vocabulary is taken whole, whatever the merges
+  vocabulary = {t: i for i, t in enumerate(tokens)}
+  backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama_3))
   bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in ("gpt-2", "smollm"))
   backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[split], bytes_])
   backend.decoder = decoders.ByteLevel()
@@ -113,6 +115,6 @@ def from_gguf(path: Path) -> dict[str, Any]:
     "bos": token("bos"),
     "eos": eos,
     "pad": token("padding"),
-    "add_bos": bool(value("ggml.add_bos_token", False)),
+    "add_bos": bool(value("ggml.add_bos_token", llama_3)),  # as llama.cpp where it is not said
     "chat_template": value("chat_template", ""),
   }
