@@ -17,6 +17,8 @@ class ChatTokenizer:
 
   Attributes:
     template: how a conversation is written.
+    bos, eos: the tokens that begin and end a text; `bos` may be None.
+    writes_bos: whether the template is given `bos`; else it has "" in its place.
     eos_id, pad_id: ids; padding must be masked by length, since often ``pad_id == eos_id``.
     stop_ids: any of these ends an answer.
 
@@ -58,8 +60,9 @@ class ChatTokenizer:
     else:
       fits = (t for t in KNOWN.values() if t.needs and all(n in vocabulary for n in t.needs))
       self.template = next(fits, KNOWN["plain"])
-    writes_bos = self.template is KNOWN["llama-2"] or self.template.name == "the model's own"
-    self._bos = bos if bos and (add_bos or writes_bos) else ""
+    has_place = self.template is KNOWN["llama-2"] or self.template.name == "the model's own"
+    self.bos, self.writes_bos = bos, bool(bos and (add_bos or has_place))
+    self._bos = bos if bos and self.writes_bos else ""
     self._text_begin = bos if bos and add_bos else ""
     # Some models' files do not call their own end token special.
     added = backend.get_added_tokens_decoder().values()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 
 def from_directory(folder: Path) -> dict[str, Any]:
@@ -110,11 +110,18 @@ def from_gguf(path: Path) -> dict[str, Any]:
   eos = token("eos")
   if eos is None:
     raise ValueError(f"{path} does not name its end-of-text token (tokenizer.ggml.eos_token_id).")
+  bos = token("bos")
+  add_bos = bool(bos and value("ggml.add_bos_token", llama_3))  # as llama.cpp, if it is not said
+  if add_bos:  # so that a tokenizer.json written from it says so too
+    number = value("ggml.bos_token_id")
+    backend.post_processor = processors.TemplateProcessing(
+      single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, number)]
+    )
   return {
     "backend": backend,
-    "bos": token("bos"),
+    "bos": bos,
     "eos": eos,
     "pad": token("padding"),
-    "add_bos": bool(value("ggml.add_bos_token", llama_3)),  # as llama.cpp where it is not said
+    "add_bos": add_bos,
     "chat_template": value("chat_template", ""),
   }
