@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import tracemalloc
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import fetch
 from batches import Batches, pad
 from chat import ChatTokenizer
-from data import DataError, load
+from data import DataError, blocks, load
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -392,6 +394,40 @@ class TestData:
     targets = np.concatenate([row.ids[1:] for row in data.rows])
     whole = [*tokenizer.encode(path.read_text().strip()), tokenizer.eos_id]
     assert targets.tolist() == whole[1:] and all(row.learned.all() for row in data.rows)
+
+  @pytest.mark.parametrize("between", ["\n", " ", "\n\n\n", "x"])
+  def test_plain_text_is_encoded_in_blocks(self, tmp_path, tokenizer, monkeypatch, between):
+    text = between.join(f"the cat sat on {i} mats" for i in range(400))
+    parts = list(blocks(text, 1000))
+    assert "".join(parts) == text and all(1000 <= len(part) <= 2000 for part in parts[:-1])
+    if between[0] == "\n":
+      assert all(a[-1] == "\n" and b[0] != "\n" for a, b in pairwise(parts))
+    assert list(blocks(text, len(text))) == [text]
+    assert [*map(len, blocks("a" * 2500, 1000))] == [1000, 1000, 500]
+    (tmp_path / "book").write_text(text)
+    whole = load(tmp_path / "book", tokenizer, 32)
+    monkeypatch.setattr("data.BLOCK", 1000)
+    rows = load(tmp_path / "book", tokenizer, 32).rows
+    if between in ("\n", " "):  # where the tokenizer's own words end; elsewhere a token may differ
+      assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in whole.rows]
+    ids = [rows[0].ids[:1], *(row.ids[1:] for row in rows)]
+    assert raw_decode(tokenizer, np.concatenate(ids)) == text + "<|im_end|>"
+    assert all(row.learned.all() and len(row.learned) == len(row.ids) for row in rows)
+
+  def test_a_file_is_read_in_few_bytes_for_each_of_its_own(self, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("data.BLOCK", 20_000)
+    (tmp_path / "book").write_text("the cat sat on the mat\n" * 20_000)
+    words = "the cat sat " * 400
+    (tmp_path / "rows").write_text((json.dumps({"text": words}) + "\n") * 100)
+    for name in ("book", "rows"):
+      size = (tmp_path / name).stat().st_size
+      tracemalloc.start()
+      try:
+        load(tmp_path / name, tokenizer, 256)
+        _, peak = tracemalloc.get_traced_memory()
+      finally:
+        tracemalloc.stop()
+      assert peak < 8 * size, name
 
   def test_long_rows_are_cut_and_unlearnable_ones_dropped_and_counted(self, tmp_path, tokenizer):
     rows = [chat("hi", "cat")] * 3 + [chat("hi", "the cat " * 60)] * 2
