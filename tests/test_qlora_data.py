@@ -1,5 +1,6 @@
 """The example's text side: tokenizers and templates, data files, batches, and what is fetched."""
 
+import datetime
 import hashlib
 import json
 import tracemalloc
@@ -152,6 +153,17 @@ class TestChat:
         [talk], chat_template=own, add_generation_prompt=answer, **tokens
       )
       assert tokenizer.template.render(talk, *tokens.values(), answer=answer) == want
+
+  def test_a_template_that_writes_the_date_is_given_the_day(self, tmp_path):
+    own = "{{ strftime_now('%d %b %Y %H:%M') }} {{ messages[0].content }}"
+    save_tokenizer(tmp_path / "m", chat_template=own)
+    day = datetime.date(2024, 2, 29)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m", today=day)
+    said = "29 Feb 2024 00:00 cat"
+    assert tokenizer.decode(tokenizer.encode_prompt(chat("cat"))) == said and tokenizer.today == day
+    assert tokenizer.decode(tokenizer.encode_chat(chat("cat"))[0]) == said
+    first = datetime.date.today()
+    assert first <= ChatTokenizer.from_model(tmp_path / "m").today <= datetime.date.today()
 
   def test_a_template_cannot_leave_the_sandbox(self, tmp_path):
     save_tokenizer(tmp_path / "m", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")

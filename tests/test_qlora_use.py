@@ -1,6 +1,7 @@
 """What a run has trained is used: talked to, and merged into one model."""
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from merging import write_companions
 from optax_lowmem import nn as lowmem_nn
 from qlora_cases import arguments, save_model, save_rows
 from recipe import trained_model
-from talking import Speaker, of_run
+from talking import Speaker, day_of, of_run
 from test_llama_files import write_gguf
 from weights import open_checkpoint
 
@@ -187,6 +188,16 @@ def test_what_lies_beside_merged_weights_says_what_the_run_had(tmp_path, templat
   assert theirs.encode(prompt, add_special_tokens=False) == lone.encode_prompt(talk[:1])
   assert theirs.bos_token_id == config["bos_token_id"]
   assert theirs.encode("the cat") == lone.encode_completion("the cat", "")[0][:-1]
+
+
+def test_the_day_of_a_run_is_that_of_its_conversations(tmp_path):
+  record = {"settings": {}, "data_sha256": ""}
+  for more, day in (({}, None), ({"today": "2024-02-29"}, datetime.date(2024, 2, 29))):
+    (tmp_path / "run.json").write_text(json.dumps(record | more))
+    assert day_of(tmp_path) == day
+  (tmp_path / "run.json").write_text(json.dumps(record | {"today": "Friday"}))
+  with pytest.raises(ValueError, match=r"run.json is damaged .*'Friday'"):
+    day_of(tmp_path)
 
 
 def test_bad_arguments(run, tmp_path, capsys):

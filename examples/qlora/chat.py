@@ -1,5 +1,6 @@
 """Text to tokens and back: a model's tokenizer, and the template of its conversations."""
 
+import datetime
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ class ChatTokenizer:
 
   Attributes:
     template: how a conversation is written.
+    today: the day that a template writes. A run keeps that on which it began.
     bos, eos: the tokens that begin and end a text; `bos` may be None.
     writes_bos: whether the template is given `bos`; else it has "" in its place.
     eos_id, pad_id: ids; padding must be masked by length, since often ``pad_id == eos_id``.
@@ -29,6 +31,7 @@ class ChatTokenizer:
     chat_template: the model's own template; "" if it has none.
     template: a name of `KNOWN` to be used instead; "auto" is the model's own, or the one whose
       control tokens the vocabulary holds.
+    today: the day, at midnight, for templates that write the date; None is today.
   """
 
   def __init__(
@@ -41,7 +44,9 @@ class ChatTokenizer:
     add_bos: bool = False,
     chat_template: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
   ):
+    self.today = today or datetime.date.today()
     backend.no_truncation()
     backend.no_padding()
     self.backend = backend
@@ -87,7 +92,9 @@ class ChatTokenizer:
     return bool(text and self._control.fullmatch(text))
 
   @classmethod
-  def from_model(cls, path: str | Path, template: str = "auto") -> "ChatTokenizer":
+  def from_model(
+    cls, path: str | Path, template: str = "auto", today: datetime.date | None = None
+  ) -> "ChatTokenizer":
     """The tokenizer of a GGUF file or of a Hugging Face directory.
 
     Raises:
@@ -97,9 +104,9 @@ class ChatTokenizer:
     """
     path = Path(path)
     if path.is_dir():
-      return cls(**from_directory(path), template=template)
+      return cls(**from_directory(path), template=template, today=today)
     if path.is_file():
-      return cls(**from_gguf(path), template=template)
+      return cls(**from_gguf(path), template=template, today=today)
     raise FileNotFoundError(f"There is no model at {path}.")
 
   @property
@@ -158,7 +165,7 @@ class ChatTokenizer:
   def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation up to where the assistant's next answer starts."""
     self._check(messages)
-    return self.encode(self.template.render(messages, self._bos, self.eos, answer=True))
+    return self.encode(self._write(messages, answer=True))
 
   def _check(self, messages: Sequence[Message]) -> None:
     for message in messages:
@@ -171,6 +178,10 @@ class ChatTokenizer:
           "would be read as the end or the start of a message"
         )
 
+  def _write(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+    bos, eos = self._bos, self.eos
+    return self.template.render(messages, bos, eos, answer=answer, today=self.today)
+
   def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans that are learned.
 
@@ -179,12 +190,12 @@ class ChatTokenizer:
     follows it, up to its own end.
     """
     self._check(messages)
-    whole = self.template.render(messages, self._bos, self.eos)
+    whole = self._write(messages)
     spans = []
     for i, message in enumerate(messages):
       if message["role"] != "assistant":
         continue
-      before = self.template.render(messages[:i], self._bos, self.eos, answer=True)
+      before = self._write(messages[:i], answer=True)
       content = message["content"].strip()
       at = whole.find(content, len(before))
       if not whole.startswith(before) or at < 0:
@@ -199,7 +210,7 @@ class ChatTokenizer:
 
   def _what_it_does(self, messages: Sequence[Message], i: int, before: str) -> str:
     """Why answer `i` is not found behind `before`, the prompt for it."""
-    alone = self.template.render(messages[: i + 1], self._bos, self.eos)
+    alone = self._write(messages[: i + 1])
     if not alone.startswith(before):
       same = (k for k in range(len(before)) if alone[k : k + 1] != before[k])
       prompt = before[next(same) :][-40:]
