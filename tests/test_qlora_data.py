@@ -381,6 +381,40 @@ class TestData:
     assert data.kind == "ShareGPT conversations"
     assert data.rows[0].ids.tolist() == ids and data.rows[0].learned.tolist() == learned
 
+  @pytest.mark.parametrize(
+    ("name", "who", "what"), [("messages", "role", "content"), ("conversations", "from", "value")]
+  )
+  def test_an_answer_of_weight_0_is_not_learned(self, tmp_path, tokenizer, name, who, what):
+    talk = chat("the cat?", "sat", "and?", "ran", "so?", "on")
+    ids, learned = tokenizer.encode_chat(talk)
+    weights = [None, 0, None, 1, 0, ...]
+    aliases = {"user": "human", "assistant": "gpt"} if who == "from" else {}
+    row = [{who: aliases.get(m["role"], m["role"]), what: m["content"]} for m in talk]
+    for message, weight in zip(row, weights, strict=True):
+      message |= {} if weight is ... else {"weight": weight}
+    (tmp_path / "a.json").write_text(json.dumps([{name: row}] * 2))
+    for everything, want in ((False, "ran<|im_end|>on<|im_end|>"), (True, None)):
+      data = load(tmp_path / "a.json", tokenizer, 128, train_on_prompt=everything).rows[0]
+      assert data.ids.tolist() == ids
+      left = raw_decode(tokenizer, data.ids[~data.learned])
+      if everything:
+        assert left == "sat<|im_end|>"
+      else:
+        assert raw_decode(tokenizer, data.ids[data.learned]) == want
+
+  def test_alpaca_with_a_system_message_and_earlier_turns(self, tmp_path, tokenizer):
+    more = {"system": "be brief", "history": [["the cat?", "sat"], ["and?", "ran"]]}
+    row = {"instruction": "so?", "input": "", "output": "on"}
+    (tmp_path / "a.json").write_text(
+      json.dumps([row | more, row | {"system": "", "history": None}])
+    )
+    data = load(tmp_path / "a.json", tokenizer, 128)
+    system = [{"role": "system", "content": "be brief"}]
+    talks = [system + chat("the cat?", "sat", "and?", "ran", "so?", "on"), chat("so?", "on")]
+    for found, talk in zip(data.rows, talks, strict=True):
+      ids, learned = tokenizer.encode_chat(talk)
+      assert found.ids.tolist() == ids and found.learned.tolist() == learned
+
   def test_completions_and_texts(self, tmp_path, tokenizer):
     path = tmp_path / "c.jsonl"
     rows = [{"prompt": "the cat ", "completion": "sat"}, {"text": "the dog ran"}]
@@ -471,6 +505,36 @@ class TestData:
       ("a.json", b'[{"instruction": "a"}]', r"row 1 \(line 1\): 'output' is missing; an Alpaca"),
       ("a.json", b'[{"instruction": "a", "output": 3}]', "'output' is int; an Alpaca row"),
       ("a.json", b'[{"instruction": "a", "output": "b", "input": 1}]', "'input' is int"),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "system": 1}]',
+        "'system' is int; expected",
+      ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "history": "x"}]',
+        "'history' must be a list",
+      ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "history": [["x"]]}]',
+        "'history', turn 1: ",
+      ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "history": [["x", "\\ud83d"]]}]',
+        "'history', turn 1 holds half a character",
+      ),
+      (
+        "a.jsonl",
+        b'{"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]}',
+        "line 1, message 1: 'weight' is 0.5; expected 0 .not learned. or 1",
+      ),
+      (
+        "a.jsonl",
+        b'{"conversations": [{"from": "human", "value": "b"}], "system": ["x"]}',
+        "line 1: 'system' is list; expected a text, or nothing",
+      ),
       ("a.jsonl", b'{"prompt": "a"}', r"line 1: expected the keys 'messages'.*found 'prompt'"),
       ("a.jsonl", b'{"completion": "a"}', "'prompt' is missing; a completion row needs it"),
       (

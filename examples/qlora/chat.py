@@ -2,7 +2,7 @@
 
 import datetime
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -79,7 +79,7 @@ class ChatTokenizer:
   def _end_of_answer(self) -> list[int]:
     """The control token behind an answer, as the template writes it, if there is one."""
     try:
-      said, ((_, stop),) = self._render(
+      said, ((_, (_, stop)),) = self._render(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
       )
     except ValueError:  # the template wants more, or something else, than two messages
@@ -122,7 +122,9 @@ class ChatTokenizer:
     """Text of tokens, without control tokens."""
     return self.backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
-  def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+  def encode_chat(
+    self, messages: Sequence[Message], silent: Container[int] = (), *, everything: bool = False
+  ) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and which of them are learned.
 
     Learned is what the assistant says, the end token included: not the headers, not the other
@@ -131,6 +133,8 @@ class ChatTokenizer:
 
     Args:
       messages: ``{"role": ..., "content": ...}``, roles system, user, assistant.
+      silent: numbers, from 0, of answers that are not learned.
+      everything: whether all that is not a silent answer is learned.
 
     Returns:
       ``(ids, learned)``, two lists of one length.
@@ -142,12 +146,14 @@ class ChatTokenizer:
     text, spans = self._render(messages)
     encoding = self.backend.encode(text, add_special_tokens=False)
     learned = []
+    spans = [span for i, span in spans if (i in silent) == everything]
     spans = iter([*spans, (len(text) + 1, len(text) + 1)])
     start, stop = next(spans)
     for first, last in encoding.offsets:
       while first >= stop:
         start, stop = next(spans)
-      learned.append((start <= first or start < last) and last <= stop)
+      inside = (start <= first or start < last) and last <= stop
+      learned.append(inside != everything)
     return encoding.ids, learned
 
   def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
@@ -182,8 +188,8 @@ class ChatTokenizer:
     bos, eos = self._bos, self.eos
     return self.template.render(messages, bos, eos, answer=answer, today=self.today)
 
-  def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the character spans that are learned.
+  def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, tuple[int, int]]]]:
+    """The text of a conversation; the numbers of its answers, and the characters each takes.
 
     An answer begins where the template, given what came before, says that it begins, and goes up
     to the control token behind it, with which the model says that it is done; or, where other text
@@ -205,7 +211,7 @@ class ChatTokenizer:
         )
       stop = at + len(content)
       end = self._end.match(whole, stop)
-      spans.append((len(before), end.end() if end else stop))
+      spans.append((i, (len(before), end.end() if end else stop)))
     return whole, spans
 
   def _what_it_does(self, messages: Sequence[Message], i: int, before: str) -> str:

@@ -1,9 +1,11 @@
 """Training rows from a file: conversations, instructions, completions or plain text.
 
 ================================================  =========================================
-``{"messages": [{"role", "content"}, ...]}``      chat, as OpenAI's; answers are learned
+``{"messages": [{"role", "content"}, ...]}``      chat, as OpenAI's; answers are learned, but for
+                                                  those with ``"weight": 0``
 ``{"conversations": [{"from", "value"}, ...]}``   ShareGPT; answers are learned
-``{"instruction", "input" (optional), "output"}`` Alpaca; the output is learned
+``{"instruction", "input" (optional), "output"}`` Alpaca; the output is learned, and the answers
+                                                  of an optional ``"history"``
 ``{"prompt", "completion"}``                      without a template; the completion is learned
 ``{"text"}``                                      all of it is learned
 anything that is not JSON                         all of it is learned, cut at every ``seq_len``
@@ -65,15 +67,16 @@ def load(
     raise FileNotFoundError(f"There is no data file at {path}.")
   text = decode(path)
   layout = layout_of(path, text)
-  make = _pieces if layout == "text" else _written
+  if layout == "text":
+    encoded = _pieces(text, tokenizer, seq_len)
+  else:
+    encoded = _written(path, text, layout, tokenizer, train_on_prompt)
   kinds, kept, count, cut = set(), [], 0, 0
-  for kind, ids, learned in make(path, text, layout, tokenizer, seq_len):
+  for kind, ids, learned in encoded:
     kinds.add(kind)
     count += 1
     cut += len(ids) > seq_len + 1
     row = Row(np.array(ids[: seq_len + 1], np.int32), np.array(learned[: seq_len + 1], bool))
-    if train_on_prompt:
-      row.learned[:] = True
     if row.learned[1:].any():
       kept.append(row)
   if not count:
@@ -94,21 +97,25 @@ def load(
 
 
 def _written(
-  path: Path, text: str, layout: str, tokenizer: ChatTokenizer, seq_len: int
+  path: Path, text: str, layout: str, tokenizer: ChatTokenizer, everything: bool
 ) -> _Encoded:
   """Each JSON object."""
   for where, raw in (listed if layout == "list" else lines)(path, text):
     example = read(raw, where)
     try:
       if example.messages:
-        yield example.kind, *tokenizer.encode_chat(example.messages)
+        ids, learned = tokenizer.encode_chat(
+          example.messages, example.silent, everything=everything
+        )
       else:
-        yield example.kind, *tokenizer.encode_completion(example.prompt, example.text)
+        ids, learned = tokenizer.encode_completion(example.prompt, example.text)
+        learned = [True] * len(ids) if everything else learned
     except ValueError as error:
       raise DataError(f"{where}: {error}.") from error
+    yield example.kind, ids, learned
 
 
-def _pieces(path: Path, text: str, layout: str, tokenizer: ChatTokenizer, seq_len: int) -> _Encoded:
+def _pieces(text: str, tokenizer: ChatTokenizer, seq_len: int) -> _Encoded:
   """Plain text, cut at every `seq_len` tokens."""
   parts = [np.array(tokenizer.encode(part), np.int32) for part in blocks(text.strip(), BLOCK)]
   ids = np.concatenate([*parts, np.array([tokenizer.eos_id], np.int32)])
