@@ -13,6 +13,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 import finetune
@@ -22,7 +23,7 @@ from generation import Generator
 from llama import load_llama
 from merging import write_companions
 from optax_lowmem import nn as lowmem_nn
-from qlora_cases import arguments, save_model, save_rows
+from qlora_cases import arguments, same, save_model, save_rows
 from recipe import trained_model
 from talking import Speaker, day_of, of_run
 from test_llama_files import write_gguf
@@ -51,8 +52,6 @@ def test_tokens_one_by_one_are_those_of_the_generator(run):
   model = trained_model(path, s, adapter)
   tokenizer = ChatTokenizer.from_model(path)
   prompt = tokenizer.encode_prompt([{"role": "user", "content": "say 7"}])
-  from flax import nnx
-
   graph, *variables = nnx.split(model, ...)
   want = Generator(graph, tokenizer.stop_ids, 20)(variables, [np.array(prompt)])[0]
   speaker = Speaker(model, tokenizer.stop_ids, 20, temperature=0.0)
@@ -188,6 +187,25 @@ def test_what_lies_beside_merged_weights_says_what_the_run_had(tmp_path, templat
   assert theirs.encode(prompt, add_special_tokens=False) == lone.encode_prompt(talk[:1])
   assert theirs.bos_token_id == config["bos_token_id"]
   assert theirs.encode("the cat") == lone.encode_completion("the cat", "")[0][:-1]
+
+
+def test_a_base_model_that_has_moved_is_named(tmp_path, capsys):
+  moved = save_model(tmp_path / "moved", tied=False)
+  lowmem_nn.save_peft(
+    lowmem_nn.add_lora(load_llama(moved), 2, 4, "q_proj", rngs=nnx.Rngs(0)),
+    tmp_path / "run" / "last",
+  )
+  settings = {"settings": {"model": str(tmp_path / "model")}}
+  (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
+  merge = ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]
+  for argv in (merge, ["chat", str(tmp_path / "run")]):
+    said = refused(argv, capsys)
+    assert f"no model at {tmp_path / 'model'}" in said and "name it with --model" in said
+    assert f"no model at {tmp_path}/else" in refused([*argv, "--model", f"{tmp_path}/else"], capsys)
+  assert finetune.main([*merge, "--model", str(moved), "--dtype", "float32"]) == 0
+  merged = load_file(tmp_path / "merged" / "model.safetensors")
+  assert same(merged, load_file(moved / "model.safetensors"))  # an adapter that is still zero
+  assert of_run(tmp_path / "run", model=moved)[1] == moved
 
 
 def test_the_day_of_a_run_is_that_of_its_conversations(tmp_path):

@@ -29,10 +29,11 @@ def merge(argv: Sequence[str]) -> int:
   parser.add_argument("run", type=Path, help="the run's folder")
   parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
   parser.add_argument("--best", action="store_true", help="the best adapter, not the last")
+  parser.add_argument("--model", type=Path, help="the base model, if it is not where it was")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
   given = parser.parse_args(argv)
   with sentences():
-    s, path, adapter = of_run(given.run, best=given.best)
+    s, path, adapter = of_run(given.run, best=given.best, model=given.model)
     if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
       raise FileExistsError(f"--out {given.out} exists and is not empty. Choose another folder.")
     checkpoint = open_checkpoint(path)
