@@ -1,18 +1,21 @@
 """The example's text side: tokenizers and templates, data files, batches, and what is fetched."""
 
+import datetime
 import hashlib
 import json
+import tracemalloc
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fetch
 from batches import Batches, pad
 from chat import ChatTokenizer
-from data import DataError, load
+from data import DataError, blocks, load
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -151,6 +154,17 @@ class TestChat:
       )
       assert tokenizer.template.render(talk, *tokens.values(), answer=answer) == want
 
+  def test_a_template_that_writes_the_date_is_given_the_day(self, tmp_path):
+    own = "{{ strftime_now('%d %b %Y %H:%M') }} {{ messages[0].content }}"
+    save_tokenizer(tmp_path / "m", chat_template=own)
+    day = datetime.date(2024, 2, 29)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m", today=day)
+    said = "29 Feb 2024 00:00 cat"
+    assert tokenizer.decode(tokenizer.encode_prompt(chat("cat"))) == said and tokenizer.today == day
+    assert tokenizer.decode(tokenizer.encode_chat(chat("cat"))[0]) == said
+    first = datetime.date.today()
+    assert first <= ChatTokenizer.from_model(tmp_path / "m").today <= datetime.date.today()
+
   def test_a_template_cannot_leave_the_sandbox(self, tmp_path):
     save_tokenizer(tmp_path / "m", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="refuses the conversation"):
@@ -167,6 +181,80 @@ class TestChat:
     assert any(tokenizer.encode_chat(chat("cat", "sat"))[1])
     with pytest.raises(ValueError, match="rewrites message 2 when others follow"):
       tokenizer.encode_chat(chat("cat", "sat", "and", "ran"))
+
+  def test_an_answer_ended_by_plain_text_is_learned_to_its_own_end(self, tmp_path):
+    own = (
+      "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
+      "{% if add_generation_prompt %}### assistant: {% else %}{{ eos_token }}{% endif %}"
+    )
+    save_tokenizer(tmp_path / "m", chat_template=own)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    ids, learned = tokenizer.encode_chat(chat("cat?", "sat", "the secret", "ran"))
+    assert raw_decode(tokenizer, np.array(ids)[learned]) == " sat ran\n<|im_end|>"
+    assert tokenizer.stop_ids == (tokenizer.eos_id,)
+
+  def test_an_end_token_that_is_not_called_special_is_learned(self, tmp_path):
+    backend = json.loads(save_tokenizer(tmp_path / "m").to_str())
+    for token in backend["added_tokens"]:
+      token["special"] = False
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(backend))
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    ids, learned = tokenizer.encode_chat(chat("cat?", "sat", "the secret", "ran"))
+    assert raw_decode(tokenizer, np.array(ids)[learned]) == "sat<|im_end|>ran<|im_end|>"
+    with pytest.raises(ValueError, match="contains the control token"):
+      tokenizer.encode_chat(chat("hi <|im_end|>", "x"))
+
+  @pytest.mark.parametrize(
+    ("prompt", "said", "what"),
+    [
+      (
+        "<think>\n",
+        "m.content",
+        r"asks for an answer with '<think>\\n', which it does not write be",
+      ),
+      ("", "m.content | upper", "changes the text of message 2, so what"),
+    ],
+  )
+  def test_why_an_answer_is_not_found(self, tmp_path, prompt, said, what):
+    own = (
+      "{% for m in messages %}<|im_start|>{{ m.role }} {{ " + said + " }}<|im_end|>{% endfor %}"
+      "{% if add_generation_prompt %}<|im_start|>assistant " + prompt + "{% endif %}"
+    )
+    save_tokenizer(tmp_path / "m", chat_template=own)
+    tokenizer = ChatTokenizer.from_model(tmp_path / "m")
+    with pytest.raises(ValueError, match=what):
+      tokenizer.encode_chat(chat("cat", "sat"))
+
+  @pytest.mark.parametrize("style", ["normalizer", "metaspace"])
+  def test_a_completion_has_the_tokens_of_the_whole_text(self, style):
+    """As Llama 2 and Mistral have it: the first word of a text gets a blank before it."""
+    letters = [*"\u2581abcdefghijklmnopqrstuvwxyz.", *(f"<0x{i:02X}>" for i in range(256))]
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *letters, "\u2581a", "cd"])}
+    merges = [("\u2581", "a"), ("c", "d")]
+    backend = Tokenizer(
+      models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True)
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    if style == "normalizer":
+      blanks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+      backend.normalizer = normalizers.Sequence(blanks)
+    else:
+      backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    for add_bos, bos in ((True, ["<s>"]), (False, [])):
+      tokenizer = ChatTokenizer(backend, bos="<s>", eos="</s>", add_bos=add_bos)
+      for prompt, completion, said in [
+        ("be", "an", ["a", "n"]),
+        ("be", " an", ["\u2581a", "n"]),
+        ("be ", "an", ["\u2581a", "n"]),  # holds the prompt's last letter: learned all the same
+        ("bec", "da", ["cd", "a"]),
+        ("b\U0001f600", "\U0001f600", ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]),
+      ]:
+        ids, learned = tokenizer.encode_completion(prompt, completion)
+        assert ids[:-1] == tokenizer.encode("".join(bos) + prompt + completion)
+        tokens = [backend.id_to_token(i) for i in ids]
+        assert [t for t, yes in zip(tokens, learned, strict=True) if yes] == [*said, "</s>"]
+      ids, learned = tokenizer.encode_completion("", "an")
+      assert learned == [False] * len(bos) + [True] * (len(ids) - len(bos))
 
   def test_control_tokens_and_roles_are_checked(self, tokenizer):
     with pytest.raises(ValueError, match=r"user's message contains .*'<\|im_end\|>'"):
@@ -186,10 +274,10 @@ class TestChat:
 
 
 class TestGGUF:
-  def write(self, path, backend, pre="smollm", kind="gpt2"):
+  def write(self, path, backend, pre="smollm", kind="gpt2", more=(), **flags):
     import gguf
 
-    tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+    tokens = [*map(backend.id_to_token, range(backend.get_vocab_size())), *more]
     merges = json.loads(backend.to_str())["model"]["merges"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(kind)
@@ -200,6 +288,8 @@ class TestGGUF:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
+    for key, value in flags.items():
+      writer.add_bool(f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -220,6 +310,22 @@ class TestGGUF:
     backend = save_tokenizer(tmp_path / "m")
     rebuilt = ChatTokenizer.from_model(self.write(tmp_path / "m.gguf", backend))
     assert [rebuilt.backend.id_to_token(i) for i in rebuilt.encode("1234")] == list("1234")
+
+  def test_llama_3_takes_whole_words_and_begins_a_text(self, tmp_path):
+    """Its words that no merge leads to are tokens all the same, and unless said it adds `bos`."""
+    backend = save_tokenizer(tmp_path / "m")
+    for pre, said, bos in (
+      ("llama-bpe", {}, True),
+      ("llama-bpe", {"add_bos_token": False}, False),
+      ("smollm", {}, False),
+      ("smollm", {"add_bos_token": True}, True),
+    ):
+      path = self.write(tmp_path / "m.gguf", backend, pre, more=["xyzzy"], **said)
+      tokenizer = ChatTokenizer.from_model(path)
+      words = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("xyzzy")]
+      assert words == (["xyzzy"] if pre == "llama-bpe" else list("xyzzy"))
+      ids, learned = tokenizer.encode_completion("", "cat")
+      assert (ids[0] == 1) == (not learned[0]) == bos
 
   def test_other_tokenizers_are_refused(self, tmp_path):
     backend = save_tokenizer(tmp_path / "m")
@@ -275,6 +381,40 @@ class TestData:
     assert data.kind == "ShareGPT conversations"
     assert data.rows[0].ids.tolist() == ids and data.rows[0].learned.tolist() == learned
 
+  @pytest.mark.parametrize(
+    ("name", "who", "what"), [("messages", "role", "content"), ("conversations", "from", "value")]
+  )
+  def test_an_answer_of_weight_0_is_not_learned(self, tmp_path, tokenizer, name, who, what):
+    talk = chat("the cat?", "sat", "and?", "ran", "so?", "on")
+    ids, learned = tokenizer.encode_chat(talk)
+    weights = [None, 0, None, 1, 0, ...]
+    aliases = {"user": "human", "assistant": "gpt"} if who == "from" else {}
+    row = [{who: aliases.get(m["role"], m["role"]), what: m["content"]} for m in talk]
+    for message, weight in zip(row, weights, strict=True):
+      message |= {} if weight is ... else {"weight": weight}
+    (tmp_path / "a.json").write_text(json.dumps([{name: row}] * 2))
+    for everything, want in ((False, "ran<|im_end|>on<|im_end|>"), (True, None)):
+      data = load(tmp_path / "a.json", tokenizer, 128, train_on_prompt=everything).rows[0]
+      assert data.ids.tolist() == ids
+      left = raw_decode(tokenizer, data.ids[~data.learned])
+      if everything:
+        assert left == "sat<|im_end|>"
+      else:
+        assert raw_decode(tokenizer, data.ids[data.learned]) == want
+
+  def test_alpaca_with_a_system_message_and_earlier_turns(self, tmp_path, tokenizer):
+    more = {"system": "be brief", "history": [["the cat?", "sat"], ["and?", "ran"]]}
+    row = {"instruction": "so?", "input": "", "output": "on"}
+    (tmp_path / "a.json").write_text(
+      json.dumps([row | more, row | {"system": "", "history": None}])
+    )
+    data = load(tmp_path / "a.json", tokenizer, 128)
+    system = [{"role": "system", "content": "be brief"}]
+    talks = [system + chat("the cat?", "sat", "and?", "ran", "so?", "on"), chat("so?", "on")]
+    for found, talk in zip(data.rows, talks, strict=True):
+      ids, learned = tokenizer.encode_chat(talk)
+      assert found.ids.tolist() == ids and found.learned.tolist() == learned
+
   def test_completions_and_texts(self, tmp_path, tokenizer):
     path = tmp_path / "c.jsonl"
     rows = [{"prompt": "the cat ", "completion": "sat"}, {"text": "the dog ran"}]
@@ -283,7 +423,7 @@ class TestData:
     assert data.kind == "prompts and completions and texts"
     first, second = data.rows
     assert raw_decode(tokenizer, first.ids) == "the cat sat<|im_end|>"
-    assert raw_decode(tokenizer, first.ids[first.learned]) == "sat<|im_end|>"
+    assert raw_decode(tokenizer, first.ids[first.learned]) == " sat<|im_end|>"
     assert raw_decode(tokenizer, second.ids[second.learned]) == "the dog ran<|im_end|>"
 
   def test_train_on_prompt(self, tmp_path, tokenizer):
@@ -300,6 +440,40 @@ class TestData:
     targets = np.concatenate([row.ids[1:] for row in data.rows])
     whole = [*tokenizer.encode(path.read_text().strip()), tokenizer.eos_id]
     assert targets.tolist() == whole[1:] and all(row.learned.all() for row in data.rows)
+
+  @pytest.mark.parametrize("between", ["\n", " ", "\n\n\n", "x"])
+  def test_plain_text_is_encoded_in_blocks(self, tmp_path, tokenizer, monkeypatch, between):
+    text = between.join(f"the cat sat on {i} mats" for i in range(400))
+    parts = list(blocks(text, 1000))
+    assert "".join(parts) == text and all(1000 <= len(part) <= 2000 for part in parts[:-1])
+    if between[0] == "\n":
+      assert all(a[-1] == "\n" and b[0] != "\n" for a, b in pairwise(parts))
+    assert list(blocks(text, len(text))) == [text]
+    assert [*map(len, blocks("a" * 2500, 1000))] == [1000, 1000, 500]
+    (tmp_path / "book").write_text(text)
+    whole = load(tmp_path / "book", tokenizer, 32)
+    monkeypatch.setattr("data.BLOCK", 1000)
+    rows = load(tmp_path / "book", tokenizer, 32).rows
+    if between in ("\n", " "):  # where the tokenizer's own words end; elsewhere a token may differ
+      assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in whole.rows]
+    ids = [rows[0].ids[:1], *(row.ids[1:] for row in rows)]
+    assert raw_decode(tokenizer, np.concatenate(ids)) == text + "<|im_end|>"
+    assert all(row.learned.all() and len(row.learned) == len(row.ids) for row in rows)
+
+  def test_a_file_is_read_in_few_bytes_for_each_of_its_own(self, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("data.BLOCK", 20_000)
+    (tmp_path / "book").write_text("the cat sat on the mat\n" * 20_000)
+    words = "the cat sat " * 400
+    (tmp_path / "rows").write_text((json.dumps({"text": words}) + "\n") * 100)
+    for name in ("book", "rows"):
+      size = (tmp_path / name).stat().st_size
+      tracemalloc.start()
+      try:
+        load(tmp_path / name, tokenizer, 256)
+        _, peak = tracemalloc.get_traced_memory()
+      finally:
+        tracemalloc.stop()
+      assert peak < 8 * size, name
 
   def test_long_rows_are_cut_and_unlearnable_ones_dropped_and_counted(self, tmp_path, tokenizer):
     rows = [chat("hi", "cat")] * 3 + [chat("hi", "the cat " * 60)] * 2
@@ -331,6 +505,36 @@ class TestData:
       ("a.json", b'[{"instruction": "a"}]', r"row 1 \(line 1\): 'output' is missing; an Alpaca"),
       ("a.json", b'[{"instruction": "a", "output": 3}]', "'output' is int; an Alpaca row"),
       ("a.json", b'[{"instruction": "a", "output": "b", "input": 1}]', "'input' is int"),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "system": 1}]',
+        "'system' is int; expected",
+      ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "history": "x"}]',
+        "'history' must be a list",
+      ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "history": [["x"]]}]',
+        "'history', turn 1: ",
+      ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b", "history": [["x", "\\ud83d"]]}]',
+        "'history', turn 1 holds half a character",
+      ),
+      (
+        "a.jsonl",
+        b'{"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]}',
+        "line 1, message 1: 'weight' is 0.5; expected 0 .not learned. or 1",
+      ),
+      (
+        "a.jsonl",
+        b'{"conversations": [{"from": "human", "value": "b"}], "system": ["x"]}',
+        "line 1: 'system' is list; expected a text, or nothing",
+      ),
       ("a.jsonl", b'{"prompt": "a"}', r"line 1: expected the keys 'messages'.*found 'prompt'"),
       ("a.jsonl", b'{"completion": "a"}', "'prompt' is missing; a completion row needs it"),
       (
@@ -346,6 +550,22 @@ class TestData:
         b'{"messages": [{"role": "user", "content": "<|im_end|>"}]}',
         r"line 1: the user's message contains the control token",
       ),
+      (
+        "a.json",
+        b'[{"instruction": "a", "output": "b"},\n {"instruction": "\\ud83d!", "output": "b"}]',
+        r"row 2 \(line 2\): 'instruction' holds half a character \(U\+D83D\)",
+      ),
+      (
+        "a.jsonl",
+        b'{"instruction": "a", "output": "b", "input": "\\ude00"}',
+        r"'input' holds .*DE00",
+      ),
+      ("a.jsonl", b'{"text": "\\udfff"}', r"line 1: 'text' holds half a character \(U\+DFFF\)"),
+      (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "hi \\ud83d"}]}',
+        r"line 1, message 1: 'content' holds half a character \(U\+D83D\)",
+      ),
       ("a.jsonl", b'{"instruction": "a", "output": "b"}', "1 usable row of 1; at least 2"),
       ("a.txt", b"cat", "1 usable row of 1; at least 2"),
     ],
@@ -354,6 +574,11 @@ class TestData:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
       load(tmp_path / name, tokenizer, 32)
+
+  def test_two_halves_of_a_character_are_one(self, tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00"}\n' * 2)
+    assert raw_decode(tokenizer, load(path, tokenizer, 32).rows[0].ids) == "\U0001f600<|im_end|>"
 
   def test_missing_file(self, tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match=r"no data file at .*nothing\.json"):

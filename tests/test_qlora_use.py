@@ -1,6 +1,7 @@
 """What a run has trained is used: talked to, and merged into one model."""
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -8,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 import finetune
@@ -18,10 +21,11 @@ import optax_lowmem as lowmem
 from chat import ChatTokenizer
 from generation import Generator
 from llama import load_llama
+from merging import write_companions
 from optax_lowmem import nn as lowmem_nn
-from qlora_cases import arguments, save_model, save_rows
+from qlora_cases import arguments, same, save_model, save_rows
 from recipe import trained_model
-from talking import Speaker, of_run
+from talking import Speaker, day_of, of_run
 from test_llama_files import write_gguf
 from weights import open_checkpoint
 
@@ -48,8 +52,6 @@ def test_tokens_one_by_one_are_those_of_the_generator(run):
   model = trained_model(path, s, adapter)
   tokenizer = ChatTokenizer.from_model(path)
   prompt = tokenizer.encode_prompt([{"role": "user", "content": "say 7"}])
-  from flax import nnx
-
   graph, *variables = nnx.split(model, ...)
   want = Generator(graph, tokenizer.stop_ids, 20)(variables, [np.array(prompt)])[0]
   speaker = Speaker(model, tokenizer.stop_ids, 20, temperature=0.0)
@@ -138,6 +140,82 @@ def test_merged_model_of_a_gguf_file_is_that_of_its_directory(run, tmp_path):
   assert ChatTokenizer.from_model(outs[0]).encode("the cat 12") == (
     ChatTokenizer.from_model(lone).encode("the cat 12")
   )
+
+
+OWN = (
+  "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
+  "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("template", [OWN, ""], ids=["own", "known"])
+def test_what_lies_beside_merged_weights_says_what_the_run_had(tmp_path, template, add_bos):
+  path = tmp_path / "model.gguf"
+  backend = ChatTokenizer.from_model(save_model(tmp_path / "model")).backend
+  backend.add_special_tokens(["<s>"])
+  writer = gguf.GGUFWriter(path, "llama")
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("gpt-2")
+  tokens = [*map(backend.id_to_token, range(backend.get_vocab_size()))]
+  writer.add_token_list(tokens)
+  writer.add_token_types([3 if token[0] == "<" and token[2:] else 1 for token in tokens])
+  merges = json.loads(backend.to_str())["model"]["merges"]
+  writer.add_token_merges([" ".join(pair) for pair in merges])
+  writer.add_bos_token_id(tokens.index("<s>"))
+  writer.add_eos_token_id(0)  # answers are ended by another one
+  writer.add_add_bos_token(add_bos)
+  if template:
+    writer.add_chat_template(template)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
+
+  lone, folder = ChatTokenizer.from_model(path), tmp_path / "merged"
+  folder.mkdir()
+  write_companions(folder, {"model_type": "llama"}, lone)
+  config = json.loads((folder / "config.json").read_text())
+  assert config["bos_token_id"] == tokens.index("<s>") and config["eos_token_id"] == [0, 2]
+  again = ChatTokenizer.from_model(folder)
+  talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+  assert again.encode_chat(talk) == lone.encode_chat(talk)
+  assert again.encode_completion("the", " cat") == lone.encode_completion("the", " cat")
+  assert set(again.stop_ids) == set(lone.stop_ids) == {0, 2}
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  prompt = theirs.apply_chat_template(talk[:1], add_generation_prompt=True, tokenize=False)
+  assert theirs.encode(prompt, add_special_tokens=False) == lone.encode_prompt(talk[:1])
+  assert theirs.bos_token_id == config["bos_token_id"]
+  assert theirs.encode("the cat") == lone.encode_completion("the cat", "")[0][:-1]
+
+
+def test_a_base_model_that_has_moved_is_named(tmp_path, capsys):
+  moved = save_model(tmp_path / "moved", tied=False)
+  lowmem_nn.save_peft(
+    lowmem_nn.add_lora(load_llama(moved), 2, 4, "q_proj", rngs=nnx.Rngs(0)),
+    tmp_path / "run" / "last",
+  )
+  settings = {"settings": {"model": str(tmp_path / "model")}}
+  (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
+  merge = ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]
+  for argv in (merge, ["chat", str(tmp_path / "run")]):
+    said = refused(argv, capsys)
+    assert f"no model at {tmp_path / 'model'}" in said and "name it with --model" in said
+    assert f"no model at {tmp_path}/else" in refused([*argv, "--model", f"{tmp_path}/else"], capsys)
+  assert finetune.main([*merge, "--model", str(moved), "--dtype", "float32"]) == 0
+  merged = load_file(tmp_path / "merged" / "model.safetensors")
+  assert same(merged, load_file(moved / "model.safetensors"))  # an adapter that is still zero
+  assert of_run(tmp_path / "run", model=moved)[1] == moved
+
+
+def test_the_day_of_a_run_is_that_of_its_conversations(tmp_path):
+  record = {"settings": {}, "data_sha256": ""}
+  for more, day in (({}, None), ({"today": "2024-02-29"}, datetime.date(2024, 2, 29))):
+    (tmp_path / "run.json").write_text(json.dumps(record | more))
+    assert day_of(tmp_path) == day
+  (tmp_path / "run.json").write_text(json.dumps(record | {"today": "Friday"}))
+  with pytest.raises(ValueError, match=r"run.json is damaged .*'Friday'"):
+    day_of(tmp_path)
 
 
 def test_bad_arguments(run, tmp_path, capsys):

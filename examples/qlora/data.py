@@ -1,9 +1,11 @@
 """Training rows from a file: conversations, instructions, completions or plain text.
 
 ================================================  =========================================
-``{"messages": [{"role", "content"}, ...]}``      chat, as OpenAI's; answers are learned
+``{"messages": [{"role", "content"}, ...]}``      chat, as OpenAI's; answers are learned, but for
+                                                  those with ``"weight": 0``
 ``{"conversations": [{"from", "value"}, ...]}``   ShareGPT; answers are learned
-``{"instruction", "input" (optional), "output"}`` Alpaca; the output is learned
+``{"instruction", "input" (optional), "output"}`` Alpaca; the output is learned, and the answers
+                                                  of an optional ``"history"``
 ``{"prompt", "completion"}``                      without a template; the completion is learned
 ``{"text"}``                                      all of it is learned
 anything that is not JSON                         all of it is learned, cut at every ``seq_len``
@@ -12,8 +14,11 @@ anything that is not JSON                         all of it is learned, cut at e
 The rows may stand in a JSON list or one a line: the content decides, not the file's name.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +28,11 @@ from chat import ChatTokenizer
 from formats import read
 from json_files import DataError as DataError
 from json_files import decode, layout_of, lines, listed
+
+# Characters that are encoded at once: a tokenizer needs 176 bytes for each while it works.
+BLOCK = 1 << 20
+_NEWLINES, _BLANK = re.compile(r"\n+(?=\S)"), re.compile(r"(?<=\S)(?=\s\S)")
+_Encoded = Iterator[tuple[str, Any, Any]]  # kind, tokens, which of them are learned
 
 
 @dataclass(frozen=True)
@@ -57,46 +67,75 @@ def load(
     raise FileNotFoundError(f"There is no data file at {path}.")
   text = decode(path)
   layout = layout_of(path, text)
-  encoded: list[tuple[list[int], list[bool]]] = []
-  kinds = set()
   if layout == "text":
-    kinds.add("plain text")
-    ids = [*tokenizer.encode(text.strip()), tokenizer.eos_id]
-    # Neighbouring pieces share one token, so that each token but the first is a target once.
-    pieces = [ids[i : i + seq_len + 1] for i in range(0, len(ids) - 1, seq_len)]
-    encoded = [(piece, [True] * len(piece)) for piece in pieces]
+    encoded = _pieces(text, tokenizer, seq_len)
   else:
-    for where, raw in (listed if layout == "list" else lines)(path, text):
-      example = read(raw, where)
-      kinds.add(example.kind)
-      try:
-        if example.messages:
-          encoded.append(tokenizer.encode_chat(example.messages))
-        else:
-          encoded.append(tokenizer.encode_completion(example.prompt, example.text))
-      except ValueError as error:
-        raise DataError(f"{where}: {error}.") from error
-  if not encoded:
+    encoded = _written(path, text, layout, tokenizer, train_on_prompt)
+  kinds, kept, count, cut = set(), [], 0, 0
+  for kind, ids, learned in encoded:
+    kinds.add(kind)
+    count += 1
+    cut += len(ids) > seq_len + 1
+    row = Row(np.array(ids[: seq_len + 1], np.int32), np.array(learned[: seq_len + 1], bool))
+    if row.learned[1:].any():
+      kept.append(row)
+  if not count:
     raise DataError(f"{path} has no rows: the list is empty.")
-
-  if train_on_prompt:
-    encoded = [(ids, [True] * len(ids)) for ids, _ in encoded]
-  rows = [
-    Row(np.asarray(ids[: seq_len + 1], np.int32), np.asarray(learned[: seq_len + 1], bool))
-    for ids, learned in encoded
-  ]
-  cut = sum(len(ids) > seq_len + 1 for ids, _ in encoded)
-  kept = [row for row in rows if row.learned[1:].any()]
-  dropped = len(rows) - len(kept)
+  dropped = count - len(kept)
   notes = []
   if cut:
-    notes.append(f"{cut:,} of {len(rows):,} rows were longer than {seq_len} tokens and were cut.")
+    notes.append(f"{cut:,} of {count:,} rows were longer than {seq_len} tokens and were cut.")
   if dropped:
     notes.append(f"{dropped:,} rows were dropped: nothing in them was left to learn.")
   if len(kept) < 2:
     raise DataError(
-      f"{path} gives {len(kept)} usable row{'s' * (len(kept) != 1)} of {len(rows)}; at least "
+      f"{path} gives {len(kept)} usable row{'s' * (len(kept) != 1)} of {count}; at least "
       "2 are needed, one to learn from and one to measure with. Add rows, or choose another "
       f"--seq-len (now {seq_len})."
     )
   return Dataset(" and ".join(sorted(kinds)), kept, notes)
+
+
+def _written(
+  path: Path, text: str, layout: str, tokenizer: ChatTokenizer, everything: bool
+) -> _Encoded:
+  """Each JSON object."""
+  for where, raw in (listed if layout == "list" else lines)(path, text):
+    example = read(raw, where)
+    try:
+      if example.messages:
+        ids, learned = tokenizer.encode_chat(
+          example.messages, example.silent, everything=everything
+        )
+      else:
+        ids, learned = tokenizer.encode_completion(example.prompt, example.text)
+        learned = [True] * len(ids) if everything else learned
+    except ValueError as error:
+      raise DataError(f"{where}: {error}.") from error
+    yield example.kind, ids, learned
+
+
+def _pieces(text: str, tokenizer: ChatTokenizer, seq_len: int) -> _Encoded:
+  """Plain text, cut at every `seq_len` tokens."""
+  parts = [np.array(tokenizer.encode(part), np.int32) for part in blocks(text.strip(), BLOCK)]
+  ids = np.concatenate([*parts, np.array([tokenizer.eos_id], np.int32)])
+  # Neighbouring pieces share one token, so that each token but the first is a target once.
+  for i in range(0, len(ids) - 1, seq_len):
+    piece = ids[i : i + seq_len + 1]
+    yield "plain text", piece, np.ones(len(piece), bool)
+
+
+def blocks(text: str, size: int) -> Iterator[str]:
+  """Parts of a text, of `size` to ``2 * size`` characters, the last of at most `size`.
+
+  Each but the last ends behind line breaks, where most tokenizers end a token anyway; where there
+  are none, before a blank; where there is neither, anywhere.
+  """
+  start = 0
+  while len(text) - start > size:
+    first, last = start + size, start + 2 * size
+    if found := _NEWLINES.search(text, first - 1, last) or _BLANK.search(text, first, last):
+      first = found.end()
+    yield text[start:first]
+    start = first
+  yield text[start:]

@@ -29,10 +29,11 @@ def merge(argv: Sequence[str]) -> int:
   parser.add_argument("run", type=Path, help="the run's folder")
   parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
   parser.add_argument("--best", action="store_true", help="the best adapter, not the last")
+  parser.add_argument("--model", type=Path, help="the base model, if it is not where it was")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
   given = parser.parse_args(argv)
   with sentences():
-    s, path, adapter = of_run(given.run, best=given.best)
+    s, path, adapter = of_run(given.run, best=given.best, model=given.model)
     if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
       raise FileExistsError(f"--out {given.out} exists and is not empty. Choose another folder.")
     checkpoint = open_checkpoint(path)
@@ -75,11 +76,21 @@ def lazily(checkpoint: Checkpoint) -> Mapping[str, Lazy]:
 
 
 def write_companions(folder: Path, config: dict[str, Any], tokenizer: ChatTokenizer) -> None:
-  """Writes the configuration and the tokenizer."""
-  config |= {"eos_token_id": tokenizer.eos_id}
+  """Writes the configuration and the tokenizer.
+
+  All tokens that end an answer are named, not `eos` alone: generation would run past the others.
+  """
+  stops = sorted(tokenizer.stop_ids)
+  config |= {"eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
   tokenizer.backend.save(str(folder / "tokenizer.json"))
   about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos}
   about |= {"pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id)}
-  about |= {"chat_template": tokenizer.template.source}
+  template = tokenizer.template.source
+  if tokenizer.bos is not None:
+    config |= {"bos_token_id": tokenizer.backend.token_to_id(tokenizer.bos)}
+    about |= {"bos_token": tokenizer.bos}
+    if not tokenizer.writes_bos:  # the run's conversations began without it
+      template = "{% set bos_token = '' %}" + template
+  about |= {"chat_template": template}
   for name, content in (("tokenizer_config.json", about), ("config.json", config)):
     (folder / name).write_text(json.dumps(content, indent=2) + "\n")

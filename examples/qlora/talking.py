@@ -1,6 +1,8 @@
 """``finetune.py chat RUN``: a conversation with what a run has trained."""
 
 import argparse
+import datetime
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ def talk(argv: Sequence[str]) -> int:
   )
   parser.add_argument("run", type=Path, help="the run's folder")
   parser.add_argument("--best", action="store_true", help="the best adapter, not the last")
+  parser.add_argument("--model", type=Path, help="the base model, if it is not where it was")
   parser.add_argument("--system", help="a message to the model before the conversation")
   parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
   parser.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest tokens")
@@ -37,8 +40,8 @@ def talk(argv: Sequence[str]) -> int:
   given = parser.parse_args(argv)
   with sentences():
     check(given)
-    s, path, adapter = of_run(given.run, best=given.best)
-    tokenizer = ChatTokenizer.from_model(path, s.chat_template)
+    s, path, adapter = of_run(given.run, best=given.best, model=given.model)
+    tokenizer = ChatTokenizer.from_model(path, s.chat_template, day_of(given.run))
     model = trained_model(path, s, adapter)
   speaker = Speaker(model, tokenizer.stop_ids, given.max_tokens, given.temperature, given.top_p)
   first: list[Message] = [{"role": "system", "content": given.system}] if given.system else []
@@ -86,20 +89,41 @@ def check(given: argparse.Namespace) -> None:
     raise ValueError(f"--top-p must be above 0 and at most 1, got {given.top_p}.")
 
 
-def of_run(run: Path, *, best: bool = False) -> tuple[Settings, Path, Path]:
-  """The settings of a run, its base model and its adapter.
+def of_run(
+  run: Path, *, best: bool = False, model: Path | None = None
+) -> tuple[Settings, Path, Path]:
+  """The settings of a run, its base model (`model`, if given) and its adapter.
 
   Raises:
-    FileNotFoundError, ValueError: where there is no run, or it has left no adapter yet.
+    FileNotFoundError, ValueError: where there is no run, its model has moved, or it has left no
+      adapter yet.
   """
   settings = read_run(run)["settings"]
   s = Settings(**{k: v for k, v in settings.items() if k in Settings.__dataclass_fields__})
-  path = Path(s.model) if s.model else default_model(say)
+  path = model or (Path(s.model) if s.model else default_model(say))
+  if model is None and not path.exists():
+    raise FileNotFoundError(
+      f"There is no model at {path}, where the run in {run} had it. If it has moved, name it with "
+      "--model."
+    )
   adapter = found(run / ("best" if best else "last"))
   if not adapter.is_dir():
     hint = " It is made by --eval-every, and at the end of a run." if best else ""
     raise FileNotFoundError(f"There is no {adapter.name}/ in {run}.{hint}")
   return s, path, adapter
+
+
+def day_of(run: Path) -> datetime.date | None:
+  """The day that the templates of a run write; None where it was not kept.
+
+  Raises:
+    ValueError: where run.json is damaged.
+  """
+  try:
+    day = json.loads((run / "run.json").read_text("utf-8")).get("today")
+    return None if day is None else datetime.date.fromisoformat(day)
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(f"{run}: run.json is damaged ({error}).") from error
 
 
 class Speaker:

@@ -36,7 +36,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     x, ensure_ascii=False, indent=indent
   )
   environment.globals["raise_exception"] = _raise
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
   return environment
 
 
@@ -66,15 +65,30 @@ class Template:
     except jinja2.TemplateError as error:
       raise ValueError(f"the model's chat template cannot be read ({error})") from error
 
-  def render(self, messages: Sequence[Message], bos: str, eos: str, *, answer: bool = False) -> str:
+  def render(
+    self,
+    messages: Sequence[Message],
+    bos: str,
+    eos: str,
+    *,
+    answer: bool = False,
+    today: datetime.date | None = None,
+  ) -> str:
     """The text of a conversation; with `answer`, up to where the assistant's next one starts.
+
+    Args:
+      today: the day, for templates that write it; None is now.
 
     Raises:
       ValueError: where the template refuses the conversation.
     """
     try:
       return self._compiled.render(
-        messages=list(messages), add_generation_prompt=answer, bos_token=bos, eos_token=eos
+        messages=list(messages),
+        add_generation_prompt=answer,
+        bos_token=bos,
+        eos_token=eos,
+        strftime_now=(today or datetime.datetime.now()).strftime,
       )
     except (jinja2.TemplateError, TypeError, IndexError) as error:
       raise ValueError(f"the chat template refuses the conversation: {error}") from error

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 
 def from_directory(folder: Path) -> dict[str, Any]:
@@ -92,7 +92,9 @@ def from_gguf(path: Path) -> dict[str, Any]:
     )
   tokens: list[str] = value("ggml.tokens")
   merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges")]
-  backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+  llama_3 = split == "llama-bpe"  # a word of its vocabulary is taken whole, whatever the merges
+  vocabulary = {t: i for i, t in enumerate(tokens)}
+  backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama_3))
   bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in ("gpt-2", "smollm"))
   backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[split], bytes_])
   backend.decoder = decoders.ByteLevel()
@@ -108,11 +110,18 @@ def from_gguf(path: Path) -> dict[str, Any]:
   eos = token("eos")
   if eos is None:
     raise ValueError(f"{path} does not name its end-of-text token (tokenizer.ggml.eos_token_id).")
+  bos = token("bos")
+  add_bos = bool(bos and value("ggml.add_bos_token", llama_3))  # as llama.cpp, if it is not said
+  if add_bos:  # so that a tokenizer.json written from it says so too
+    number = value("ggml.bos_token_id")
+    backend.post_processor = processors.TemplateProcessing(
+      single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, number)]
+    )
   return {
     "backend": backend,
-    "bos": token("bos"),
+    "bos": bos,
     "eos": eos,
     "pad": token("padding"),
-    "add_bos": bool(value("ggml.add_bos_token", False)),
+    "add_bos": add_bos,
     "chat_template": value("chat_template", ""),
   }
