@@ -11,17 +11,9 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._base import (
-  bias_field,
-  contraction_of,
-  dense_variable,
-  is_embed,
-  is_linear,
-  matrix_shape,
-  stack_shape,
-)
+from optax_lowmem.nn._base import dense_variable, is_linear, matrix_shape, stack_shape
 from optax_lowmem.nn._peft import check_matrix
-from optax_lowmem.nn._places import Place, names_in_stack, places
+from optax_lowmem.nn._places import Place, base_of, names_in_stack, places
 from optax_lowmem.nn._shards import Weights
 from optax_lowmem.nn._trainable import tensors_of
 
@@ -89,27 +81,13 @@ def model_weights(model: nnx.Module, stack: str) -> Weights:
 
 
 def _entries(place: Place) -> Iterator[_Entry]:
-  module: Any = place.module
-  base = module.base if isinstance(module, Adapter) else module
-  if not (is_linear(base) or is_embed(base)):
-    for t in tensors_of(base) or []:
-      value = t.variable[...]
-      yield _Entry(
-        t.suffix, t.variable, t.lead, value.shape[len(t.lead) :], value.dtype, t.to_torch
-      )
-    return
-  check_matrix(place)
-  lead, contraction = stack_shape(base), contraction_of(base)
-  shape, dense = matrix_shape(base)[len(lead) :], dense_variable(base)
-  if is_embed(base):
-    yield _Entry("weight", dense, lead, shape[::-1], dense[...].dtype, lambda x: x)
-    return
-  if dense is None:
-    yield _Entry("weight", base.weight, lead, shape, jnp.float32, lambda q: q.dequantize())
-  else:
-    turn = jnp.transpose if contraction is None else contraction.to_matrix
-    yield _Entry("weight", dense, lead, shape, dense[...].dtype, turn)
-  bias: Any = getattr(base, bias_field(base), None)
-  if bias is not None:
-    flat = (lambda x: x) if contraction is None else contraction.bias_to_vector
-    yield _Entry("bias", bias, lead, shape[:1], bias[...].dtype, flat)
+  base = base_of(place.module)
+  if is_linear(base):
+    check_matrix(place)
+    if dense_variable(base) is None:
+      lead = stack_shape(base)
+      shape = matrix_shape(base)[len(lead) :]
+      yield _Entry("weight", base.weight, lead, shape, jnp.float32, lambda q: q.dequantize())
+  for t in tensors_of(base) or []:
+    dtype = t.variable[...].dtype
+    yield _Entry(t.suffix, t.variable, t.lead, t.torch_shape, dtype, t.to_torch)

@@ -28,6 +28,7 @@ from optax_lowmem.nn._targets import Target, all_linear, find_targets
 from optax_lowmem.nn._trainable import (
   below,
   check_bias,
+  check_named,
   check_saved,
   find_saved,
   train_biases,
@@ -177,6 +178,7 @@ def add_lora(
     modules_to_save: names of modules, or last parts of them, that are trained whole. They are
       left out of `targets`.
     bias: `"lora_only"` also trains the biases of adapted layers, `"all"` those of all layers.
+      What is trained by it or by `modules_to_save` must have a name in PEFT's files.
     init: as in `LoRALinear`.
     stack: the part of a stacked module's path after which the layer number belongs.
     rngs: as in `LoRALinear`.
@@ -217,6 +219,7 @@ def add_lora(
     check = check_embed if is_embed(target.place.module) else check_base
     check(target.place.path, target.place.module)
     check_lora(target.rank, target.alpha, dropout, rngs)
+  check_named(everything, saved, [target.place for target in found], bias)
   if targets == "all-linear":
     warn("add_lora", "put no adapter on some weights", model, everything)
   train_modules(saved)
