@@ -409,3 +409,13 @@ def test_an_adapters_own_bias_is_merged_into_the_bases():
   with pytest.raises(ValueError, match="`b` has a bias"):
     nn.merge_lora(model)
   np.testing.assert_allclose(model.a.merge()(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_general_layer_sums_over_axes_in_the_inputs_order():
+  # flax sorts the axes in `__call__`, whatever their order when it is made.
+  base = nnx.LinearGeneral((4, 4), 3, axis=(-1, -2), rngs=nnx.Rngs(0))
+  x = normal(5, 4, 4)
+  packed = nn.QuantizedEinsum(base, codebook="int8", block_size=None)
+  np.testing.assert_allclose(packed(x), base(x), rtol=0, atol=0.03)
+  layer = moved(nn.LoRALinear(base, 2, 4, rngs=nnx.Rngs(1)))
+  np.testing.assert_allclose(layer.merge()(x), layer(x), rtol=1e-5, atol=1e-5)

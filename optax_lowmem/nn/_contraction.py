@@ -68,7 +68,8 @@ class Contraction:
       return lhs.replace("...", dots), rhs, out.replace("...", dots)
     rhs = self.rhs
     lhs = list(string.ascii_lowercase[:ndim])
-    for place, letter in zip((*range(self.batch), *self.axis), rhs, strict=False):
+    axis = sorted(a % ndim for a in self.axis)  # as flax does, whatever their order
+    for place, letter in zip((*range(self.batch), *axis), rhs, strict=False):
       lhs[place] = letter
     batch, _, outputs = self.groups()
     free = "".join(c for c in lhs if c not in rhs)
