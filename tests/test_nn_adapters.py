@@ -419,3 +419,23 @@ def test_a_general_layer_sums_over_axes_in_the_inputs_order():
   np.testing.assert_allclose(packed(x), base(x), rtol=0, atol=0.03)
   layer = moved(nn.LoRALinear(base, 2, 4, rngs=nnx.Rngs(1)))
   np.testing.assert_allclose(layer.merge()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_an_adapters_own_bias_is_merged_where_outputs_are_permuted(depth):
+  def make(key):
+    options = {"bias_init": nnx.initializers.normal(), "rngs": nnx.Rngs(key)}
+    return nnx.Einsum("btd,dnh->bthn", (8, 2, 3), (3, 2), **options)
+
+  keys = jax.random.split(jax.random.key(0), depth or 1)
+  base = nnx.vmap(make, in_axes=0)(keys) if depth else make(keys[0])
+  layer = moved(nn.LoRALinear(base, 2, 4, lora_bias=True, rngs=nnx.Rngs(1)))
+  layer.lora_bias[...] = normal(*layer.lora_bias.shape)
+  x = normal(depth or 1, 1, 2, 8)
+
+  def run(layer):
+    if not depth:
+      return layer(x[0])
+    return nnx.vmap(lambda layer, x: layer(x))(layer, x)
+
+  np.testing.assert_allclose(run(layer.merge()), run(layer), rtol=1e-5, atol=1e-5)
