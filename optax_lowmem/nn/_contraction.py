@@ -93,6 +93,11 @@ class Contraction:
     inputs = "".join(c for c in rhs if c in lhs and c not in out)
     return batch, inputs, "".join(c for c in rhs if c not in lhs)
 
+  @property
+  def sides(self) -> tuple[tuple[int, ...], ...]:
+    """The kernel's axes that are batch, input and output axes."""
+    return tuple(tuple(map(self.rhs.index, group)) for group in self.groups())
+
   def sizes(self, letters: str) -> tuple[int, ...]:
     rhs = self.rhs
     return tuple(self.kernel_shape[rhs.index(c)] for c in letters)
