@@ -42,15 +42,19 @@ def model_weights(model: nnx.Module, stack: str) -> Weights:
   bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
   shapes, dtypes, reads = {}, {}, {}
   known: set[int] = set()
+  plain: set[int] = set()  # of layers without an adapter
   for place in everything:
-    if isinstance(place.module, Adapter):
+    adapted = isinstance(place.module, Adapter)
+    if adapted:
       known |= {id(v) for v in vars(place.module).values() if isinstance(v, nnx.Variable)}
     if id(place.module) in bases:
       continue
     for entry in _entries(place):
-      if id(entry.variable) in known:  # tied: Hugging Face writes it once, too
-        continue
       known.add(id(entry.variable))
+      if not adapted:
+        if id(entry.variable) in plain:  # tied: Hugging Face writes it once, too
+          continue
+        plain.add(id(entry.variable))
       names = names_in_stack(place.path, entry.lead, stack)
       if not names:
         raise ValueError(
@@ -80,6 +84,10 @@ def model_weights(model: nnx.Module, stack: str) -> Weights:
   return Weights(shapes, dtypes, {}, read)
 
 
+def _decoded(weight: Any) -> jax.Array:
+  return weight.dequantize(jnp.float32)  # its own dtype may be coarser than its codes
+
+
 def _entries(place: Place) -> Iterator[_Entry]:
   base = base_of(place.module)
   if is_linear(base):
@@ -87,7 +95,7 @@ def _entries(place: Place) -> Iterator[_Entry]:
     if dense_variable(base) is None:
       lead = stack_shape(base)
       shape = matrix_shape(base)[len(lead) :]
-      yield _Entry("weight", base.weight, lead, shape, jnp.float32, lambda q: q.dequantize())
+      yield _Entry("weight", base.weight, lead, shape, jnp.float32, _decoded)
   for t in tensors_of(base) or []:
     dtype = t.variable[...].dtype
     yield _Entry(t.suffix, t.variable, t.lead, t.torch_shape, dtype, t.to_torch)
