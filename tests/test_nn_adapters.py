@@ -439,3 +439,22 @@ def test_an_adapters_own_bias_is_merged_where_outputs_are_permuted(depth):
     return nnx.vmap(lambda layer, x: layer(x))(layer, x)
 
   np.testing.assert_allclose(run(layer.merge()), run(layer), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nnx.Linear, nnx.Embed, nnx.LinearGeneral])
+def test_a_new_weight_keeps_the_annotations_of_the_old(kind):
+  layer = kind(8, 8, rngs=nnx.Rngs(0))
+  field = "embedding" if kind is nnx.Embed else "kernel"
+  value = np.asarray(getattr(layer, field)[...])
+  with nnx.use_eager_sharding(False):  # there is no mesh
+    old = nnx.Param(jnp.asarray(value), out_sharding=("x", None))
+  setattr(layer, field, old)
+  init = "default" if kind is nnx.Embed else "pissa"
+  model = nn.add_lora(nnx.Dict(a=layer), 2, 4, "a", init=init, rngs=nnx.Rngs(1))
+  if init == "pissa":
+    assert getattr(model.a.base, field) is not old
+    assert getattr(model.a.base, field).get_metadata() == old.get_metadata()
+  model.a.lora_b[...] = model.a.lora_b[...] + 1
+  merged = getattr(nn.merge_lora(model).a, field)
+  assert merged.get_metadata() == old.get_metadata() and type(merged) is nnx.Param
+  np.testing.assert_array_equal(old[...], value)
