@@ -118,3 +118,38 @@ def test_what_does_not_fit_is_refused(tmp_path):
   with pytest.raises(ValueError, match="where its layer number belongs is not clear"):
     lowmem_linen.save_peft(lora, adapters, tmp_path / "other", stack="blocks")
   assert not (tmp_path / "other").exists()
+
+
+class Tables(linen.Module):
+  @linen.compact
+  def __call__(self, ids):
+    x = linen.Embed(7, 6, name="embed_tokens")(ids)
+    return linen.Dense(7, use_bias=True, name="lm_head")(x)
+
+
+def test_base_weights_beside_embedding_adapters_are_checked_and_dropped(tmp_path):
+  model = Tables()
+  variables = random_like(jax.eval_shape(model.init, jax.random.key(0), IDS))
+  layers = lowmem_linen.find_layers(model, variables, IDS)
+  lora = lowmem_linen.LoRA(model, layers, rank=2, alpha=3, targets=".*")
+  nnx_model = nnx.Dict(
+    embed_tokens=nnx.Embed(7, 6, rngs=nnx.Rngs(0)), lm_head=nnx.Linear(6, 7, rngs=nnx.Rngs(0))
+  )
+  lowmem_nn.add_lora(nnx_model, 2, 3, "embed_tokens|lm_head", rngs=nnx.Rngs(1))
+  lowmem_nn.save_peft(nnx_model, tmp_path)
+  path = tmp_path / "adapter_model.safetensors"
+  tensors = safetensors.load_file(path)
+  base = "base_model.model.embed_tokens.base_layer.weight"
+  assert tensors[base].shape == (7, 6) and base.replace("embed_tokens", "lm_head") in tensors
+  got = lowmem_linen.load_peft(lora, tmp_path)
+  for name in ("embed_tokens", "lm_head"):
+    np.testing.assert_array_equal(got[name]["lora_a"], nnx_model[name].lora_a[...])
+    np.testing.assert_array_equal(got[name]["lora_b"], nnx_model[name].lora_b[...])
+  bias = {"base_model.model.lm_head.base_layer.bias": np.ones(7, np.float32)}
+  for change, words in (
+    ({base: tensors[base].T.copy()}, r"base weight `embed_tokens.weight` of shape \(6, 7\)"),
+    (bias, r"`lm_head.bias`, which was trained beside"),
+  ):
+    safetensors.save_file(tensors | change, path)
+    with pytest.raises(ValueError, match=words):
+      lowmem_linen.load_peft(lora, tmp_path)

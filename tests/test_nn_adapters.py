@@ -409,3 +409,52 @@ def test_an_adapters_own_bias_is_merged_into_the_bases():
   with pytest.raises(ValueError, match="`b` has a bias"):
     nn.merge_lora(model)
   np.testing.assert_allclose(model.a.merge()(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_general_layer_sums_over_axes_in_the_inputs_order():
+  # flax sorts the axes in `__call__`, whatever their order when it is made.
+  base = nnx.LinearGeneral((4, 4), 3, axis=(-1, -2), rngs=nnx.Rngs(0))
+  x = normal(5, 4, 4)
+  packed = nn.QuantizedEinsum(base, codebook="int8", block_size=None)
+  np.testing.assert_allclose(packed(x), base(x), rtol=0, atol=0.03)
+  layer = moved(nn.LoRALinear(base, 2, 4, rngs=nnx.Rngs(1)))
+  np.testing.assert_allclose(layer.merge()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_an_adapters_own_bias_is_merged_where_outputs_are_permuted(depth):
+  def make(key):
+    options = {"bias_init": nnx.initializers.normal(), "rngs": nnx.Rngs(key)}
+    return nnx.Einsum("btd,dnh->bthn", (8, 2, 3), (3, 2), **options)
+
+  keys = jax.random.split(jax.random.key(0), depth or 1)
+  base = nnx.vmap(make, in_axes=0)(keys) if depth else make(keys[0])
+  layer = moved(nn.LoRALinear(base, 2, 4, lora_bias=True, rngs=nnx.Rngs(1)))
+  layer.lora_bias[...] = normal(*layer.lora_bias.shape)
+  x = normal(depth or 1, 1, 2, 8)
+
+  def run(layer):
+    if not depth:
+      return layer(x[0])
+    return nnx.vmap(lambda layer, x: layer(x))(layer, x)
+
+  np.testing.assert_allclose(run(layer.merge()), run(layer), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nnx.Linear, nnx.Embed, nnx.LinearGeneral])
+def test_a_new_weight_keeps_the_annotations_of_the_old(kind):
+  layer = kind(8, 8, rngs=nnx.Rngs(0))
+  field = "embedding" if kind is nnx.Embed else "kernel"
+  value = np.asarray(getattr(layer, field)[...])
+  with nnx.use_eager_sharding(False):  # there is no mesh
+    old = nnx.Param(jnp.asarray(value), out_sharding=("x", None))
+  setattr(layer, field, old)
+  init = "default" if kind is nnx.Embed else "pissa"
+  model = nn.add_lora(nnx.Dict(a=layer), 2, 4, "a", init=init, rngs=nnx.Rngs(1))
+  if init == "pissa":
+    assert getattr(model.a.base, field) is not old
+    assert getattr(model.a.base, field).get_metadata() == old.get_metadata()
+  model.a.lora_b[...] = model.a.lora_b[...] + 1
+  merged = getattr(nn.merge_lora(model).a, field)
+  assert merged.get_metadata() == old.get_metadata() and type(merged) is nnx.Param
+  np.testing.assert_array_equal(old[...], value)

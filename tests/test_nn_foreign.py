@@ -220,6 +220,26 @@ def test_is_proved_again_for_the_input_that_comes():
       layer(normal(3, 64))
 
 
+class Turned(Dense):
+  """A product for all inputs, in which the square matrix changes sides."""
+
+  def __call__(self, x):
+    return x @ (self.matrix if x.ndim == 3 else self.matrix.T) + self.offset
+
+
+@pytest.mark.parametrize("codebook", [None, "int8"])
+def test_a_weight_that_changes_sides_is_refused(codebook):
+  model = nnx.Dict(a=Turned(64, 64))
+  x = normal(2, 3, 64)
+  want = model.a(x)
+  if codebook:
+    nn.quantize_model(model, codebook=codebook)
+  nn.add_lora(model, 4, 8, rngs=nnx.Rngs(0))
+  np.testing.assert_allclose(model.a(x), want, rtol=0, atol=0.01 * float(jnp.abs(want).max()))
+  with pytest.raises(ValueError, match=r"was proved .* other axes of its weight"):
+    model.a(x[0])
+
+
 def test_multiplies_in_the_precision_of_the_moment():
   layer = nn.QuantizedModule(Dense(64, 64))
   x, text = normal(3, 64), []

@@ -417,6 +417,34 @@ def test_a_tied_table_is_written_once_and_refused_where_one_is_not_enough(how, t
     nn.save_merged(whole, tmp_path / "no", got | {"lm_head.weight": got["embed_tokens.weight"]})
 
 
+def test_a_packed_weight_that_was_bfloat16_is_not_rounded_to_it_again(tmp_path):
+  layer = nnx.Linear(64, 64, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  model = nn.add_lora(nn.quantize_model(nnx.Dict(q=layer)), 2, 4, "q", rngs=nnx.Rngs(1))
+  model.q.lora_b[...] = model.q.lora_b[...] + 0.1
+  got = read(nn.save_merged(model, tmp_path / "out"))["q.weight"]
+  assert got.dtype == np.float32
+  np.testing.assert_allclose(got.T, nn.merge_lora(model).q.kernel[...], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapted", ["a", "b", "c", "b|c"])
+def test_a_shared_weight_is_written_for_every_layer_that_differs(adapted, tmp_path):
+  def make():
+    model = nnx.Dict({n: nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(0)) for n in "abc"})
+    model.b.kernel = model.c.kernel = model.a.kernel
+    return model
+
+  model = nn.add_lora(make(), 2, 4, adapted, rngs=nnx.Rngs(1))
+  for name in adapted.split("|"):
+    model[name].lora_b[...] = model[name].lora_b[...] + ord(name) - 96
+  got = read(nn.save_merged(model, tmp_path / "out"))
+  rest = [name for name in "abc" if name not in adapted]
+  # Those without an adapter stay tied, and are written once.
+  assert sorted(got) == sorted(f"{name}.weight" for name in [*adapted.split("|"), rest[0]])
+  merged = nn.merge_lora(model)
+  for name, value in got.items():
+    np.testing.assert_allclose(value.T, merged[name[0]].kernel[...], rtol=0, atol=1e-6)
+
+
 # What is refused.
 
 

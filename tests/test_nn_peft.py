@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -276,3 +277,82 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
   with pytest.raises(ValueError, match="`stack`"):
     nn.save_peft(model, tmp_path, stack="blocks")
   assert not list(tmp_path.iterdir())
+
+
+# Heads and embeddings, whose base weights are in the file too.
+
+BASE_WEIGHT = "base_model.model.lm_head.base_layer.weight"
+
+
+def head(kind, o):
+  """An output layer of 8 inputs, each time the same."""
+  rngs, bias = nnx.Rngs(0), nnx.initializers.normal()
+  if kind == "linear":
+    return nnx.Linear(8, o, use_bias=False, rngs=rngs)
+  if kind == "einsum":
+    return nnx.Einsum("btd,vd->btv", (o, 8), rngs=rngs)
+  if kind == "general":
+    return nnx.LinearGeneral(8, (o // 4, 4), bias_init=bias, rngs=rngs)
+  if kind == "foreign":
+    return Head(o)
+  return nnx.Einsum("btd,dnh->bthn", (8, o // 4, 4), (4, o // 4), bias_init=bias, rngs=rngs)
+
+
+class Head(nnx.Module):
+  def __init__(self, o):
+    self.w = nnx.Param(jax.random.normal(jax.random.key(0), (o, 8)))
+    self.offset = nnx.Param(jnp.arange(float(o)))
+
+  def __call__(self, x):
+    return x @ self.w.T + self.offset
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize("kind", ["linear", "einsum", "general", "permuted", "foreign"])
+def test_a_head_is_written_as_pytorch_holds_it_and_comes_back(kind, init, tmp_path):
+  o = 8  # square, so that no shape tells a transposed weight
+  x = jax.random.normal(jax.random.key(1), (2, 3, 8))
+  model = nn.add_lora(nnx.Dict(lm_head=head(kind, o)), 2, 4, "lm_head", init=init, rngs=nnx.Rngs(1))
+  layer = model["lm_head"]
+  layer.lora_b[...] = layer.lora_b[...] + 0.1
+  want = layer(x)
+  tensors = read(nn.save_peft(model, tmp_path) / WEIGHTS)
+  # With PiSSA the base holds the rest of W, and the adapter of the file is of W.
+  assert (BASE_WEIGHT in tensors) == (init == "default")
+  if init == "default":
+    rows = tensors[BASE_WEIGHT]
+    bias = getattr(layer.base, "bias" if kind != "foreign" else "offset", None)
+    plain = layer.base(x) if bias is None else layer.base(x) - bias[...]
+    plain = plain.swapaxes(-1, -2) if kind == "permuted" else plain
+    np.testing.assert_allclose(x @ rows.T, plain.reshape(2, 3, o), rtol=1e-5, atol=1e-5)
+  loaded = nn.load_peft(nnx.Dict(lm_head=head(kind, o)), tmp_path)
+  np.testing.assert_allclose(loaded["lm_head"](x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["beside"]}])
+@pytest.mark.parametrize("kind", ["general", "permuted", "foreign"])
+def test_general_layers_trained_beside_adapters_are_written_and_come_back(kind, options, tmp_path):
+  def make():
+    return nnx.Dict(q=nnx.Linear(8, 8, rngs=nnx.Rngs(2)), beside=head(kind, 8))
+
+  model = nn.add_lora(make(), 2, 4, "q", rngs=nnx.Rngs(1), **options)
+  state = nnx.state(model, nnx.LoRAParam)
+  state = jax.tree.map(lambda v: v + jax.random.normal(jax.random.key(3), v.shape), state)
+  nnx.update(model, state)
+  tensors = read(nn.save_peft(model, tmp_path) / WEIGHTS)
+  beside = {k.split(".")[-1]: v.shape for k, v in tensors.items() if ".beside." in k}
+  assert beside == {"bias": (8,)} | ({} if "bias" in options else {"weight": (8, 8)})
+  loaded = nn.load_peft(make(), tmp_path)
+  x = jax.random.normal(jax.random.key(1), (2, 3, 8))
+  np.testing.assert_array_equal(loaded["beside"](x), model["beside"](x))
+  np.testing.assert_array_equal(loaded["q"](x), model["q"](x))
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["conv"]}])
+def test_what_a_file_has_no_name_for_is_refused_before_it_is_trained(options):
+  model = nnx.Dict(
+    q=nnx.Linear(8, 8, rngs=nnx.Rngs(2)), conv=nnx.Conv(8, 8, (3,), rngs=nnx.Rngs(0))
+  )
+  with pytest.raises(ValueError, match=r"`conv\.(bias|kernel)`.*Conv"):
+    nn.add_lora(model, 2, 4, "q", rngs=nnx.Rngs(1), **options)
+  assert not nnx.state(model, nnx.LoRAParam)

@@ -386,7 +386,7 @@ class TestData:
   )
   def test_an_answer_of_weight_0_is_not_learned(self, tmp_path, tokenizer, name, who, what):
     talk = chat("the cat?", "sat", "and?", "ran", "so?", "on")
-    ids, learned = tokenizer.encode_chat(talk)
+    ids, _ = tokenizer.encode_chat(talk)
     weights = [None, 0, None, 1, 0, ...]
     aliases = {"user": "human", "assistant": "gpt"} if who == "from" else {}
     row = [{who: aliases.get(m["role"], m["role"]), what: m["content"]} for m in talk]

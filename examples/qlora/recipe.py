@@ -84,7 +84,7 @@ def packed(model: Any, s: Settings) -> Any:
   """The model with its linear layers packed, but for the head and what is trained whole."""
   if s.quantize == "none":
     return model
-  kept = ["lm_head", *(f"(.*\\.)?{re.escape(name)}(\\..*)?" for name in s.modules_to_save)]
+  kept = [r"(^|\.)lm_head$", *(f"(.*\\.)?{re.escape(name)}(\\..*)?" for name in s.modules_to_save)]
   if s.init == "loftq" and not _dense_linears(model, kept):  # LoftQ has packed what it adapted
     return model
   return lowmem_nn.quantize_model(model, exclude=kept, codebook=s.quantize)

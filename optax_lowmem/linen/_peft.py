@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -123,6 +124,9 @@ def save_peft(
 def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers") -> dict[str, Any]:
   """Reads the adapters that PEFT or a `save_peft` wrote.
 
+  The base weights that both put beside the adapters of embeddings and heads are not read: the
+  parameters of the model are not in `lora`. Pass those that the adapter was trained on.
+
   Args:
     lora: the model that the adapters are for, with the targets, ranks and scales of the file.
     dir: the directory of `adapter_config.json` and `adapter_model.safetensors`.
@@ -140,13 +144,13 @@ def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers")
   dir = pathlib.Path(dir)
   config, file = read_config(dir / CONFIG), read_tensors(dir / WEIGHTS)
   names = [name for target in lora.chosen for name in _names(target.layer, stack)]
-  unknown = [name for name in file.layers if name not in names]
-  if unknown or file.plain:
-    name = unknown[0] if unknown else next(iter(file.plain))
-    raise ValueError(
-      f"the adapter in {str(dir)!r} holds `{name}`, which has no adapter in `lora`."
-      f"{nearest(name, names)} Adapted layers: {listing(names)}."
-    )
+  for name in file.layers:
+    if name not in names:
+      raise ValueError(
+        f"the adapter in {str(dir)!r} holds `{name}`, which has no adapter in `lora`."
+        f"{nearest(name, names)} Adapted layers: {listing(names)}."
+      )
+  _check_plain(str(dir), lora, file.plain, stack)
   flat: dict[tuple[str, ...], Any] = {}
   for target in lora.chosen:
     found: dict[str, list[np.ndarray]] = {"A": [], "B": []}
@@ -173,6 +177,26 @@ def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers")
     for key, values in zip(target.shapes, found.values(), strict=True):
       flat[key] = jnp.asarray(np.stack(values) if target.layer.stack else values[0])
   return traverse_util.unflatten_dict(flat)
+
+
+def _check_plain(dir: str, lora: LoRA, plain: Mapping[str, np.ndarray], stack: str) -> None:
+  """Refuses tensors that are no adapter's, but for the frozen weights of adapted layers."""
+  frozen: dict[str, tuple[int, ...]] = {}
+  for target in lora.chosen:
+    *_, out, inputs = target.layer.matrix_shape
+    shape = (inputs, out) if target.layer.field == "embedding" else (out, inputs)
+    frozen |= {f"{name}.weight": shape for name in _names(target.layer, stack)}
+  for name, value in plain.items():
+    if name not in frozen:
+      raise ValueError(
+        f"the adapter in {dir!r} holds `{name}`, which was trained beside the adapters "
+        "(`modules_to_save` or `bias`); that is not supported. Use `optax_lowmem.nn`."
+      )
+    if value.shape != frozen[name]:
+      raise ValueError(
+        f"the adapter in {dir!r} has the base weight `{name}` of shape {value.shape}, and `lora` "
+        f"adapts one of {frozen[name]}."
+      )
 
 
 def _names(layer: Layer, stack: str, check: bool = True) -> list[str]:

@@ -151,7 +151,9 @@ def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
     old = getattr(new, foreign.weight)  # the base's own Variable; a new one keeps its metadata
     setattr(new, foreign.weight, old.replace(weight))
     return new
-  setattr(new, "embedding" if isinstance(new, nnx.Embed) else "kernel", nnx.Param(weight))
+  old = dense_variable(base)  # a new Variable beside it, with its annotations
+  field = "embedding" if isinstance(new, nnx.Embed) else "kernel"
+  setattr(new, field, nnx.Param(weight) if old is None else old.replace(weight))
   new.param_dtype = weight.dtype
   if not isinstance(new, nnx.Embed):
     new.bias = base.bias

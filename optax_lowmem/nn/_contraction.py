@@ -68,7 +68,8 @@ class Contraction:
       return lhs.replace("...", dots), rhs, out.replace("...", dots)
     rhs = self.rhs
     lhs = list(string.ascii_lowercase[:ndim])
-    for place, letter in zip((*range(self.batch), *self.axis), rhs, strict=False):
+    axis = sorted(a % ndim for a in self.axis)  # as flax does, whatever their order
+    for place, letter in zip((*range(self.batch), *axis), rhs, strict=False):
       lhs[place] = letter
     batch, _, outputs = self.groups()
     free = "".join(c for c in lhs if c not in rhs)
@@ -91,6 +92,11 @@ class Contraction:
     batch = "".join(c for c in rhs if c in lhs and c in out)
     inputs = "".join(c for c in rhs if c in lhs and c not in out)
     return batch, inputs, "".join(c for c in rhs if c not in lhs)
+
+  @property
+  def sides(self) -> tuple[tuple[int, ...], ...]:
+    """The kernel's axes that are batch, input and output axes."""
+    return tuple(tuple(map(self.rhs.index, group)) for group in self.groups())
 
   def sizes(self, letters: str) -> tuple[int, ...]:
     rhs = self.rhs
@@ -153,13 +159,27 @@ class Contraction:
     _, rhs, out = self.letters(ndim)
     return bias.reshape([self.sizes(c)[0] if c in rhs else 1 for c in out])
 
-  def bias_to_vector(self, bias: jax.Array) -> jax.Array:
-    """A bias of a layer without batch axes as (out,), in the order of the matrix's rows."""
-    _, _, outputs = self.groups()
-    here = outputs
-    if self.equation is not None:  # flax lays it out as the output
-      here = "".join(c for c in _split(self.equation)[2] if c in outputs)
-    return bias.reshape(self.sizes(here)).transpose([here.index(c) for c in outputs]).reshape(-1)
+  def bias_to_vector(self, bias: jax.Array, lead: int = 0) -> jax.Array:
+    """A bias with `lead` axes of a stack as (..., out), in the order of the matrix's rows."""
+    rows, here = self._rows()
+    bias = bias.reshape(*bias.shape[:lead], *self.sizes(here))
+    bias = bias.transpose(*range(lead), *(lead + here.index(c) for c in rows))
+    return bias.reshape(*bias.shape[:lead], *self.matrix_shape[:-1])
+
+  def vector_to_bias(self, values: jax.Array) -> jax.Array:
+    """The inverse of `bias_to_vector`, with one axis for each of the output's."""
+    rows, here = self._rows()
+    lead = values.ndim - len(self.matrix_shape) + 1
+    values = values.reshape(*values.shape[:lead], *self.sizes(rows))
+    return values.transpose(*range(lead), *(lead + rows.index(c) for c in here))
+
+  def _rows(self) -> tuple[str, str]:
+    """The letters of a bias as the matrix orders them, and as flax does: as the output."""
+    batch, _, outputs = self.groups()
+    rows = batch + outputs
+    if self.equation is None:
+      return rows, rows
+    return rows, "".join(c for c in _split(self.equation)[2] if c in rows)
 
 
 def _split(equation: str) -> tuple[str, str, str]:

@@ -41,6 +41,8 @@ class Foreign:
     weight: the name of the matrix.
     bias: the name of the bias, or None.
     plain: whether the product accumulates in its own dtype.
+    sides: which axes of the weight are shared with the input and the output, are inputs, and are
+      outputs; None while that is looked for.
   """
 
   graphdef: Any
@@ -51,6 +53,7 @@ class Foreign:
   weight: str
   bias: str | None
   plain: bool = True
+  sides: tuple[tuple[int, ...], ...] | None = None
 
   @property
   def kernel_shape(self) -> tuple[int, ...]:
@@ -60,12 +63,16 @@ class Foreign:
     """What the module computes from an input of that shape and dtype.
 
     Raises:
-      NotAProduct: something else than a product.
+      NotAProduct: something else than a product, or one of other axes of the weight than what is
+        kept of it, a matrix, was made by.
     """
     # A program depends on these too, and may be asked for under several of them.
     config: Any = jax.config
     under = config.jax_default_matmul_precision, config.jax_enable_x64
-    return _prove(self, tuple(shape), jnp.dtype(dtype), under)
+    product = _prove(self, tuple(shape), jnp.dtype(dtype), under)
+    if self.sides is not None and self.contraction(product).sides != self.sides:
+      raise NotAProduct("it uses other axes of its weight as inputs")
+    return product
 
   def contraction(self, product: Product) -> Contraction:
     return Contraction(product.equation, (), 0, self.kernel_shape)
@@ -172,8 +179,9 @@ def _search(graphdef: Any, treedef: Any, fields: Any, shapes: Any, dtypes: Any) 
         except Exception:  # whatever a module raises when it is given what it does not take
           continue
         else:
-          foreign = dataclasses.replace(foreign, plain=product.plain)
-          found.append(Reading(foreign, foreign.contraction(product)))
+          contraction = foreign.contraction(product)
+          foreign = dataclasses.replace(foreign, plain=product.plain, sides=contraction.sides)
+          found.append(Reading(foreign, contraction))
           break
     if len(found) > 1:
       return Reading(reason="what it computes with a stack of weights is not clear")

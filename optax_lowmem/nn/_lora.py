@@ -205,7 +205,9 @@ class LoRALinear(Adapter):
           "the adapter has a bias (`lora_bias`) and its base has none to add it to. Keep the "
           "adapter, or give the base a bias of zeros."
         )
-      bias = self.scaled_bias().reshape(layer.bias[...].shape)
+      contraction, bias = contraction_of(self.base), self.scaled_bias()
+      bias = bias if contraction is None else contraction.vector_to_bias(bias)
+      bias = bias.reshape(layer.bias[...].shape)
       layer.bias = nnx.Param(layer.bias[...] + bias.astype(layer.bias[...].dtype))
     return layer
 

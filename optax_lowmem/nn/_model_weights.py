@@ -11,17 +11,9 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._base import (
-  bias_field,
-  contraction_of,
-  dense_variable,
-  is_embed,
-  is_linear,
-  matrix_shape,
-  stack_shape,
-)
+from optax_lowmem.nn._base import dense_variable, is_linear, matrix_shape, stack_shape
 from optax_lowmem.nn._peft import check_matrix
-from optax_lowmem.nn._places import Place, names_in_stack, places
+from optax_lowmem.nn._places import Place, base_of, names_in_stack, places
 from optax_lowmem.nn._shards import Weights
 from optax_lowmem.nn._trainable import tensors_of
 
@@ -50,15 +42,19 @@ def model_weights(model: nnx.Module, stack: str) -> Weights:
   bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
   shapes, dtypes, reads = {}, {}, {}
   known: set[int] = set()
+  plain: set[int] = set()  # of layers without an adapter
   for place in everything:
-    if isinstance(place.module, Adapter):
+    adapted = isinstance(place.module, Adapter)
+    if adapted:
       known |= {id(v) for v in vars(place.module).values() if isinstance(v, nnx.Variable)}
     if id(place.module) in bases:
       continue
     for entry in _entries(place):
-      if id(entry.variable) in known:  # tied: Hugging Face writes it once, too
-        continue
       known.add(id(entry.variable))
+      if not adapted:
+        if id(entry.variable) in plain:  # tied: Hugging Face writes it once, too
+          continue
+        plain.add(id(entry.variable))
       names = names_in_stack(place.path, entry.lead, stack)
       if not names:
         raise ValueError(
@@ -88,28 +84,18 @@ def model_weights(model: nnx.Module, stack: str) -> Weights:
   return Weights(shapes, dtypes, {}, read)
 
 
+def _decoded(weight: Any) -> jax.Array:
+  return weight.dequantize(jnp.float32)  # its own dtype may be coarser than its codes
+
+
 def _entries(place: Place) -> Iterator[_Entry]:
-  module: Any = place.module
-  base = module.base if isinstance(module, Adapter) else module
-  if not (is_linear(base) or is_embed(base)):
-    for t in tensors_of(base) or []:
-      value = t.variable[...]
-      yield _Entry(
-        t.suffix, t.variable, t.lead, value.shape[len(t.lead) :], value.dtype, t.to_torch
-      )
-    return
-  check_matrix(place)
-  lead, contraction = stack_shape(base), contraction_of(base)
-  shape, dense = matrix_shape(base)[len(lead) :], dense_variable(base)
-  if is_embed(base):
-    yield _Entry("weight", dense, lead, shape[::-1], dense[...].dtype, lambda x: x)
-    return
-  if dense is None:
-    yield _Entry("weight", base.weight, lead, shape, jnp.float32, lambda q: q.dequantize())
-  else:
-    turn = jnp.transpose if contraction is None else contraction.to_matrix
-    yield _Entry("weight", dense, lead, shape, dense[...].dtype, turn)
-  bias: Any = getattr(base, bias_field(base), None)
-  if bias is not None:
-    flat = (lambda x: x) if contraction is None else contraction.bias_to_vector
-    yield _Entry("bias", bias, lead, shape[:1], bias[...].dtype, flat)
+  base = base_of(place.module)
+  if is_linear(base):
+    check_matrix(place)
+    if dense_variable(base) is None:
+      lead = stack_shape(base)
+      shape = matrix_shape(base)[len(lead) :]
+      yield _Entry("weight", base.weight, lead, shape, jnp.float32, _decoded)
+  for t in tensors_of(base) or []:
+    dtype = t.variable[...].dtype
+    yield _Entry(t.suffix, t.variable, t.lead, t.torch_shape, dtype, t.to_torch)

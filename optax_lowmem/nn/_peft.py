@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._base import contraction_of, dense_variable, stack_shape
+from optax_lowmem.nn._base import contraction_of, dense_variable, matrix_of, stack_shape
 from optax_lowmem.nn._embed import LoRAEmbed
 from optax_lowmem.nn._peft_files import CONFIG, PREFIX, WEIGHTS, import_safetensors, write_adapter
 from optax_lowmem.nn._places import Place, adaptable, layer_names, places
@@ -91,10 +91,11 @@ def peft_layers(
       rank, alpha = 2 * rank, alpha * (math.sqrt(2) if lora.use_rslora else 2)
     tensors = {ends[0]: one_a.T, ends[1]: one_b.T}  # PEFT: (r, in), (out, r)
     tensors |= {end: each(v[...])[i].reshape(-1) for end, v in other if v is not None}
-    weight = dense_variable(lora.base)
-    if save_embeddings and name.rpartition(".")[2] in EMBEDDINGS and weight is not None:
-      one = each(weight[...])[i]
-      tensors["base_layer.weight"] = one if embed else one.T
+    # A base that made room holds no weight that the adapter in the file could be added to.
+    whole = dense_variable(lora.base) is not None and lora.start_a is None
+    if save_embeddings and whole and name.rpartition(".")[2] in EMBEDDINGS:
+      one = each(matrix_of(lora.base))[i]
+      tensors["base_layer.weight"] = one.T if embed else one
     found[name] = Layer(rank, alpha, tensors)
   return found
 
@@ -161,7 +162,8 @@ def save_peft(
     task_type: PEFT's task type, for the configuration.
     stack: the part of a stacked module's path after which the layer number belongs.
     save_embedding_layers: write the base weights of adapted embeddings and heads
-      (`embed_tokens`, `lm_head`) too, as PEFT does.
+      (`embed_tokens`, `lm_head`) too, as PEFT does; not those that are packed, or were changed
+      when the adapter was made.
     overwrite: replace an adapter that is in `dir` already.
 
   Returns:
@@ -275,8 +277,7 @@ def _beside(
   """Adds what is trained beside adapters to `tensors`; returns `bias` and `modules_to_save`."""
   biases, modules = set(), dict[str, set[str]]()
   for tensor, names in trained_beside(everything, stack).values():
-    value = np.asarray(tensor.variable[...], np.float32)
-    value = tensor.to_torch(value)
+    value = tensor.to_torch(np.asarray(tensor.variable[...], np.float32))
     for name, one in zip(names, value if tensor.lead else value[None], strict=True):
       inner = f"{name}.base_layer" if name in adapted else name
       tensors[f"{PREFIX}{inner}.{tensor.suffix}"] = np.ascontiguousarray(one)

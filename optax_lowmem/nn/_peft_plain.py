@@ -114,15 +114,15 @@ def plain_tensors(
           f"the adapter in {dir!r} holds `{have[0]}`, which neither its `modules_to_save` nor its "
           "`bias` names."
         )
-      shape = tensor.variable[...].shape
-      value = tensor.to_torch(np.stack([left.pop(name) for name in full]))
-      value = value if tensor.lead else value[0]
-      if value.shape != shape:
-        raise ValueError(
-          f"the adapter in {dir!r} has `{full[0]}` of another shape than `model`: {value.shape} "
-          f"here, {shape} needed."
-        )
-      found.append((tensor, value))
+      read = [left.pop(name) for name in full]
+      for name, one in zip(full, read, strict=True):
+        if one.shape != tensor.torch_shape:
+          raise ValueError(
+            f"the adapter in {dir!r} has `{name}` of another shape than `model`: {one.shape} "
+            f"there, {tensor.torch_shape} needed."
+          )
+      value = tensor.from_torch(np.stack(read))
+      found.append((tensor, value if tensor.lead else value[0]))
   if left:
     name = next(iter(left))
     known = [p.path for p in everything]

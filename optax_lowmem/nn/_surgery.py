@@ -5,29 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem.nn._adapter import check_lora
-from optax_lowmem.nn._base import (
-  check_dense,
-  contraction_of,
-  dense_variable,
-  foreign_of,
-  is_embed,
-  is_linear,
-)
+from optax_lowmem.nn._base import check_dense, dense_variable, is_embed, is_linear
+from optax_lowmem.nn._checks import HEAD, check_own_bias, check_product, check_start, excluded
 from optax_lowmem.nn._embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._init import Init, check_init, quantized
 from optax_lowmem.nn._lora import LoRALinear, check_base
-from optax_lowmem.nn._places import choose, matches, patterns, places, replace
+from optax_lowmem.nn._places import choose, matches, places, replace
 from optax_lowmem.nn._quantized import check_codebook
 from optax_lowmem.nn._skipped import sentence, skipped, warn
 from optax_lowmem.nn._targets import Target, all_linear, find_targets
 from optax_lowmem.nn._trainable import (
   below,
   check_bias,
+  check_named,
   check_saved,
   find_saved,
   train_biases,
@@ -41,7 +34,7 @@ def quantize_model(
   model: M,
   *,
   targets: str | Sequence[str] | None = None,
-  exclude: str | Sequence[str] | None = r"(^|\.)lm_head$",
+  exclude: str | Sequence[str] | None = HEAD,
   codebook: str = "nf4",
   block_size: int | None = 64,
   double_quantize: bool | None = None,
@@ -64,7 +57,8 @@ def quantize_model(
       or dicts, stacked along leading axes or not.
     targets: a regular expression or a list of them, each matching a module's whole dotted path
       or the last part of it. None means every linear layer.
-    exclude: the same, for layers to leave alone. None excludes nothing.
+    exclude: the same, for layers to leave alone. None excludes nothing. The default need not match
+      anything.
     codebook: `"nf4"`, `"fp4"` or `"int8"`.
     block_size: how many inputs share a scale; None is all inputs of an output.
     double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
@@ -74,7 +68,7 @@ def quantize_model(
 
   Raises:
     ValueError: nothing matches (the message lists the modules that could), or a weight holds
-      integers, NaN or Inf, or a layer uses its own `dot_general`.
+      integers, NaN or Inf, or a layer uses its own `dot_general` or `promote_dtype`.
 
   >>> from flax import nnx
   >>> from optax_lowmem import nn
@@ -84,7 +78,7 @@ def quantize_model(
   """
   check_codebook(codebook)
   everything = places(model)
-  skip = [] if exclude is None else patterns("exclude", exclude)
+  skip = excluded(exclude, everything)
   possible = [
     place
     for place in everything
@@ -100,34 +94,13 @@ def quantize_model(
   chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
   for place in chosen:
     check_dense(place.path, place.module)
-    _check_product(place.path, place.module)
+    check_product(place.path, place.module)
   if targets is None:
     warn("quantize_model", "left weights as they are", model, everything)
   while chosen:
     place = chosen.pop(0)
     replace(place, quantized(place.module, codebook, block_size, double_quantize))
   return model
-
-
-def _check_product(path: str, layer: Any) -> None:
-  """Refuses a layer that multiplies in a way of its own, which a quantized one would not."""
-  contraction_of(layer)
-  foreign = foreign_of(layer)
-  if foreign is not None:
-    if not foreign.plain:
-      raise ValueError(
-        f"`{path}` accumulates its product in another dtype (`preferred_element_type`), which a "
-        "quantized layer does not. Name it in `exclude`."
-      )
-    return
-  own = getattr(layer, "dot_general", None) not in (None, jax.lax.dot_general)
-  own = own or getattr(layer, "dot_general_cls", None) is not None
-  own = own or getattr(layer, "einsum_op", jnp.einsum) is not jnp.einsum
-  if own or layer.preferred_element_type is not None:
-    raise ValueError(
-      f"`{path}` sets `dot_general`, `einsum_op` or `preferred_element_type`, which a quantized "
-      "layer does not have. Name it in `exclude`."
-    )
 
 
 def add_lora(
@@ -177,6 +150,7 @@ def add_lora(
     modules_to_save: names of modules, or last parts of them, that are trained whole. They are
       left out of `targets`.
     bias: `"lora_only"` also trains the biases of adapted layers, `"all"` those of all layers.
+      What is trained by it or by `modules_to_save` must have a name in PEFT's files.
     init: as in `LoRALinear`.
     stack: the part of a stacked module's path after which the layer number belongs.
     rngs: as in `LoRALinear`.
@@ -186,7 +160,8 @@ def add_lora(
 
   Raises:
     ValueError: nothing matches (the message lists the modules that could), a matching layer has
-      an adapter already or holds integers, NaN or Inf, or an argument is out of range.
+      an adapter already or holds integers, NaN or Inf, an argument is out of range, or `init` does
+      not fit a layer. The model then is as it was.
     TypeError: `rngs` is not an `nnx.Rngs`.
 
   >>> from flax import nnx
@@ -217,9 +192,11 @@ def add_lora(
     check = check_embed if is_embed(target.place.module) else check_base
     check(target.place.path, target.place.module)
     check_lora(target.rank, target.alpha, dropout, rngs)
+    check_start(target.place.path, target.place.module, target.rank, init)
+    check_own_bias(target.place.path, target.place.module, lora_bias)
+  check_named(everything, saved, [target.place for target in found], bias)
   if targets == "all-linear":
     warn("add_lora", "put no adapter on some weights", model, everything)
-  train_modules(saved)
   while found:
     target = found.pop(0)
     replace(
@@ -234,6 +211,7 @@ def add_lora(
         rngs=rngs,
       ),
     )
+  train_modules(saved)
   train_biases(places(model), bias)
   return model
 

@@ -2,61 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._base import bias_field, contraction_of, dense_variable, is_embed, is_linear
+from optax_lowmem.nn._base import (
+  bias_field,
+  contraction_of,
+  dense_variable,
+  is_embed,
+  is_linear,
+  stack_shape,
+  weight_field,
+)
 from optax_lowmem.nn._places import Place, base_of, listing, names_in_stack, nearest
+
+_KNOWN = "linear layers of one matrix, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm"
+
+
+def _same(value: Any) -> Any:
+  return value
+
+
+def _swap(value: Any) -> Any:
+  return value.swapaxes(-1, -2)
 
 
 class Tensor(NamedTuple):
-  """A Variable of a layer, and what it is in PyTorch."""
+  """A Variable of a layer, and what it is in PyTorch.
+
+  `to_torch` is of one layer or of a stack with its leading axes, and `from_torch` its inverse.
+  """
 
   holder: Any
   field: str
   suffix: str  # "weight" or "bias"
-  axes: int  # of one layer's array
-  transposed: bool
+  lead: tuple[int, ...]  # the leading axes of a stack
+  to_torch: Callable[[Any], Any] = _same
+  from_torch: Callable[[Any], Any] = _same
 
   @property
   def variable(self) -> Any:
     return getattr(self.holder, self.field)
 
   @property
-  def lead(self) -> tuple[int, ...]:
-    shape = self.variable[...].shape
-    return shape[: len(shape) - self.axes]
-
-  def to_torch(self, value: Any) -> Any:
-    return value.swapaxes(-1, -2) if self.transposed else value
+  def torch_shape(self) -> tuple[int, ...]:
+    """Of one layer."""
+    old = self.variable[...]
+    return jax.eval_shape(self.to_torch, old).shape[len(self.lead) :]
 
 
 def tensors_of(module: Any) -> list[Tensor] | None:
   """The Variables of one layer under PyTorch's names; None if it is of an unknown kind."""
   module = base_of(module)
   if is_embed(module):
-    return [Tensor(module, "embedding", "weight", 2, False)]
+    return [Tensor(module, "embedding", "weight", stack_shape(module))]
   if is_linear(module):
-    found = []
-    if contraction_of(module) is not None:
-      return found
-    if dense_variable(module) is not None:
-      found.append(Tensor(module, "kernel", "weight", 2, True))
-    if module.bias is not None:
-      found.append(Tensor(module, "bias", "bias", 1, False))
-    return found
+    return _of_linear(module)
   if isinstance(module, (nnx.RMSNorm, nnx.LayerNorm)):
     fields = (("scale", "weight"), ("bias", "bias"))
     return [
-      Tensor(module, field, suffix, 1, False)
+      Tensor(module, field, suffix, getattr(module, field)[...].shape[:-1])
       for field, suffix in fields
       if getattr(module, field, None) is not None
     ]
   return None
+
+
+def _of_linear(layer: Any) -> list[Tensor]:
+  """Weight (out, in), unless it is packed, and bias (out,)."""
+  lead, contraction = stack_shape(layer), contraction_of(layer)
+  if contraction is not None and len(contraction.matrix_shape) > 2:
+    return []  # one matrix for each expert: PyTorch has no such linear layer
+  found: list[Tensor] = []
+  if dense_variable(layer) is not None:
+    turns = (_swap, _swap)
+    if contraction is not None:
+      turns = (contraction.to_matrix, contraction.to_kernel)
+    found.append(Tensor(layer, weight_field(layer), "weight", lead, *turns))
+  field = bias_field(layer)
+  bias = getattr(layer, field, None)
+  if bias is None:
+    return found
+  if contraction is None:
+    return [*found, Tensor(layer, field, "bias", lead)]
+  own = bias[...].shape[len(lead) :]
+
+  def to_vector(value: Any) -> Any:
+    return contraction.bias_to_vector(value, value.ndim - len(own))
+
+  def from_vector(value: Any) -> Any:
+    return contraction.vector_to_bias(value).reshape(*value.shape[:-1], *own)
+
+  return [*found, Tensor(layer, field, "bias", lead, to_vector, from_vector)]
 
 
 def train(holder: Any, field: str) -> None:
@@ -96,6 +137,27 @@ def check_saved(places: Sequence[Place]) -> None:
         )
 
 
+def check_named(
+  everything: Sequence[Place], saved: Sequence[Place], adapted: Sequence[Place], bias: str
+) -> None:
+  """Refuses to train what an adapter's file has no name for."""
+  wanted: dict[tuple[str, str], Any] = {}
+  for place in below(saved, everything):
+    held = [k for k, v in vars(place.module).items() if isinstance(v, nnx.Param)]
+    wanted.update(((place.path, field), place.module) for field in held)
+  for place in {"none": [], "all": everything, "lora_only": adapted}[bias]:
+    layer = base_of(place.module)
+    if (field := _trainable_bias(layer)) is not None:
+      wanted[place.path, field] = layer
+  for (path, field), layer in wanted.items():
+    if field not in {tensor.field for tensor in tensors_of(layer) or []}:
+      raise ValueError(
+        f"`{path}.{field}` of a {type(layer).__name__} would be trained (`modules_to_save`, "
+        f"`bias`), and what it is called in PEFT is not known: only {_KNOWN} have a counterpart. "
+        "Name other modules, or choose `bias='lora_only'` or 'none'."
+      )
+
+
 def train_modules(places: Sequence[Place]) -> None:
   """Makes every `nnx.Param` in the modules trainable."""
   for place in places:
@@ -123,9 +185,13 @@ def train_biases(everything: Sequence[Place], bias: str) -> None:
     adapted = isinstance(place.module, Adapter)
     if bias == "none" or (bias == "lora_only" and not adapted):
       continue
-    field = bias_field(module) if is_linear(module) else "bias"
-    if isinstance(getattr(module, field, None), nnx.Param):
+    if (field := _trainable_bias(module)) is not None:
       train(module, field)
+
+
+def _trainable_bias(layer: Any) -> str | None:
+  field = bias_field(layer) if is_linear(layer) else "bias"
+  return field if isinstance(getattr(layer, field, None), nnx.Param) else None
 
 
 def trained_beside(everything: Sequence[Place], stack: str) -> dict[str, tuple[Tensor, list[str]]]:
@@ -142,7 +208,7 @@ def trained_beside(everything: Sequence[Place], stack: str) -> dict[str, tuple[T
       if field not in tensors:
         raise ValueError(
           f"`{place.path}.{field}` is trained, and what it is called in PEFT is not known: only "
-          "nnx.Linear, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm have a counterpart."
+          f"{_KNOWN} have a counterpart."
         )
       tensor = tensors[field]
       names = names_in_stack(place.path, tensor.lead, stack)
@@ -153,7 +219,3 @@ def trained_beside(everything: Sequence[Place], stack: str) -> dict[str, tuple[T
         )
       found[f"{place.path}.{tensor.suffix}"] = (tensor, names)
   return found
-
-
-def as_array(value: Any) -> jax.Array:
-  return jax.numpy.asarray(value)

@@ -1,0 +1,85 @@
+"""What is checked of every layer before the first of a model is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.nnx.nn import dtypes
+
+from optax_lowmem.nn._base import contraction_of, dense_variable, foreign_of, is_embed, matrix_shape
+from optax_lowmem.nn._init import Init, LoftQ
+from optax_lowmem.nn._places import Place, listing, matches, nearest, patterns
+
+HEAD = r"(^|\.)lm_head$"  # what is excluded unless something else is
+
+
+def excluded(exclude: str | Sequence[str] | None, everything: Sequence[Place]) -> list[re.Pattern]:
+  """The patterns of `exclude`, each of which must match a module: a typo would pack the head."""
+  found = [] if exclude is None else patterns("exclude", exclude)
+  paths = [place.path for place in everything]
+  for pattern in found:
+    if pattern.pattern != HEAD and not any(matches(pattern, path) for path in paths):
+      lasts = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+      raise ValueError(
+        f"`exclude` {pattern.pattern!r} matches no module."
+        f"{nearest(pattern.pattern, [*lasts, *paths])} Available modules: {listing(paths)}."
+      )
+  return found
+
+
+def check_product(path: str, layer: Any) -> None:
+  """Refuses a layer that multiplies in a way of its own, which a quantized one would not."""
+  contraction_of(layer)
+  foreign = foreign_of(layer)
+  if foreign is not None:
+    if not foreign.plain:
+      raise ValueError(
+        f"`{path}` accumulates its product in another dtype (`preferred_element_type`), which a "
+        "quantized layer does not. Name it in `exclude`."
+      )
+    return
+  own = getattr(layer, "dot_general", None) not in (None, jax.lax.dot_general)
+  own = own or getattr(layer, "dot_general_cls", None) is not None
+  own = own or getattr(layer, "einsum_op", jnp.einsum) is not jnp.einsum
+  own = own or layer.promote_dtype is not dtypes.promote_dtype
+  if own or layer.preferred_element_type is not None:
+    raise ValueError(
+      f"`{path}` sets `dot_general`, `einsum_op`, `promote_dtype` or `preferred_element_type`, "
+      "which a quantized layer does not have. Name it in `exclude`, or leave it out of `targets`."
+    )
+
+
+def check_start(path: str, base: Any, rank: Any, init: Init) -> None:
+  """Refuses a layer whose adapter cannot start as `init` says."""
+  loftq = init == "loftq" or isinstance(init, LoftQ)
+  if is_embed(base) or not (loftq or init == "pissa"):
+    return
+  if loftq:
+    if dense_variable(base) is None:
+      raise ValueError(
+        f"`{path}` is quantized, and `init` 'loftq' needs the weights before they are. Call "
+        "`add_lora` on the float model, without `quantize_model`; it quantizes the layers that it "
+        "adapts."
+      )
+    check_product(path, base)
+  shape = matrix_shape(base)[-2:]
+  largest = max(rank) if isinstance(rank, Sequence) else rank
+  if largest > min(shape):
+    raise ValueError(
+      f"`rank` {largest} is larger than a side of the weight {shape} of `{path}`, whose singular "
+      "vectors `init` takes. Choose a smaller rank, or `init='default'`."
+    )
+
+
+def check_own_bias(path: str, base: Any, lora_bias: bool) -> None:
+  """Refuses an adapter's bias where the base has no place to merge it into."""
+  foreign = foreign_of(base)
+  if lora_bias and foreign is not None and foreign.bias != "bias":
+    raise ValueError(
+      f"`lora_bias` needs a `bias` in the base to be merged into, and `{path}` has none of that "
+      "name. Leave it out."
+    )
