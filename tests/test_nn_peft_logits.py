@@ -4,6 +4,7 @@ With the packages peft, transformers and torch installed, what is written here i
 adapters that PEFT makes on the spot are read here.
 """
 
+import json
 import pathlib
 import warnings
 
@@ -159,6 +160,7 @@ def test_peft_reads_what_is_saved_here(name, make, tmp_path, peft):
   np.testing.assert_allclose(run(model), got, rtol=0, atol=1e-4)
 
 
+BIASED, TIED = {"attention_bias": True}, {"tie_word_embeddings": True}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {
   "rank 16, alpha 8": {"r": 16, "lora_alpha": 8, "target_modules": ALL},
@@ -180,13 +182,17 @@ KINDS = {
   "some layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
   "some layers, DoRA": {"use_dora": True, "target_modules": ALL, "layers_to_transform": 0},
   "excluded": {"target_modules": ALL, "exclude_modules": r".*layers\.0\.mlp.*"},
-  "biases": {"target_modules": ["q_proj"], "bias": "lora_only", "_base": True},
-  "all biases": {"target_modules": ["q_proj", "o_proj"], "bias": "all", "_base": True},
+  "biases": {"target_modules": ["q_proj"], "bias": "lora_only", "_base": BIASED},
+  "all biases": {"target_modules": ["q_proj", "o_proj"], "bias": "all", "_base": BIASED},
   "bias, nothing to train": {"target_modules": ALL, "bias": "all"},
-  "a bias of its own": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True, "_base": True},
+  "a bias of its own": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True, "_base": BIASED},
   "norms": {"target_modules": ["v_proj"], "modules_to_save": ["norm", "input_layernorm"]},
   "embedding, head": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
   "head": {"target_modules": [*ALL, "lm_head"]},
+  "embedding, tied": {
+    "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True,
+    "_base": TIED,
+  },
 }  # fmt: skip
 
 
@@ -209,8 +215,8 @@ def randomized(peft, base, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_peft_makes_is_read_merged_and_written(kind, tmp_path, peft):
   settings = dict(KINDS[kind])
-  bias = settings.pop("_base", False)
-  base = torch_base(attention_bias=True) if bias else torch_base()
+  changes = settings.pop("_base", {})
+  base = torch_base(**changes)
   base.save_pretrained(tmp_path / "base")
   plain = logits(base)
   made = randomized(peft, base, settings)
@@ -219,15 +225,41 @@ def test_what_peft_makes_is_read_merged_and_written(kind, tmp_path, peft):
   assert np.abs(want - plain).max() > 1e-2
 
   path = tmp_path / "base"
-  model = nn_llama.load(path, bias=True) if bias else load_llama(path)
+  model = nn_llama.load(path, bias=True) if changes == BIASED else load_llama(path)
   nn.load_peft(model, tmp_path / "peft")
   np.testing.assert_allclose(run(model), want, rtol=0, atol=1e-4)
   nn.save_peft(model, tmp_path / "here")
-  clean = torch_base(attention_bias=True) if bias else torch_base()
+  clean = torch_base(**changes)
   np.testing.assert_allclose(
     logits(read_by_peft(peft, clean, tmp_path / "here")), want, rtol=0, atol=1e-4
   )
   np.testing.assert_allclose(run(nn.merge_lora(model)), want, rtol=0, atol=1e-4)
+  if changes == TIED:
+    nn.merge_peft(path, tmp_path / "here", tmp_path / "merged")
+    np.testing.assert_allclose(run(load_llama(tmp_path / "merged")), want, rtol=0, atol=1e-4)
+
+
+def test_a_tied_table_of_two_values_is_refused(tmp_path):
+  """PEFT writes it twice where the output layer is to follow it."""
+  weights = safetensors.numpy.load_file(BASE / "model.safetensors")
+  table = weights["model.embed_tokens.weight"]
+  config = json.loads((BASE / "config.json").read_text()) | {"tie_word_embeddings": True}
+  (tmp_path / "base").mkdir()
+  (tmp_path / "base/config.json").write_text(json.dumps(config))
+  del weights["lm_head.weight"]
+  safetensors.numpy.save_file(weights, tmp_path / "base/model.safetensors")
+  model = load_llama(tmp_path / "base")
+  nn.add_lora(model, 2, 4, "v_proj", modules_to_save=["embed_tokens"], rngs=nnx.Rngs(0))
+  nn.save_peft(model, tmp_path / "adapter")
+  file = tmp_path / "adapter/adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  for name in ("model.embed_tokens", "lm_head"):
+    np.testing.assert_array_equal(tensors[f"base_model.model.{name}.weight"], table)
+  nn.load_peft(load_llama(tmp_path / "base"), tmp_path / "adapter")
+  tensors["base_model.model.lm_head.weight"] = table + 1
+  safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+  with pytest.raises(ValueError, match="two values"):
+    nn.load_peft(load_llama(tmp_path / "base"), tmp_path / "adapter")
 
 
 def test_dora_starts_with_the_norms_of_the_weights():

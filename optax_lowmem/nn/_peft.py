@@ -16,7 +16,15 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._base import contraction_of, dense_variable, matrix_of, stack_shape
 from optax_lowmem.nn._embed import LoRAEmbed
-from optax_lowmem.nn._peft_files import CONFIG, PREFIX, WEIGHTS, import_safetensors, write_adapter
+from optax_lowmem.nn._peft_files import (
+  CONFIG,
+  HEAD_WEIGHT,
+  PREFIX,
+  TABLE,
+  WEIGHTS,
+  import_safetensors,
+  write_adapter,
+)
 from optax_lowmem.nn._places import Place, adaptable, layer_names, places
 from optax_lowmem.nn._targets import pattern_value
 from optax_lowmem.nn._trainable import trained_beside
@@ -254,13 +262,18 @@ def save_peft(
     "init_lora_weights": True,
     "use_rslora": use_rslora,
   }
+  tying = bool(modules) and is_tied(model)
+  if tying:  # PEFT looks for the tied output layer's own copy
+    for name in [name for name in tensors if name.endswith(TABLE)]:
+      root = name.removesuffix(TABLE).removesuffix("model.")
+      tensors[root + HEAD_WEIGHT] = tensors[name].copy()
   optional = {
     "use_dora": use_dora,
     "lora_bias": lora_bias,
     "rank_pattern": rank_pattern,
     "alpha_pattern": {key: number(value) for key, value in alpha_pattern.items()},
     "modules_to_save": modules,
-    "ensure_weight_tying": bool(modules) and is_tied(model),
+    "ensure_weight_tying": tying,
   }
   write_adapter(dir, config | {key: value for key, value in optional.items() if value}, tensors)
   return dir

@@ -15,7 +15,13 @@ from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._base import is_embed, matrix_shape, stack_shape
 from optax_lowmem.nn._peft import check_matrix
 from optax_lowmem.nn._peft_files import CONFIG, WEIGHTS, AdapterFile, read_config, read_tensors
-from optax_lowmem.nn._peft_plain import check_tying, expected, plain_tensors, saved_modules
+from optax_lowmem.nn._peft_plain import (
+  check_tying,
+  expected,
+  plain_tensors,
+  saved_modules,
+  tied_once,
+)
 from optax_lowmem.nn._places import (
   Place,
   adaptable,
@@ -83,7 +89,7 @@ def load_peft(
   """
   dir = pathlib.Path(dir)
   config = read_config(dir / CONFIG)
-  file = read_tensors(dir / WEIGHTS)
+  file = tied_once(str(dir), config, read_tensors(dir / WEIGHTS))
   everything = places(model)
   saved = saved_modules(everything, config.get("modules_to_save") or (), stack)
   check_saved(saved)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._peft import is_tied
-from optax_lowmem.nn._peft_files import AdapterFile
+from optax_lowmem.nn._peft_files import HEAD_WEIGHT, TABLE, AdapterFile
 from optax_lowmem.nn._places import Place, layer_names, names_in_stack, nearest
 from optax_lowmem.nn._targets import all_linear
 from optax_lowmem.nn._trainable import Tensor, below, find_saved, tensors_of
@@ -78,6 +78,20 @@ def check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file
       "the adapter ties the output layer to an adapted embedding (`ensure_weight_tying`), which "
       "is not supported. Train the adapter without it."
     )
+
+
+def tied_once(dir: str, config: dict[str, Any], file: AdapterFile) -> AdapterFile:
+  """The file with one table, where PEFT wrote that of the tied output layer a second time."""
+  tables = [name for name in file.plain if name.endswith(TABLE)]
+  heads = [name for name in file.plain if name.endswith(HEAD_WEIGHT)]
+  if not config.get("ensure_weight_tying") or len(tables) != 1 or len(heads) != 1:
+    return file
+  if not np.array_equal(file.plain[tables[0]], file.plain[heads[0]]):
+    raise ValueError(
+      f"the adapter in {dir!r} ties the output layer to the embedding (`ensure_weight_tying`), and "
+      f"holds two values for them: `{tables[0]}` and `{heads[0]}`. Remove the one that is wrong."
+    )
+  return file._replace(plain={n: v for n, v in file.plain.items() if n != heads[0]})
 
 
 def plain_tensors(

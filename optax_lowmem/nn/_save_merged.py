@@ -28,7 +28,7 @@ from optax_lowmem.nn._merged_folder import (
 from optax_lowmem.nn._model_weights import model_weights
 from optax_lowmem.nn._peft import is_tied
 from optax_lowmem.nn._peft_files import CONFIG, WEIGHTS, read_config, read_tensors
-from optax_lowmem.nn._peft_plain import check_whole
+from optax_lowmem.nn._peft_plain import check_whole, tied_once
 from optax_lowmem.nn._shards import Weights, open_weights, read_index, read_json
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -152,7 +152,8 @@ def merge_peft(
   ['model.safetensors']
   """
   path = pathlib.Path(adapter)
-  config, file = read_config(path / CONFIG), read_tensors(path / WEIGHTS)
+  config = read_config(path / CONFIG)
+  file = tied_once(str(path), config, read_tensors(path / WEIGHTS))
   changes = changes_of_file(str(path), config, file)
   follows = bool(config.get("ensure_weight_tying"))
   weights, output = open_weights(original), (dir, dtype, max_shard_size)
