@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from optax_lowmem._blocks import QuantizedArray
 
@@ -44,23 +45,39 @@ def _wait_for_whole(size, batched, x, weight):
   return _wait_for(x, weight), batched[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def automatic(*arrays: jax.Array) -> bool:
+  """Whether the compiler alone says where arrays are: no axis of their meshes is of another kind.
+
+  A rule for a derivative that is written by hand has to place what it gives on the other axes.
+  """
+  meshes = (jax.typeof(array).sharding.mesh for array in arrays)
+  return all(kind == AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
+
+
 def multiply(x: jax.Array, weight: QuantizedArray, precision: Any) -> jax.Array:
   """x @ W^T in x's dtype. What is kept for the backward pass is the packed weight only."""
+  return _multiply(x, weight, precision, jax.typeof(x).sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _multiply(x: jax.Array, weight: QuantizedArray, precision: Any, place: Any) -> jax.Array:
+  del place
   dense = _wait_for(x, weight).dequantize(x.dtype)
   return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
 
 
-def multiply_forward(x, weight, precision):
-  return multiply(x, weight, precision), weight
+def multiply_forward(x, weight, precision, place):
+  return _multiply(x, weight, precision, place), weight
 
 
-def multiply_backward(precision, weight, g):
+def multiply_backward(precision, place, weight, g):
   # The weight is decoded a second time. Left to itself, JAX would keep every layer's dense
   # weight from the forward pass, which is all that 4-bit storage saved.
   dense = _wait_for(g, weight).dequantize(g.dtype)
   dx = jax.lax.dot_general(g, dense, (((g.ndim - 1,), (0,)), ((), ())), precision=precision)
+  if AxisType.Explicit in place.mesh.axis_types:
+    dx = jax.sharding.reshard(dx, place)
   return dx, None  # None: no gradient for the frozen weight
 
 
-multiply.defvjp(multiply_forward, multiply_backward)
+_multiply.defvjp(multiply_forward, multiply_backward)
