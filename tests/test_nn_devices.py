@@ -124,7 +124,7 @@ CASES = {
     f"{layer}, shard_map{'' if checked else ' unchecked'}": (lambda *a: lambda: in_shard_map(*a))(
       layer, checked
     )
-    for layer, checked in (("float", True), ("nf4", False))
+    for layer, checked in (("float", True), ("nf4", True), ("dora", True), ("nf4", False))
   },
 }
 

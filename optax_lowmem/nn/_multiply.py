@@ -13,11 +13,21 @@ from jax.sharding import AxisType
 from optax_lowmem._blocks import QuantizedArray
 
 
-def _with_bits_of(weight: QuantizedArray, x: jax.Array) -> QuantizedArray:
-  """The weight as it is, made to depend on `x` in a way that the compiler cannot see through."""
+def _zero(x: jax.Array) -> jax.Array:
+  """0, in a way that the compiler cannot see through."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-  zero = (jnp.max(bits & 1, initial=0) >> 1).astype(weight.codes.dtype)
-  return dataclasses.replace(weight, codes=weight.codes ^ zero)
+  return jnp.max(bits & 1, initial=0) >> 1
+
+
+def _with_bits_of(weight: QuantizedArray, x: jax.Array) -> QuantizedArray:
+  return dataclasses.replace(weight, codes=weight.codes ^ _zero(x).astype(weight.codes.dtype))
+
+
+def _behind(weight: QuantizedArray, x: jax.Array) -> QuantizedArray:
+  codes, _ = jax.lax.optimization_barrier((weight.codes, x))
+  # Inside a `shard_map` what varies over devices is part of a type, and that of the codes must be
+  # what it is in the other branch. The compiler sees through this zero, and drops it.
+  return dataclasses.replace(weight, codes=codes | (_zero(x) & 0).astype(codes.dtype))
 
 
 @jax.custom_batching.custom_vmap
@@ -29,12 +39,7 @@ def _wait_for(x: jax.Array, weight: QuantizedArray) -> QuantizedArray:
   unrolled blocks of 7 linears of width 512 held 17.5 blocks' float32 weights. A barrier prevents
   it, but XLA's CPU backend drops barriers. Tied to the bits of `x`: 2.2, most of it activations.
   """
-  return jax.lax.platform_dependent(
-    weight,
-    x,
-    cpu=_with_bits_of,
-    default=lambda weight, x: jax.lax.optimization_barrier((weight, x))[0],
-  )
+  return jax.lax.platform_dependent(weight, x, cpu=_with_bits_of, default=_behind)
 
 
 @_wait_for.def_vmap
