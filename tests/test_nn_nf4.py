@@ -139,6 +139,22 @@ def test_vmap_over_inputs_and_their_gradient():
   np.testing.assert_allclose(grads, 2 * (x @ dense.T) @ dense, rtol=1e-4, atol=1e-3)
 
 
+def test_gradient_of_a_gradient():
+  layer = nn.NF4Linear.from_weight(normal(32, 64) / 8)
+  dense, x, v = layer.dequantize(), normal(3, 64, seed=1), normal(3, 64, seed=2)
+
+  def curvature(multiply, x):
+    def slope(x):
+      gradient = jax.grad(lambda x: (jnp.tanh(multiply(x)) ** 2).sum())(x)
+      return (gradient * v).sum()
+
+    return jax.grad(slope)(x)
+
+  want = curvature(lambda x: x @ dense.T, x)
+  for one in (curvature, jax.jit(curvature, static_argnums=0)):
+    np.testing.assert_allclose(one(layer, x), want, rtol=1e-5, atol=1e-5)
+
+
 class Block(nnx.Module):
   """Seven linear layers, with the shapes of a Llama block."""
 

@@ -30,9 +30,15 @@ def _behind(weight: QuantizedArray, x: jax.Array) -> QuantizedArray:
   return dataclasses.replace(weight, codes=codes | (_zero(x) & 0).astype(codes.dtype))
 
 
+def wait_for(x: jax.Array, weight: QuantizedArray) -> QuantizedArray:
+  """The weight, not to be decoded before `x` is there."""
+  # A function with a rule for `vmap` takes no tangents, which second-order gradients would give it.
+  return _wait_for(jax.lax.stop_gradient(x), weight)
+
+
 @jax.custom_batching.custom_vmap
 def _wait_for(x: jax.Array, weight: QuantizedArray) -> QuantizedArray:
-  """The weight, not to be decoded before `x` is there.
+  """The weight, tied to `x`.
 
   Decoding depends on no activation, so the compiler is free to decode every weight of a model at
   once, and to decode a weight once for forward and backward pass, and does: the gradient of 16
@@ -67,7 +73,7 @@ def multiply(x: jax.Array, weight: QuantizedArray, precision: Any) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _multiply(x: jax.Array, weight: QuantizedArray, precision: Any, place: Any) -> jax.Array:
   del place
-  dense = _wait_for(x, weight).dequantize(x.dtype)
+  dense = wait_for(x, weight).dequantize(x.dtype)
   return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
 
 
@@ -78,7 +84,7 @@ def multiply_forward(x, weight, precision, place):
 def multiply_backward(precision, place, weight, g):
   # The weight is decoded a second time. Left to itself, JAX would keep every layer's dense
   # weight from the forward pass, which is all that 4-bit storage saved.
-  dense = _wait_for(g, weight).dequantize(g.dtype)
+  dense = wait_for(g, weight).dequantize(g.dtype)
   dx = jax.lax.dot_general(g, dense, (((g.ndim - 1,), (0,)), ((), ())), precision=precision)
   if AxisType.Explicit in place.mesh.axis_types:
     dx = jax.sharding.reshard(dx, place)
