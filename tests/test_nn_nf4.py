@@ -177,9 +177,9 @@ def stacked_blocks(rngs, width):
   return Block(width, 3 * width, rngs)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("remat", "dora"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("unrolled", [False, True])
-def test_gradient_of_16_layers_needs_no_more_than_one_and_a_half(unrolled, remat):
+def test_gradient_of_16_layers_needs_no_more_than_one_or_two(unrolled, remat, dora):
   width, tokens = 256, 4
 
   def build():
@@ -187,7 +187,8 @@ def test_gradient_of_16_layers_needs_no_more_than_one_and_a_half(unrolled, remat
       model = nnx.List([Block(width, 3 * width, nnx.Rngs(0)) for _ in range(16)])
     else:
       model = nnx.List([stacked_blocks(nnx.Rngs(0), width)])
-    return nn.add_lora(nn.quantize_model(model), 8, 16, "all-linear", rngs=nnx.Rngs(1))
+    rngs = nnx.Rngs(1)
+    return nn.add_lora(nn.quantize_model(model), 8, 16, "all-linear", use_dora=dora, rngs=rngs)
 
   def loss(model, x):
     body = nnx.remat(lambda block, x: block(x)) if remat else lambda block, x: block(x)
@@ -208,8 +209,9 @@ def test_gradient_of_16_layers_needs_no_more_than_one_and_a_half(unrolled, remat
   x = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
   memory = gradient.lower(state, x).compile().memory_analysis()
   layer = (4 + 3 * 3) * width * width * 4
-  # 0.6 to 1.4; 16 and more where all weights are decoded first. Most of the rest are activations.
-  assert 0 < memory.temp_size_in_bytes < 1.5 * layer
+  # 0.6 to 1.4, and 1.2 to 1.7 with DoRA; 16 and more where all weights are decoded first. Most of
+  # the rest are activations.
+  assert 0 < memory.temp_size_in_bytes < (1.8 if dora else 1.5) * layer
 
 
 @pytest.mark.parametrize("x", [0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-45, 3.4e38])

@@ -166,7 +166,7 @@ class LoRALinear(Adapter):
     correction = placed(self._correction(dropped, shape), out_sharding)
     if self.magnitude is None:
       return y + correction
-    factor = self.factor().astype(y.dtype)
+    factor = self.factor(self.weight_norm(x)).astype(y.dtype)
     if shape is not None:
       factor = shape.spread(factor, x.ndim)
     bias = output_bias(self.base, y, x)
