@@ -69,7 +69,8 @@ def test_other_shapes_end_each_row_in_a_shorter_block(name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
 def test_product_and_gradient_are_those_of_the_decoded_weight(dtype, lead):
-  layer = nn.NF4Linear.from_weight(normal(96, 128), bias=normal(96, seed=1))
+  weight, bias = normal(96, 128).astype(dtype), normal(96, seed=1).astype(dtype)
+  layer = nn.NF4Linear.from_weight(weight, bias=bias)
   x = normal(*lead, 128, seed=2).astype(dtype)
   g = normal(*lead, 96, seed=3).astype(dtype)
   dense, bias = layer.dequantize(dtype), layer.bias[...].astype(dtype)
@@ -86,6 +87,20 @@ def test_compute_dtype():
   layer = nn.NF4Linear.from_weight(normal(8, 64), dtype=jnp.bfloat16)
   assert layer(normal(2, 64)).dtype == jnp.bfloat16
   assert layer(jnp.ones((2, 64), jnp.int32)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("given", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("held", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_dtype_is_that_of_the_float_layer(dtype, held, given):
+  options = {"dtype": dtype, "param_dtype": held, "rngs": nnx.Rngs(0)}
+  floats = [nnx.Linear(64, 8, **options), nnx.LinearGeneral(64, (2, 4), **options)]
+  x = normal(3, 64).astype(given)
+  for layer in (*floats, nnx.Linear(64, 8, use_bias=False, **options)):
+    packed = nn.quantize_model(nnx.Dict(a=nnx.clone(layer)))
+    assert packed.a(x).dtype == layer(x).dtype
+    nn.add_lora(packed, 2, 4, "a", init="pissa", rngs=nnx.Rngs(1))  # which packs a float32 weight
+    assert packed.a(x).dtype == layer(x).dtype
 
 
 def test_what_is_kept_for_the_backward_pass_is_the_packed_bits():

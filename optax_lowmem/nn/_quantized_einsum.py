@@ -16,8 +16,8 @@ from optax_lowmem.nn._quantized import (
   dequantize_stack,
   floating,
   placed,
-  quantize_like,
   quantize_stack,
+  requantized,
 )
 
 
@@ -27,7 +27,8 @@ class QuantizedEinsum(nnx.Module):
   The kernel is held as a matrix (out, in) of the product of its output axes by the product of
   those that are summed over, or as one such matrix for each index that it has in common with
   input and output; blocks lie along the summed axes. As in `QuantizedLinear`, it is decoded for
-  each product and never kept, gets no gradient, and may have leading axes that stack layers.
+  each product and never kept, gets no gradient, and may have leading axes that stack layers; the
+  dtypes are those of the float layer.
 
   Args:
     layer: the float layer.
@@ -88,7 +89,7 @@ class QuantizedEinsum(nnx.Module):
   def requantized(self, weight: jax.Array) -> QuantizedEinsum:
     """A layer of the same kind with other matrices, quantized in the same way."""
     new = nnx.merge(*nnx.split(self))
-    new.weight = QuantizedWeight(quantize_like(weight, self.weight.get_value()))
+    new.weight = QuantizedWeight(requantized(weight, self.weight.get_value()))
     new.bias = self.bias
     return new
 
@@ -114,7 +115,7 @@ class QuantizedEinsum(nnx.Module):
     return nnx.eval_shape(make)
 
   def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
-    x = floating(x, self.dtype)
+    x = floating(x, self.dtype, self.weight.get_value(), self.bias)
     return placed(self._product(x, self.contraction, self.precision), out_sharding)
 
   def _product(self, x: jax.Array, contraction: Contraction, precision: Any) -> jax.Array:
