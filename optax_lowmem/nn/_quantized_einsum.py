@@ -116,10 +116,11 @@ class QuantizedEinsum(nnx.Module):
 
   def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
     x = floating(x, self.dtype, self.weight.get_value(), self.bias)
-    return placed(self._product(x, self.contraction, self.precision), out_sharding)
+    y = self._product(x, self.contraction, self.precision)
+    return placed(self._with_bias(y, self.contraction, x.ndim), out_sharding)
 
   def _product(self, x: jax.Array, contraction: Contraction, precision: Any) -> jax.Array:
-    """What an input gives in its own dtype."""
+    """What an input gives in its own dtype, without the bias."""
     q: QuantizedArray = self.weight.get_value()
     shape = contraction.matrix_shape
     if q.ndim != len(shape):
@@ -132,7 +133,9 @@ class QuantizedEinsum(nnx.Module):
       y: Any = multiply(flat, q, precision)
     else:
       y = jax.vmap(lambda x, q: multiply(x, q, precision))(flat, q)
-    y = contraction.unflatten(y, x)
+    return contraction.unflatten(y, x)
+
+  def _with_bias(self, y: jax.Array, contraction: Contraction, ndim: int) -> jax.Array:
     if self.bias is None:
       return y
-    return y + contraction.spread_bias(self.bias[...].astype(y.dtype), x.ndim)
+    return y + contraction.spread_bias(self.bias[...].astype(y.dtype), ndim)
