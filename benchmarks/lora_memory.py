@@ -5,9 +5,9 @@
 The model is 16 blocks of attention and SwiGLU with seven linear layers each, and an adapter of rank
 8 on every one. What is printed is `memory_analysis().temp_size_in_bytes` of the compiled gradient
 with respect to the adapters, over the bytes that the weights of one block have in float32: 16 would
-be the whole model unpacked. "float32 base" shows what the activations alone need. "decode, then
-multiply" is the plain way to write a packed layer, without the rule for its derivative.
-Nothing is computed: programs are compiled for shapes.
+be the whole model unpacked. "nf4 dora" has DoRA's magnitudes too. "float32 base" shows what the
+activations alone need. "decode, then multiply" is the plain way to write a packed layer, without
+the rule for its derivative. Nothing is computed: programs are compiled for shapes.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def adapted(width: int, base: str, scanned: bool) -> nnx.Module:
     model = nnx.List([many(width, nnx.Rngs(0))])
   else:
     model = nnx.List([Block(width, nnx.Rngs(i)) for i in range(LAYERS)])
+  base, _, dora = base.partition(" ")
   if base != "float32":
     nn.quantize_model(model, codebook="nf4" if base == "plain" else base)
-  nn.add_lora(model, 8, 16, rngs=nnx.Rngs(1))
+  nn.add_lora(model, 8, 16, use_dora=dora == "dora", rngs=nnx.Rngs(1))
   if base == "plain":
     for block in model:
       for name in LINEARS:
@@ -103,10 +104,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--width", type=int, default=512)
   parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 128])
-  parser.add_argument("--bases", nargs="+", default=["nf4", "fp4", "int8", "float32", "plain"])
+  bases = ["nf4", "nf4 dora", "fp4", "int8", "float32", "plain"]
+  parser.add_argument("--bases", nargs="+", default=bases)
   parser.add_argument("--json", help="also write the numbers here")
   args = parser.parse_args()
-  names = {"float32": "float32 base", "plain": "NF4, decode, then multiply"}
+  names = {
+    "nf4 dora": "nf4, DoRA",
+    "float32": "float32 base",
+    "plain": "NF4, decode, then multiply",
+  }
   forms = [(s, r) for s in (True, False) for r in (False, True)]
   heads = [f"{'scanned' if s else 'unrolled'}{', remat' if r else ''}" for s, r in forms]
   print("| base | tokens | " + " | ".join(heads) + " |\n|" + "---|" * (len(forms) + 2))

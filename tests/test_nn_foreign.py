@@ -511,3 +511,20 @@ def test_packages(package):
     assert result.linears == result.packed == result.adapters > 0, name
     assert result.exact and result.frozen, name
     assert result.losses[1] < result.losses[0] and result.merged_error < 1e-4, name
+
+
+class Mixed(nnx.Module):
+  """Multiplies in bfloat16, and adds a float32 bias in float32."""
+
+  def __init__(self):
+    self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16))
+    self.shift = nnx.Param(100 + jax.random.normal(jax.random.key(1), (64,)))
+
+  def __call__(self, x):
+    return (x.astype(jnp.bfloat16) @ self.kernel).astype(jnp.float32) + self.shift
+
+
+def test_a_bias_keeps_its_dtype():
+  layer, x = Mixed(), jnp.zeros((2, 64))
+  packed = nn.quantize_model(nnx.Dict(a=nnx.clone(layer)))["a"]
+  np.testing.assert_array_equal(packed(x), layer(x))

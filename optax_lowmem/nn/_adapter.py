@@ -11,9 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._base import matrix_of, stack_shape
+from optax_lowmem.nn._base import (
+  contraction_of,
+  dense_variable,
+  matrix_of,
+  matrix_shape,
+  stack_shape,
+)
 from optax_lowmem.nn._foreign import setting_of
 from optax_lowmem.nn._init import Init, check_init, initial_factors
+from optax_lowmem.nn._multiply import wait_for
+from optax_lowmem.nn._quantized import dequantize_stack
 
 
 class LoRAScale(nnx.Variable[jax.Array]):
@@ -132,18 +140,31 @@ class Adapter(nnx.Module):
     product = jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
     return self._spread_scale(product.ndim) * product
 
-  def weight_norm(self) -> jax.Array:
+  def weight_norm(self, x: jax.Array | None = None) -> jax.Array:
     r"""The norm of each row of W + s (A B)^T, of which no gradient is taken.
 
     Expanded, so that no product A B of a layer's size is made: :math:`\|w\|^2 + 2 s\,b \cdot
     A^T w + s^2 b \cdot (A^T A) b`.
+
+    Args:
+      x: the layer's input, before which no packed weight is decoded: otherwise all layers' are, at
+        once, and kept (12 dense weights for 12 unrolled layers; tied to the input, 1.5).
     """
-    w = jax.lax.stop_gradient(matrix_of(self.base))
-    a = jax.lax.stop_gradient(self.lora_a[...])
-    b = jax.lax.stop_gradient(self.scaled_b()).swapaxes(-1, -2)
+    packed = dense_variable(self.base) is None
+    if not packed:
+      w = _as_stored(self.base)
+    elif x is None:
+      w = self.base.dequantize()
+    else:
+      w = dequantize_stack(wait_for(x, self.base.weight.get_value()))
+    w, a, b = jax.lax.stop_gradient((w, self.lora_a[...], self.scaled_b()))
     dot = functools.partial(jnp.matmul, precision="highest")
-    product = 2 * dot(w, a) + dot(b, dot(a.swapaxes(-1, -2), a))
-    squared = (w * w).sum(-1) + (product * b).sum(-1)
+    a_t = a.swapaxes(-1, -2)
+    if packed:
+      squares, product = (w * w).sum(-1), dot(w, a).swapaxes(-1, -2)
+    else:
+      squares, product = (w * w).sum(-2), dot(a_t, w)
+    squared = squares + ((2 * product + dot(dot(a_t, a), b)) * b).sum(-2)
     return jnp.sqrt(jnp.maximum(squared, 0.0))
 
   def factor(self, norm: jax.Array | None = None) -> jax.Array:
@@ -190,6 +211,18 @@ def _per_layer(name: str, value: Any, stack: tuple[int, ...]) -> tuple[Any, ...]
       "value, or one for each layer of a stack with one leading axis."
     )
   return tuple(value)
+
+
+def _as_stored(base: Any) -> jax.Array:
+  """The dense weight (..., in, out) in float32, of most layers without moving an element.
+
+  A transposed copy of each weight of a model would be made at once, and all of them kept.
+  """
+  contraction = contraction_of(base)
+  if contraction is not None and contraction.rhs != "".join(contraction.groups()):
+    return matrix_of(base).swapaxes(-1, -2)
+  *lead, out, inputs = matrix_shape(base)
+  return dense_variable(base)[...].astype(jnp.float32).reshape(*lead, inputs, out)
 
 
 def check_adaptable(name: str, base: Any) -> None:

@@ -22,12 +22,18 @@ from optax_lowmem.nn._base import (
   with_matrix,
 )
 from optax_lowmem.nn._init import Init
+from optax_lowmem.nn._multiply import automatic
 from optax_lowmem.nn._quantized import placed
 
 
-@jax.custom_vjp
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   """x A B."""
+  # Where axes are explicit or manual, JAX's own rule knows how gradients are to be placed.
+  return _low_rank(x, a, b) if automatic(x, a, b) else (x @ a) @ b
+
+
+@jax.custom_vjp
+def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   return (x @ a) @ b
 
 
@@ -47,7 +53,7 @@ def low_rank_backward(residuals, g):
   return d @ a.T, da, jax.lax.dot_general(low, g, over_batch)
 
 
-low_rank.defvjp(low_rank_forward, low_rank_backward)
+_low_rank.defvjp(low_rank_forward, low_rank_backward)
 
 
 class LoRALinear(Adapter):
@@ -160,7 +166,7 @@ class LoRALinear(Adapter):
     correction = placed(self._correction(dropped, shape), out_sharding)
     if self.magnitude is None:
       return y + correction
-    factor = self.factor().astype(y.dtype)
+    factor = self.factor(self.weight_norm(x)).astype(y.dtype)
     if shape is not None:
       factor = shape.spread(factor, x.ndim)
     bias = output_bias(self.base, y, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -91,8 +92,8 @@ class QuantizedLinear(nnx.Module):
   .. math:: y = x \hat W^T + b
 
   where :math:`\hat W` is the (out, in) weight decoded from codes and one scale per block of
-  inputs. The weight is decoded to the dtype of `x` for the product, and again in the backward
-  pass, and never kept. It receives no gradient.
+  inputs. The weight is decoded for the product, and again in the backward pass, and never kept.
+  It receives no gradient. The dtypes are those of the float layer.
 
   The weight may have leading axes, one layer for each index, for use under `nnx.scan` or
   `nnx.vmap`; each layer is quantized on its own.
@@ -104,7 +105,8 @@ class QuantizedLinear(nnx.Module):
     weight: a `QuantizedArray` of logical shape (out, in), with or without leading axes: NF4,
       FP4, or 8-bit integers (codebook `"linear"`).
     bias: None, an array or an `nnx.Param` of shape (..., out).
-    dtype: the dtype of the computation; None takes that of `x`.
+    dtype: the dtype of the computation and the output; None, as in `nnx.Linear`, is that to which
+      `x`, the weight (before it was packed) and the bias promote.
     precision: passed to `jax.lax.dot_general`.
 
   Raises:
@@ -226,7 +228,7 @@ class QuantizedLinear(nnx.Module):
 
   def requantized(self, weight: jax.Array) -> QuantizedLinear:
     """A layer of the same kind with another dense weight, quantized in the same way."""
-    q = quantize_like(weight, self.weight.get_value())
+    q = requantized(weight, self.weight.get_value())
     return type(self)(q, self.bias, dtype=self.dtype, precision=self.precision)
 
   def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
@@ -236,7 +238,7 @@ class QuantizedLinear(nnx.Module):
         f"this {type(self).__name__} holds a stack of layers, its weight has shape {q.shape}. "
         "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
       )
-    x = floating(x, self.dtype)
+    x = floating(x, self.dtype, q, self.bias)
     if x.ndim == 0 or x.shape[-1] != q.shape[1]:
       raise ValueError(
         f"`x` must have {q.shape[1]} features on its last axis, got shape {x.shape}."
@@ -246,14 +248,16 @@ class QuantizedLinear(nnx.Module):
     return placed(y, out_sharding)
 
 
-def floating(x: jax.Array, dtype: Any) -> jax.Array:
-  """`x` in `dtype`, refused if that is not floating point."""
+def floating(x: jax.Array, dtype: Any, *operands: Any) -> jax.Array:
+  """`x` in `dtype`, or in what it and the operands promote to, refused if not floating point."""
   x = jnp.asarray(x, dtype)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
       f"`x` must be floating point, got {x.dtype}. Convert it, or give the layer a `dtype`."
     )
-  return x
+  if dtype is None:
+    dtype = jnp.result_type(x, *(one.dtype for one in operands if one is not None))
+  return x.astype(dtype)
 
 
 def placed(y: jax.Array, out_sharding: Any) -> jax.Array:
@@ -267,6 +271,11 @@ def placed(y: jax.Array, out_sharding: Any) -> jax.Array:
 
 def dequantize_stack(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
   return over_stack(lambda one: one.dequantize(dtype), q.ndim - 2)(q)
+
+
+def requantized(weight: jax.Array, q: QuantizedArray) -> QuantizedArray:
+  """A weight in `q`'s place: quantized as `q` was, and of the dtype that `q` had before."""
+  return dataclasses.replace(quantize_like(weight, q), dtype=q.dtype)
 
 
 def quantize_like(weight: jax.Array, q: QuantizedArray) -> QuantizedArray:

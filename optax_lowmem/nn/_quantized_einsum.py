@@ -16,8 +16,8 @@ from optax_lowmem.nn._quantized import (
   dequantize_stack,
   floating,
   placed,
-  quantize_like,
   quantize_stack,
+  requantized,
 )
 
 
@@ -27,7 +27,8 @@ class QuantizedEinsum(nnx.Module):
   The kernel is held as a matrix (out, in) of the product of its output axes by the product of
   those that are summed over, or as one such matrix for each index that it has in common with
   input and output; blocks lie along the summed axes. As in `QuantizedLinear`, it is decoded for
-  each product and never kept, gets no gradient, and may have leading axes that stack layers.
+  each product and never kept, gets no gradient, and may have leading axes that stack layers; the
+  dtypes are those of the float layer.
 
   Args:
     layer: the float layer.
@@ -88,7 +89,7 @@ class QuantizedEinsum(nnx.Module):
   def requantized(self, weight: jax.Array) -> QuantizedEinsum:
     """A layer of the same kind with other matrices, quantized in the same way."""
     new = nnx.merge(*nnx.split(self))
-    new.weight = QuantizedWeight(quantize_like(weight, self.weight.get_value()))
+    new.weight = QuantizedWeight(requantized(weight, self.weight.get_value()))
     new.bias = self.bias
     return new
 
@@ -114,11 +115,12 @@ class QuantizedEinsum(nnx.Module):
     return nnx.eval_shape(make)
 
   def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
-    x = floating(x, self.dtype)
-    return placed(self._product(x, self.contraction, self.precision), out_sharding)
+    x = floating(x, self.dtype, self.weight.get_value(), self.bias)
+    y = self._product(x, self.contraction, self.precision)
+    return placed(self._with_bias(y, self.contraction, x.ndim), out_sharding)
 
   def _product(self, x: jax.Array, contraction: Contraction, precision: Any) -> jax.Array:
-    """What an input gives in its own dtype."""
+    """What an input gives in its own dtype, without the bias."""
     q: QuantizedArray = self.weight.get_value()
     shape = contraction.matrix_shape
     if q.ndim != len(shape):
@@ -131,7 +133,9 @@ class QuantizedEinsum(nnx.Module):
       y: Any = multiply(flat, q, precision)
     else:
       y = jax.vmap(lambda x, q: multiply(x, q, precision))(flat, q)
-    y = contraction.unflatten(y, x)
+    return contraction.unflatten(y, x)
+
+  def _with_bias(self, y: jax.Array, contraction: Contraction, ndim: int) -> jax.Array:
     if self.bias is None:
       return y
-    return y + contraction.spread_bias(self.bias[...].astype(y.dtype), x.ndim)
+    return y + contraction.spread_bias(self.bias[...].astype(y.dtype), ndim)

@@ -93,5 +93,9 @@ class QuantizedModule(QuantizedEinsum):
         f"this QuantizedModule was proved to be a product, but for an input of shape {x.shape} and "
         f"dtype {x.dtype} {error}. Name it in `quantize_model`'s `exclude`."
       ) from error
-    y = self._product(x.astype(product.dtype), self.foreign.contraction(product), product.precision)
+    contraction = self.foreign.contraction(product)
+    y = self._product(x.astype(product.dtype), contraction, product.precision)
+    # A bias is not rounded to the product's dtype where the output is wider.
+    y = y.astype(jnp.promote_types(product.dtype, product.out_dtype))
+    y = self._with_bias(y, contraction, x.ndim)
     return placed(y.astype(product.out_dtype), out_sharding)
