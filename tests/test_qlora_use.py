@@ -25,7 +25,8 @@ from merging import write_companions
 from optax_lowmem import nn as lowmem_nn
 from qlora_cases import arguments, same, save_model, save_rows
 from recipe import trained_model
-from talking import Speaker, day_of, of_run
+from runs import began
+from talking import Speaker, of_run
 from test_llama_files import write_gguf
 from weights import open_checkpoint
 
@@ -212,10 +213,10 @@ def test_the_day_of_a_run_is_that_of_its_conversations(tmp_path):
   record = {"settings": {}, "data_sha256": ""}
   for more, day in (({}, None), ({"today": "2024-02-29"}, datetime.date(2024, 2, 29))):
     (tmp_path / "run.json").write_text(json.dumps(record | more))
-    assert day_of(tmp_path) == day
+    assert began(tmp_path) == day
   (tmp_path / "run.json").write_text(json.dumps(record | {"today": "Friday"}))
   with pytest.raises(ValueError, match=r"run.json is damaged .*'Friday'"):
-    day_of(tmp_path)
+    began(tmp_path)
 
 
 def test_bad_arguments(run, tmp_path, capsys):

@@ -14,6 +14,7 @@ Read `finetune` to see how it is put together: the step is in training.py, what 
 recipe.py, the data in data.py and batches.py, what is kept in checkpoints.py.
 """
 
+import datetime
 import math
 import shutil
 import sys
@@ -42,7 +43,7 @@ from recipe import abstract_model, loaded_model
 from recipe import adapted as adapted
 from recipe import optimizer as optimizer
 from report import Metrics, byte_parts, loss_picture, memory_in_use, read_records, running_mean
-from runs import check_same_data, output_folder, save_settings
+from runs import began, check_same_data, output_folder, save_settings
 from sampling import Samples
 from spreading import dealt, devices_in_a_row, everywhere, in_host_memory, in_parts
 from talking import talk
@@ -81,7 +82,8 @@ def finetune(s: Settings) -> int:
       say("--fsdp: there is only one device, which holds the whole base model.")
     elif s.fsdp:
       in_one = in_host_memory()
-    tokenizer = ChatTokenizer.from_model(model_path, s.chat_template)
+    today = (began(Path(s.resume)) if s.resume else None) or datetime.date.today()
+    tokenizer = ChatTokenizer.from_model(model_path, s.chat_template, today)
     check_vocabulary(tokenizer, config)
     data, data_sha256 = read_data(s, tokenizer)
     rows, held_rows = data.split()
@@ -132,7 +134,7 @@ def finetune(s: Settings) -> int:
       if found(before / name).exists():
         shutil.copytree(found(before / name), out / name)
   metrics = Metrics(out / "metrics.jsonl", records, board)
-  save_settings(s, out, data_sha256)
+  save_settings(s, out, data_sha256, today)
   steps, done = Steps(graph, tx, shards=shards), start
 
   with CtrlC() as ctrl_c, StepBar(start, s.steps) as bar:

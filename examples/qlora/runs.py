@@ -11,6 +11,7 @@
     loss.png, summary.json, tensorboard/
 """
 
+import datetime
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     raise FileNotFoundError(f"{folder}: there is no run in that folder (no run.json).")
   try:
     content = json.loads(file.read_text("utf-8"))
-    return {"data_sha256": content.get("data_sha256"), "settings": dict(content["settings"])}
+    known = {name: content.get(name) for name in ("data_sha256", "today")}
+    return known | {"settings": dict(content["settings"])}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{folder}: run.json is damaged ({error}).") from error
 
@@ -79,12 +81,29 @@ def _occupied(path: Path) -> bool:
   return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
-def save_settings(s: "Settings", out: Path, data_sha256: str) -> None:
+def began(folder: Path) -> datetime.date | None:
+  """The day on which a run began, which Llama 3's template writes; None where it was not kept.
+
+  Raises:
+    FileNotFoundError: where there is no run.
+    ValueError: where run.json is damaged.
+  """
+  day = read_run(folder)["today"]
+  try:
+    return None if day is None else datetime.date.fromisoformat(day)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{folder}: run.json is damaged ({error}).") from error
+
+
+def save_settings(
+  s: "Settings", out: Path, data_sha256: str, today: datetime.date | None = None
+) -> None:
   """Writes run.json and config.yaml, from which the run can be resumed and repeated."""
   settings = asdict(s) | {"resume": None, "config": None}
   for name in ("model", "data"):  # so that it can be resumed from anywhere
     settings[name] = str(Path(path).resolve()) if (path := settings[name]) else None
   record = {"settings": settings, "data_sha256": data_sha256}
+  record["today"] = (today or datetime.date.today()).isoformat()
   write_whole(out / "run.json", json.dumps(record, indent=2) + "\n")
   once = {"config", "resume", "out", "stop_after", "dry_run"}
   repeatable = {name: value for name, value in settings.items() if name not in once}

@@ -1,8 +1,6 @@
 """``finetune.py chat RUN``: a conversation with what a run has trained."""
 
 import argparse
-import datetime
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from checkpoints import found
 from fetch import default_model
 from generation import choose
 from recipe import trained_model
-from runs import read_run
+from runs import began, read_run
 from templates import Message
 from terminal import say, sentences
 
@@ -41,7 +39,7 @@ def talk(argv: Sequence[str]) -> int:
   with sentences():
     check(given)
     s, path, adapter = of_run(given.run, best=given.best, model=given.model)
-    tokenizer = ChatTokenizer.from_model(path, s.chat_template, day_of(given.run))
+    tokenizer = ChatTokenizer.from_model(path, s.chat_template, began(given.run))
     model = trained_model(path, s, adapter)
   speaker = Speaker(model, tokenizer.stop_ids, given.max_tokens, given.temperature, given.top_p)
   first: list[Message] = [{"role": "system", "content": given.system}] if given.system else []
@@ -111,19 +109,6 @@ def of_run(
     hint = " It is made by --eval-every, and at the end of a run." if best else ""
     raise FileNotFoundError(f"There is no {adapter.name}/ in {run}.{hint}")
   return s, path, adapter
-
-
-def day_of(run: Path) -> datetime.date | None:
-  """The day that the templates of a run write; None where it was not kept.
-
-  Raises:
-    ValueError: where run.json is damaged.
-  """
-  try:
-    day = json.loads((run / "run.json").read_text("utf-8")).get("today")
-    return None if day is None else datetime.date.fromisoformat(day)
-  except (ValueError, TypeError, AttributeError) as error:
-    raise ValueError(f"{run}: run.json is damaged ({error}).") from error
 
 
 class Speaker:
