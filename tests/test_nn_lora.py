@@ -71,7 +71,7 @@ def test_starts_as_peft_does():
 
 
 def test_runs_in_the_dtype_of_the_base():
-  base = nn.NF4Linear.from_weight(normal(32, 64))
+  base = nn.NF4Linear.from_weight(normal(32, 64), dtype=jnp.bfloat16)
   layer = adapted(base)
   x = normal(3, 64).astype(jnp.bfloat16)
   y, grads = nnx.value_and_grad(
@@ -79,7 +79,7 @@ def test_runs_in_the_dtype_of_the_base():
   )(layer)
   assert layer(x).dtype == jnp.bfloat16
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
-  want = adapted(base)(x.astype("f4")).sum()
+  want = adapted(nn.NF4Linear.from_weight(normal(32, 64)))(x.astype("f4")).sum()
   np.testing.assert_allclose(y, want, rtol=0.05, atol=2.0)
 
 
