@@ -190,12 +190,35 @@ def test_what_lies_beside_merged_weights_says_what_the_run_had(tmp_path, templat
   assert theirs.encode("the cat") == lone.encode_completion("the cat", "")[0][:-1]
 
 
+def save_adapter(model, run):
+  """An adapter that is still zero."""
+  adapted = lowmem_nn.add_lora(load_llama(model), 2, 4, "q_proj", rngs=nnx.Rngs(0))
+  lowmem_nn.save_peft(adapted, run / "last")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_merged_directory_has_the_template_of_the_run(tmp_path, place):
+  model, run = save_model(tmp_path / "model", tied=False), tmp_path / "run"
+  about = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+  if place == "chat_template.jinja":
+    (model / place).write_text(OWN)
+  else:
+    about |= {"chat_template": OWN}
+  (model / "tokenizer_config.json").write_text(json.dumps(about))
+  save_adapter(model, run)
+  talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+  for name in ("auto", "plain"):
+    settings = {"settings": {"model": str(model), "chat_template": name}}
+    (run / "run.json").write_text(json.dumps(settings))
+    assert finetune.main(["merge", str(run), "--out", str(tmp_path / name)]) == 0
+    of_it, want = ChatTokenizer.from_model(tmp_path / name), ChatTokenizer.from_model(model, name)
+    assert of_it.encode_chat(talk) == want.encode_chat(talk)
+    assert set(of_it.stop_ids) == set(want.stop_ids)
+
+
 def test_a_base_model_that_has_moved_is_named(tmp_path, capsys):
   moved = save_model(tmp_path / "moved", tied=False)
-  lowmem_nn.save_peft(
-    lowmem_nn.add_lora(load_llama(moved), 2, 4, "q_proj", rngs=nnx.Rngs(0)),
-    tmp_path / "run" / "last",
-  )
+  save_adapter(moved, tmp_path / "run")
   settings = {"settings": {"model": str(tmp_path / "model")}}
   (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
   merge = ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]
@@ -205,7 +228,7 @@ def test_a_base_model_that_has_moved_is_named(tmp_path, capsys):
     assert f"no model at {tmp_path}/else" in refused([*argv, "--model", f"{tmp_path}/else"], capsys)
   assert finetune.main([*merge, "--model", str(moved), "--dtype", "float32"]) == 0
   merged = load_file(tmp_path / "merged" / "model.safetensors")
-  assert same(merged, load_file(moved / "model.safetensors"))  # an adapter that is still zero
+  assert same(merged, load_file(moved / "model.safetensors"))
   assert of_run(tmp_path / "run", model=moved)[1] == moved
 
 

@@ -50,6 +50,8 @@ def merge(argv: Sequence[str]) -> int:
       )
       if lone:
         write_companions(folder, config | {"torch_dtype": given.dtype}, tokenizer)
+      elif s.chat_template != "auto":  # this file goes before what tokenizer_config.json says
+        (folder / "chat_template.jinja").write_text(template_of(tokenizer), encoding="utf-8")
   say(f"The merged model, of {checkpoint.config.parameter_count():,} parameters: {given.out}.")
   return 0
 
@@ -75,6 +77,13 @@ def lazily(checkpoint: Checkpoint) -> Mapping[str, Lazy]:
   return {name: Lazy(checkpoint, name) for name in expected_shapes(checkpoint.config)}
 
 
+def template_of(tokenizer: ChatTokenizer) -> str:
+  """The template of a run's conversations, which may have begun without `bos`."""
+  source = tokenizer.template.source
+  without = tokenizer.bos is not None and not tokenizer.writes_bos
+  return "{% set bos_token = '' %}" + source if without else source
+
+
 def write_companions(folder: Path, config: dict[str, Any], tokenizer: ChatTokenizer) -> None:
   """Writes the configuration and the tokenizer.
 
@@ -85,12 +94,9 @@ def write_companions(folder: Path, config: dict[str, Any], tokenizer: ChatTokeni
   tokenizer.backend.save(str(folder / "tokenizer.json"))
   about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos}
   about |= {"pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id)}
-  template = tokenizer.template.source
+  about |= {"chat_template": template_of(tokenizer)}
   if tokenizer.bos is not None:
     config |= {"bos_token_id": tokenizer.backend.token_to_id(tokenizer.bos)}
     about |= {"bos_token": tokenizer.bos}
-    if not tokenizer.writes_bos:  # the run's conversations began without it
-      template = "{% set bos_token = '' %}" + template
-  about |= {"chat_template": template}
   for name, content in (("tokenizer_config.json", about), ("config.json", config)):
     (folder / name).write_text(json.dumps(content, indent=2) + "\n")
