@@ -126,7 +126,7 @@ def matches(pattern: re.Pattern[str], path: str) -> bool:
 
 def nearest(name: str, known: Sequence[str]) -> str:
   """A sentence with the known names that look like `name`, or nothing."""
-  close = difflib.get_close_matches(name, known, n=3)
+  close = difflib.get_close_matches(name, dict.fromkeys(known), n=3)
   return f" Nearest: {', '.join(close)}." if close else ""
 
 
