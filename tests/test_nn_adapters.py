@@ -383,6 +383,20 @@ def test_an_adapter_that_changed_its_base_is_saved_as_one_of_the_original(
 # Merging.
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_merge_keeps_the_dtype_of_the_weight(packed):
+  options = {"param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+  model = nnx.Dict(a=nnx.Linear(64, 8, **options), e=nnx.Embed(9, 8, **options))
+  if packed:
+    nn.quantize_model(model)
+  moved(nn.add_lora(model, 2, 4, "a|e", rngs=nnx.Rngs(1)))
+  want = {name: nnx.clone(model[name]).merge(dtype=jnp.bfloat16) for name in "ae"}
+  nn.merge_lora(model)
+  assert model.a.kernel.dtype == model.e.embedding.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(model.a.kernel[...], want["a"].kernel[...])
+  np.testing.assert_array_equal(model.e.embedding[...], want["e"].embedding[...])
+
+
 def test_merge_of_a_quantized_base_into_the_original_weights():
   model = nnx.Dict(layers=nnx.Dict(q_proj=stack(width=64)))
   w = np.asarray(model.layers.q_proj.kernel[...]).swapaxes(-1, -2)
