@@ -423,3 +423,16 @@ def test_an_adapters_own_bias_is_merged_into_the_bases():
   with pytest.raises(ValueError, match="`b` has a bias"):
     nn.merge_lora(model)
   np.testing.assert_allclose(model.a.merge()(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_calls_take_the_arguments_of_flaxs_layers():
+  linear, table = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), nnx.Embed(9, 8, rngs=nnx.Rngs(0))
+  x, ids = normal(3, 64), jnp.arange(3)
+  packed = nn.NF4Linear.from_weight(linear.kernel[...].T, linear.bias)
+  for layer, given in (
+    (packed, x),
+    (nn.QuantizedEinsum(nnx.LinearGeneral(64, 8, rngs=nnx.Rngs(0))), x),
+    (nn.LoRALinear(linear, 2, 4, rngs=nnx.Rngs(1)), x),
+    (nn.LoRAEmbed(table, 2, 4, rngs=nnx.Rngs(1)), ids),
+  ):
+    np.testing.assert_array_equal(layer(inputs=given, out_sharding=None), layer(given))
