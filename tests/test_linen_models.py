@@ -402,6 +402,10 @@ def test_errors_name_the_argument_and_what_there_is():
   packed, _ = parameters("scanned", True)
   with pytest.raises(ValueError, match="is packed already"):
     linen.quantize_params(packed, layers)
+  some = linen.quantize_params(params, layers, targets="up")
+  for again in (some, linen.quantize_params(some, layers)):
+    assert again["layers"]["up"]["kernel"] is some["layers"]["up"]["kernel"]
+  assert jax.tree.structure(again) == jax.tree.structure(packed)
   with pytest.raises(ValueError, match=r"`embed` is a Embed"):
     linen.quantize_params(params, layers, targets="embed")
   bad = jax.tree.map(lambda p: np.asarray(p) * np.nan, params)

@@ -383,6 +383,20 @@ def test_an_adapter_that_changed_its_base_is_saved_as_one_of_the_original(
 # Merging.
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_merge_keeps_the_dtype_of_the_weight(packed):
+  options = {"param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+  model = nnx.Dict(a=nnx.Linear(64, 8, **options), e=nnx.Embed(9, 8, **options))
+  if packed:
+    nn.quantize_model(model)
+  moved(nn.add_lora(model, 2, 4, "a|e", rngs=nnx.Rngs(1)))
+  want = {name: nnx.clone(model[name]).merge(dtype=jnp.bfloat16) for name in "ae"}
+  nn.merge_lora(model)
+  assert model.a.kernel.dtype == model.e.embedding.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(model.a.kernel[...], want["a"].kernel[...])
+  np.testing.assert_array_equal(model.e.embedding[...], want["e"].embedding[...])
+
+
 def test_merge_of_a_quantized_base_into_the_original_weights():
   model = nnx.Dict(layers=nnx.Dict(q_proj=stack(width=64)))
   w = np.asarray(model.layers.q_proj.kernel[...]).swapaxes(-1, -2)
@@ -458,3 +472,16 @@ def test_a_new_weight_keeps_the_annotations_of_the_old(kind):
   merged = getattr(nn.merge_lora(model).a, field)
   assert merged.get_metadata() == old.get_metadata() and type(merged) is nnx.Param
   np.testing.assert_array_equal(old[...], value)
+
+
+def test_calls_take_the_arguments_of_flaxs_layers():
+  linear, table = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), nnx.Embed(9, 8, rngs=nnx.Rngs(0))
+  x, ids = normal(3, 64), jnp.arange(3)
+  packed = nn.NF4Linear.from_weight(linear.kernel[...].T, linear.bias)
+  for layer, given in (
+    (packed, x),
+    (nn.QuantizedEinsum(nnx.LinearGeneral(64, 8, rngs=nnx.Rngs(0))), x),
+    (nn.LoRALinear(linear, 2, 4, rngs=nnx.Rngs(1)), x),
+    (nn.LoRAEmbed(table, 2, 4, rngs=nnx.Rngs(1)), ids),
+  ):
+    np.testing.assert_array_equal(layer(inputs=given, out_sharding=None), layer(given))

@@ -113,7 +113,60 @@ def in_shard_map(layer, checked):
   close(got, jax.grad(loss, (0, 1))(lora, x))
 
 
+def asked(kinds, whole):
+  """`out_sharding`, of an axis name or of a mesh, as the layers of flax take it."""
+  mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=kinds)
+  want = NamedSharding(mesh, ROWS) if whole else ROWS
+  linear = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+  embed = nn.LoRAEmbed(nnx.Embed(16, 32, rngs=nnx.Rngs(0)), 4, 8, rngs=nnx.Rngs(1))
+  heads = nnx.LinearGeneral(64, (4, 8), rngs=nnx.Rngs(0))
+  x, ids = normal(8, 64), jnp.arange(8) % 16
+  layers = [
+    (nn.quantize_model(nnx.Dict(a=nnx.clone(linear))).a, x),
+    (nn.QuantizedEinsum(heads), x),
+  ]
+  if kinds[0] == AxisType.Explicit:  # layers of flax refuse others
+    layers += [(nn.LoRALinear(linear, 4, 8, rngs=nnx.Rngs(1)), x), (embed, ids)]
+  for layer, given in layers:
+    with jax.set_mesh(mesh):
+      y = jax.jit(lambda x, layer=layer: layer(x, out_sharding=want))(given)
+      assert y.sharding.is_equivalent_to(NamedSharding(mesh, ROWS), y.ndim)
+    close(y, layer(given))
+  if kinds[0] == AxisType.Explicit:
+    with jax.set_mesh(mesh):
+      logits = embed.attend(normal(8, 32), out_sharding=want)
+    assert jax.typeof(logits).sharding.spec[0] == "d"
+  if whole:  # the mesh need not be that of a context
+    y = jax.jit(lambda x: nn.QuantizedEinsum(heads)(x, out_sharding=want))(spread(x, mesh, P()))
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, ROWS), y.ndim)
+
+
+def embedded():
+  mesh = jax.make_mesh((8,), ("d",))
+  layer = nn.LoRAEmbed(nnx.Embed(16, 32, rngs=nnx.Rngs(0)), 4, 8, rngs=nnx.Rngs(1))
+  graph, lora, rest = nnx.split(layer, nnx.LoRAParam, ...)
+  ids = jnp.arange(16).reshape(8, 2)
+
+  def loss(lora, ids, **options):
+    return (jnp.tanh(nnx.merge(graph, lora, rest)(ids, **options)) ** 2).mean()
+
+  with jax.set_mesh(mesh):
+    placed = jax.jit(jax.grad(lambda lora, ids: loss(lora, ids, out_sharding=ROWS)))
+    close(placed(lora, spread(ids, mesh, ROWS)), jax.grad(loss)(lora, ids))
+
+
+EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 CASES = {
+  "embedding, explicit": embedded,
+  **{
+    f"asked for, {name}{', mesh' if whole else ''}": (lambda *a: lambda: asked(*a))(kinds, whole)
+    for name, kinds in (
+      ("explicit", (EXPLICIT, EXPLICIT)),
+      ("mixed", (EXPLICIT, AUTO)),
+      ("auto", (AUTO, AUTO)),
+    )
+    for whole in (False, True)
+  },
   **{
     f"{layer}, {kind}, {name}": (lambda *a: lambda: gradients(*a))(layer, kind, spec)
     for kind, layers in (("explicit", LAYERS), ("auto", ("nf4",)))

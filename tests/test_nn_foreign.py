@@ -528,3 +528,12 @@ def test_a_bias_keeps_its_dtype():
   layer, x = Mixed(), jnp.zeros((2, 64))
   packed = nn.quantize_model(nnx.Dict(a=nnx.clone(layer)))["a"]
   np.testing.assert_array_equal(packed(x), layer(x))
+
+
+def test_settings_are_not_hidden_by_those_of_the_packed_layer():
+  layer = Mixed()
+  layer.dtype, layer.precision = jnp.float32, "highest"
+  packed = nn.quantize_model(nnx.Dict(a=nnx.clone(layer)))["a"]
+  assert (packed.dtype, packed.precision) == (jnp.float32, "highest")
+  with pytest.raises(AttributeError):
+    nn.quantize_model(nnx.Dict(a=Mixed()))["a"].dtype

@@ -32,8 +32,9 @@ def quantize_params(
   inputs and outputs are the products of the axes that are summed over and of the others, and
   each layer of a stack is quantized on its own. Call the model with `apply`, or through `LoRA`.
 
-  Layers are packed one after another, but all of `params` lives as long as the caller holds it:
-  ``params = quantize_params(params, …)`` frees it.
+  Layers that are packed already are left as they are. The others are packed one after another, but
+  all of `params` lives as long as the caller holds it: ``params = quantize_params(params, …)``
+  frees it.
 
   Args:
     params: the parameters of the model.
@@ -49,9 +50,9 @@ def quantize_params(
     The parameters, as nested dicts.
 
   Raises:
-    ValueError: nothing matches (the message lists the layers that could), a layer is packed already
-      or multiplies in its own way (`dot_general`), or a kernel holds integers, NaN or Inf, or is in
-      a box of partitioning names.
+    ValueError: nothing matches (the message lists the layers that could), or all is packed
+      already; a layer multiplies in its own way (`dot_general`), or a kernel holds integers, NaN or
+      Inf, or is in a box of partitioning names.
 
   >>> import jax, jax.numpy as jnp
   >>> from flax import linen as flax_linen
@@ -66,19 +67,25 @@ def quantize_params(
   check_codebook(codebook)
   double = codebook != "int8" if double_quantize is None else double_quantize
   skip = [] if exclude is None else patterns("exclude", exclude)
+  params = copied(params)
   possible = [
     layer
     for layer in layers.layers
     if layer.field == "kernel" and not any(matches(pattern, layer.name) for pattern in skip)
   ]
+  packed = [
+    layer
+    for layer in possible
+    if isinstance(weight_at(params, layer.path, "kernel"), QuantizedArray)
+  ]
   chosen = choose("targets", ".*" if targets is None else targets, layers, possible)
-  params = copied(params)
+  if chosen and all(layer in packed for layer in chosen):
+    raise ValueError(f"`{chosen[0].name}` is packed already, and so is every layer to be packed.")
+  chosen = [layer for layer in chosen if layer not in packed]
   for layer in chosen:
     kernel = weight_at(params, layer.path, "kernel")
     if kernel is None:
       raise ValueError(f"`params` has no `{layer.name}.kernel`. Pass the model's own parameters.")
-    if isinstance(kernel, QuantizedArray):
-      raise ValueError(f"`{layer.name}` is packed already. Name the others in `targets`.")
     if layer.own:
       raise ValueError(
         f"`{layer.name}` sets `dot_general`, `dot_general_cls`, `promote_dtype` or "

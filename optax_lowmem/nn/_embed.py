@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from optax_lowmem.nn._adapter import Adapter, check_adaptable, check_lora
 from optax_lowmem.nn._base import check_dense, is_embed, with_matrix
 from optax_lowmem.nn._init import Init
+from optax_lowmem.nn._quantized import placed
 
 
 class LoRAEmbed(Adapter):
@@ -82,20 +85,35 @@ class LoRAEmbed(Adapter):
   def dtype(self) -> Any:
     return self.base.dtype
 
-  def __call__(self, ids: jax.Array) -> jax.Array:
-    y = self.base(ids)
-    rows = ids if self.num_embeddings > 1 else jnp.zeros_like(ids)
-    low = jnp.take(self.lora_a[...], rows, axis=0).astype(y.dtype)
-    low = low @ self.scaled_b().astype(y.dtype)
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    y = self.base(inputs, **_sharding(out_sharding))
+    rows = inputs if self.num_embeddings > 1 else jnp.zeros_like(inputs)
+    low = _rows(self.lora_a[...], rows, out_sharding).astype(y.dtype)
+    low = placed(low @ self.scaled_b().astype(y.dtype), out_sharding)
     return y + low if self.magnitude is None else self.factor().astype(y.dtype) * (y + low)
 
-  def attend(self, query: jax.Array) -> jax.Array:
+  def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
     """The base's `attend`."""
-    return self.base.attend(query)
+    return self.base.attend(query, **_sharding(out_sharding))
 
   def merge(self, original: jax.Array | None = None, dtype: Any = jnp.float32) -> nnx.Embed:
     """One plain `nnx.Embed`. An output layer that is tied to it gets the change too, then."""
     return with_matrix(self.base, self.merged_matrix(original), dtype)
+
+
+def _rows(table: jax.Array, ids: jax.Array, out_sharding: Any) -> jax.Array:
+  """Rows of A, placed along the axes of the ids as the output is to be."""
+  if out_sharding is None:
+    return jnp.take(table, ids, axis=0)
+  whole = isinstance(out_sharding, NamedSharding)
+  spec = P(*tuple(out_sharding.spec if whole else out_sharding)[: ids.ndim])
+  place = NamedSharding(out_sharding.mesh, spec) if whole else spec
+  return table.at[ids].get(out_sharding=place)
+
+
+def _sharding(out_sharding: Any) -> dict[str, Any]:
+  """The argument, only where it is given: subclasses may lack it."""
+  return {} if out_sharding is None else {"out_sharding": out_sharding}
 
 
 def check_embed(name: str, base: Any) -> None:

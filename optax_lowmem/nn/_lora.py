@@ -156,7 +156,8 @@ class LoRALinear(Adapter):
     if lora_bias:
       self.lora_bias = nnx.LoRAParam(jnp.zeros(matrix_shape(base)[:-1], jnp.float32))
 
-  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    x = inputs
     sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
     y = self.base(x, **sharding)
     dropped = x.astype(y.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._base import matrix_shape, stack_shape
+from optax_lowmem.nn._base import dense_variable, matrix_shape, stack_shape
 from optax_lowmem.nn._embed import LoRAEmbed
 from optax_lowmem.nn._places import Place, check_replaceable, layer_names, places, replace
 from optax_lowmem.nn._shards import open_weights
@@ -21,7 +21,7 @@ Weights = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def merge_lora(
-  model: M, *, dtype: Any = jnp.float32, original: Weights | None = None, stack: str = "layers"
+  model: M, *, dtype: Any = None, original: Weights | None = None, stack: str = "layers"
 ) -> M:
   """Turns every adapter and its base into one plain layer, in place.
 
@@ -32,7 +32,7 @@ def merge_lora(
 
   Args:
     model: any NNX module with adapters in it.
-    dtype: of the merged weights.
+    dtype: of the merged weights; None is what each has, or had before it was packed.
     original: weights under PyTorch's names, `model.layers.0.self_attn.q_proj.weight` of shape
       (out, in): a mapping, a safetensors file, or a directory of them. They take the place of
       what the base holds.
@@ -56,7 +56,7 @@ def merge_lora(
   if not chosen:
     raise ValueError("`model` holds no LoRALinear, there is nothing to merge.")
   check_replaceable(chosen)
-  if not jnp.issubdtype(dtype, jnp.floating):
+  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
   for place in chosen:
     if getattr(place.module, "lora_bias", None) is not None and place.module.base.bias is None:
@@ -66,15 +66,23 @@ def merge_lora(
       )
   if original is None:
     for place in chosen:
-      replace(place, place.module.merge(dtype=dtype))
+      replace(place, place.module.merge(dtype=_dtype(place.module.base, dtype)))
     return model
   weights = open_weights(original)
   for place in chosen:
     check_original(place, weights, stack)
   for place in chosen:
     w = jnp.asarray(read_original(place, weights, stack))
-    replace(place, place.module.merge(w, dtype))
+    replace(place, place.module.merge(w, _dtype(place.module.base, dtype)))
   return model
+
+
+def _dtype(base: Any, dtype: Any) -> Any:
+  """Of a merged weight: what is asked for, or what the base has, before it was packed."""
+  if dtype is not None:
+    return dtype
+  variable = dense_variable(base)
+  return (base.weight.get_value() if variable is None else variable[...]).dtype
 
 
 def _torch_shape(place: Place) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 
 from optax_lowmem._blocks import QuantizedArray, quantize
 from optax_lowmem.nn._multiply import multiply
@@ -231,17 +232,17 @@ class QuantizedLinear(nnx.Module):
     q = requantized(weight, self.weight.get_value())
     return type(self)(q, self.bias, dtype=self.dtype, precision=self.precision)
 
-  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     q = self.weight.get_value()
     if q.ndim != 2:
       raise ValueError(
         f"this {type(self).__name__} holds a stack of layers, its weight has shape {q.shape}. "
         "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
       )
-    x = floating(x, self.dtype, q, self.bias)
+    x = floating(inputs, self.dtype, q, self.bias)
     if x.ndim == 0 or x.shape[-1] != q.shape[1]:
       raise ValueError(
-        f"`x` must have {q.shape[1]} features on its last axis, got shape {x.shape}."
+        f"`inputs` must have {q.shape[1]} features on its last axis, got shape {x.shape}."
       )
     y: Any = multiply(x, q, self.precision)
     y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
@@ -253,7 +254,7 @@ def floating(x: jax.Array, dtype: Any, *operands: Any) -> jax.Array:
   x = jnp.asarray(x, dtype)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
-      f"`x` must be floating point, got {x.dtype}. Convert it, or give the layer a `dtype`."
+      f"`inputs` must be floating point, got {x.dtype}. Convert it, or give the layer a `dtype`."
     )
   if dtype is None:
     dtype = jnp.result_type(x, *(one.dtype for one in operands if one is not None))
@@ -261,10 +262,18 @@ def floating(x: jax.Array, dtype: Any, *operands: Any) -> jax.Array:
 
 
 def placed(y: jax.Array, out_sharding: Any) -> jax.Array:
-  """`y` with the sharding that a caller asks of a layer of flax; None asks for none."""
+  """`y` with the sharding that a caller asks of a layer of flax; None asks for none.
+
+  On the axes that it names it is a type if they are explicit, and else a wish to the compiler.
+  """
   if out_sharding is None:
     return y
-  if jax.sharding.get_abstract_mesh().are_all_axes_explicit:
+  whole = isinstance(out_sharding, NamedSharding)
+  mesh: Any = out_sharding.mesh if whole else jax.sharding.get_abstract_mesh()
+  names = jax.tree.leaves(tuple(out_sharding.spec if whole else out_sharding))
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  named = [kinds[name] for name in names if name in kinds] or mesh.axis_types
+  if AxisType.Explicit in named:
     return jax.sharding.reshard(y, out_sharding)
   return jax.lax.with_sharding_constraint(y, out_sharding)
 

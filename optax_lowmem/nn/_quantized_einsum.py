@@ -114,8 +114,8 @@ class QuantizedEinsum(nnx.Module):
 
     return nnx.eval_shape(make)
 
-  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
-    x = floating(x, self.dtype, self.weight.get_value(), self.bias)
+  def __call__(self, inputs: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+    x = floating(inputs, self.dtype, self.weight.get_value(), self.bias)
     y = self._product(x, self.contraction, self.precision)
     return placed(self._with_bias(y, self.contraction, x.ndim), out_sharding)
 

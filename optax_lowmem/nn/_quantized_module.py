@@ -61,7 +61,6 @@ class QuantizedModule(QuantizedEinsum):
         f"got {type(layer).__name__}: {found.reason or 'it has none'}."
       )
     self.foreign = foreign = found.foreign
-    self.dtype, self.precision = None, None  # those of the product, which may depend on the input
     bias = None if foreign.bias is None else getattr(layer, foreign.bias)
     kernel = getattr(layer, foreign.weight)[...]
     self._hold(found.contraction, kernel, bias, codebook, block_size, double_quantize)
