@@ -71,7 +71,7 @@ def test_starts_as_peft_does():
 
 
 def test_runs_in_the_dtype_of_the_base():
-  base = nn.NF4Linear.from_weight(normal(32, 64))
+  base = nn.NF4Linear.from_weight(normal(32, 64).astype(jnp.bfloat16))
   layer = adapted(base)
   x = normal(3, 64).astype(jnp.bfloat16)
   y, grads = nnx.value_and_grad(
