@@ -20,35 +20,35 @@ from optax_lowmem.nn._quantized import placed
 class LoRAEmbed(Adapter):
   r"""An embedding plus a trainable low-rank correction of its table.
 
-    .. math:: y_t = E_t + s \, A_t B, \qquad s = \alpha / r
+  .. math:: y_t = E_t + s \, A_t B, \qquad s = \alpha / r
 
-    The table :math:`E` is (vocabulary, features). A, (vocabulary, r), starts at zero and B,
-    (r, features), normal, as in PEFT. With `use_dora` each feature (column of the table) has a
-    trainable magnitude.
+  The table :math:`E` is (vocabulary, features). A, (vocabulary, r), starts at zero and B,
+  (r, features), normal, as in PEFT. With `use_dora` each feature (column of the table) has a
+  trainable magnitude.
 
-    `attend`, and `embedding`, by which tied output layers get at the table, are those of the base:
-    as in PEFT the adapter is of the input alone.
+  `attend`, and `embedding`, by which tied output layers get at the table, are those of the base:
+  as in PEFT the adapter is of the input alone.
 
-    Args:
-      base: an `nnx.Embed`.
-      rank: as in `LoRALinear`.
-      alpha: as in `LoRALinear`.
-      use_rslora: as in `LoRALinear`.
-      use_dora: as in `LoRALinear`.
-      rngs: gives the key for B (stream `params`).
+  Args:
+    base: an `nnx.Embed`.
+    rank: as in `LoRALinear`.
+    alpha: as in `LoRALinear`.
+    use_rslora: as in `LoRALinear`.
+    use_dora: as in `LoRALinear`.
+    rngs: gives the key for B (stream `params`).
 
-    Raises:
-      TypeError: `base` is no `nnx.Embed`, or `rngs` no `nnx.Rngs`.
-      ValueError: as in `LoRALinear`.
+  Raises:
+    TypeError: `base` is no `nnx.Embed`, or `rngs` no `nnx.Rngs`.
+    ValueError: as in `LoRALinear`.
 
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from optax_lowmem import nn
-    >>> base = nnx.Embed(32, 8, rngs=nnx.Rngs(0))
-    >>> layer = nn.LoRAEmbed(base, rank=2, alpha=4, rngs=nnx.Rngs(1))
-    >>> ids = jnp.array([3, 5])
-    >>> bool((layer(ids) == base(ids)).all()), layer.lora_a.shape
-    (True, (32, 2))
+  >>> import jax.numpy as jnp
+  >>> from flax import nnx
+  >>> from optax_lowmem import nn
+  >>> base = nnx.Embed(32, 8, rngs=nnx.Rngs(0))
+  >>> layer = nn.LoRAEmbed(base, rank=2, alpha=4, rngs=nnx.Rngs(1))
+  >>> ids = jnp.array([3, 5])
+  >>> bool((layer(ids) == base(ids)).all()), layer.lora_a.shape
+  (True, (32, 2))
   """
 
   def __init__(
