@@ -324,6 +324,11 @@ def spoil(path, value):
     (spoil("quantize", lambda w: w.at[0, 0].set(jnp.nan)), r"layers\.1.*NaN or Inf"),
     (lambda model: nn.quantize_model(model, targets="x_proj"), "'x_proj' matches no"),
     (lambda model: nn.quantize_model(model, block_size=3), "block_size"),
+    (
+      lambda model: nn.quantize_model(model, exclude="lm_haed"),
+      r"no module\. Nearest: lm_head\. A",
+    ),
+    (lambda model: nn.quantize_model(model, exclude=["lm_head", "x"]), "`exclude` 'x' matches no"),
     (nn.merge_lora, "no LoRALinear"),
   ],
 )
@@ -332,6 +337,51 @@ def test_bad_input_is_refused_and_nothing_is_changed(call, words):
   with pytest.raises(ValueError, match=words):
     call(model)
   assert of_type(model, nnx.Linear) == PATHS | {"lm_head"}
+
+
+class Odd(nnx.Module):
+  """A proved layer whose bias is called something else."""
+
+  def __init__(self):
+    self.w, self.offset = nnx.Param(jnp.ones((64, 32))), nnx.Param(jnp.ones(32))
+
+  def __call__(self, x):
+    return x @ self.w + self.offset
+
+
+def twice(args, dtype=None):
+  return tuple(None if a is None else 2 * a for a in args)
+
+
+@pytest.mark.parametrize(
+  ("second", "options", "words"),
+  [
+    (lambda: linear(64, 4), {"init": "pissa"}, r"`rank` 8 is larger .*\(4, 64\) of `b`"),
+    (lambda: linear(64, 4), {"init": "loftq"}, r"`rank` 8 is larger .*\(4, 64\) of `b`"),
+    (lambda: nn.QuantizedEinsum(nnx.LinearGeneral(64, 64, rngs=nnx.Rngs(0))), {"init": "loftq"},
+     "`b` is quantized"),
+    (lambda: linear(64, 64, promote_dtype=twice), {"init": nn.LoftQ()}, "`b` sets .*promote_dtype"),
+    (Odd, {"lora_bias": True}, "`lora_bias` needs a `bias`.*`b`"),
+  ],
+)  # fmt: skip
+def test_every_layer_is_checked_before_the_first_is_changed(second, options, words):
+  model = nnx.Dict(a=linear(64, 64), b=second(), head=linear(64, 64))
+  kind, saved = type(model.b), ["head"]
+  with pytest.raises(ValueError, match=words):
+    nn.add_lora(model, 8, 16, "a|b", modules_to_save=saved, rngs=nnx.Rngs(1), **options)
+  assert type(model.a) is nnx.Linear and type(model.b) is kind
+  assert not nnx.state(model, nnx.LoRAParam)
+
+
+@pytest.mark.parametrize("kind", ["linear", "general", "einsum"])
+def test_a_layer_that_promotes_in_its_own_way_is_not_packed(kind):
+  layer = {
+    "linear": lambda **o: nnx.Linear(64, 64, **o),
+    "general": lambda **o: nnx.LinearGeneral(64, 64, **o),
+    "einsum": lambda **o: nnx.Einsum("bd,df->bf", (64, 64), **o),
+  }[kind](promote_dtype=twice, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"`a` sets .*`promote_dtype`"):
+    nn.quantize_model(nnx.Dict(a=layer))
 
 
 def test_a_second_adapter_is_refused():
