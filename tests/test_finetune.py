@@ -100,6 +100,7 @@ def test_the_byte_table_counts_the_real_arrays(files, tmp_path):
   assert optimizer.here < 0.27 * optimizer.usual
 
 
+@pytest.mark.slow  # test_qlora_checkpoints.py has a shorter one, with real kills
 def test_interrupted_and_resumed_is_bit_for_bit_the_same(files, tmp_path):
   """With dropout, accumulation and a schedule, over an epoch's end."""
   options = "--dropout 0.2 --grad-accum 2 --steps 10 --warmup 2 --rank 64 --batch-size 3".split()
@@ -119,6 +120,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(files, tmp_path):
   assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_adapter_and_the_seed_matters(files, tmp_path):
   short = ["--steps", "2", "--optim", "lion_8bit", "--quantize", "none", "--schedule", "constant"]
   short += ["--targets", "q_proj"]
@@ -312,6 +314,7 @@ def test_dry_run_reads_no_weights(files, tmp_path, capsys):
   assert "holds NaN" in refused(arguments(files, tmp_path / "out", *options), capsys)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_adapter_and_says_where(files, tmp_path):
   out = tmp_path / "out"
   command = [sys.executable, str(SCRIPT), *arguments(files, out, "--steps", "100000")]

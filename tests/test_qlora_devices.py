@@ -101,6 +101,7 @@ def test_rows_that_cannot_be_dealt_out_are_refused(files, tmp_path, options, mes
   assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_whole_run(files, tmp_path):
   options = "--steps 1 --batch-size 8 --targets q_proj --fsdp"
   done = run([finetune.__file__], *arguments(files, tmp_path / "out", *options.split()))

@@ -305,6 +305,7 @@ def benchmark(sides, target):
   return rows
 
 
+@pytest.mark.slow
 def test_benchmark_on_a_few_parameters(tmp_path):
   rows = benchmark(["ours-nf4"], tmp_path / "result.json")
   assert rows["ours-nf4"]["temporaries"] > 0

@@ -64,7 +64,8 @@ def only_results_left(
     raise ValueError(f"--resume {folder}: there is no metrics.jsonl, which a run begins with.")
   patient = bool(s.patience) and since_best(records)[1] >= s.patience
   whole = (folder / "summary.json").exists()
-  if start > s.steps or (start == s.steps and whole):
+  measured = any(r["step"] == start and "samples" in r for r in records)  # as at the end of a run
+  if start > s.steps or (start == s.steps and (whole or not measured)):
     raise ValueError(f"--resume {folder}: all {start} steps are done already.")
   if patient and whole:
     raise ValueError(f"--resume {folder}: --patience {s.patience} ended it at step {start}.")
