@@ -21,6 +21,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 
 from optax_lowmem._one_by_one import inputs_of, subprogram
+from optax_lowmem._opening import opened
 
 # Where no shardings are named, JAX pairs a donated argument with the first result of its shape and
 # dtype, in whatever memory: a donated moment with the new parameter, upon which the runtime aborts
@@ -111,8 +112,8 @@ def stream(
   closed, out_shape = jax.make_jaxpr(lambda *xs: fn(*treedef.unflatten(xs)), return_shape=True)(
     *shapes
   )
-  wanted = list(paged_results(out_shape))
-  results = _run(closed, flat, set(paged_args), wanted, max_bytes)
+  at, wanted = set(paged_args), list(paged_results(out_shape))
+  results = _run(opened(closed, at, _tied), flat, at, wanted, max_bytes)
   return results, jax.tree.structure(out_shape)
 
 

@@ -199,8 +199,6 @@ def test_no_more_state_is_on_the_device_than_allowed(shapes, width):
   assert on_device(jax.eval_shape(tx.init, params)) <= 0.01 * total
   most, moved = most_on_the_device(program_for_gpus(tx, params))
   assert moved >= 2 * 0.99 * total  # to the device and back
-  if width == "32 bits" and len(params) > 1:
-    expect_no_order()
   # Old and new values of a parameter's state are needed together.
   bound = max(256 * MIB, 2 * total // len(params))
   assert most <= bound
@@ -211,17 +209,10 @@ def test_no_more_state_is_on_the_device_than_allowed(shapes, width):
     assert free > min(bound, total)
 
 
-def expect_no_order():
-  """In 32 bits, jax 0.12 lowers a program in which nothing orders the parts: 2 GiB at once."""
-  if tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12):
-    pytest.xfail("on jax 0.12 the parts of a 32-bit update are not ordered yet")
-
-
 def test_norms_do_not_tie_parameters_together():
   params = TREES["64 of 16 MiB"]
   tx = lowmem.offloaded(optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(1.0)))
   most, _ = most_on_the_device(program_for_gpus(tx, params))
-  expect_no_order()
   assert most <= 256 * MIB
 
 
