@@ -51,10 +51,13 @@ def files(tmp_path_factory):
   return folder
 
 
-def test_a_whole_run(files, tmp_path, capsys):
+def test_a_whole_run(files, tmp_path, capsys, caplog):
   out = tmp_path / "out"
-  assert finetune.main(arguments(files, out, "--lr", "3e-3", "--eval-every", "4")) == 0
+  with jax.log_compiles():
+    assert finetune.main(arguments(files, out, "--lr", "3e-3", "--eval-every", "4")) == 0
   printed = capsys.readouterr().out
+  for name in ("train_step", "eval_step", "generate"):  # before training and after it
+    assert caplog.text.count(f"Finished XLA compilation of jit({name})") == 1, name
 
   steps = [r for r in records(out) if "loss" in r]
   held_out = [r for r in records(out) if "held_out_loss" in r]

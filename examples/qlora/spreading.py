@@ -59,7 +59,9 @@ def everywhere(tree: T, mesh: Mesh | None) -> T:
   """A copy of each array on every device, in the kind of memory in which it is."""
 
   if mesh is None:
-    return tree
+    # Fixed to the device it is on, as the results of a step are: to `jax.jit` an array that may
+    # still move is another argument, and held-out loss and samples would be compiled twice.
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
 
   def put(x: jax.Array) -> jax.Array:
     (default,) = {device.default_memory().kind for device in x.sharding.device_set}
