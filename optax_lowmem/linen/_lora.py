@@ -14,10 +14,11 @@ from flax import traverse_util
 from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
 from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
-from optax_lowmem.linen._lora_dense import check_settings, initial_a, scale_of
+from optax_lowmem.linen._lora_dense import initial_a
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
 from optax_lowmem.nn._quantized import dequantize_stack
+from optax_lowmem.nn._settings import check_numbers, scale_of
 from optax_lowmem.nn._targets import pattern_value
 
 
@@ -125,7 +126,7 @@ class LoRA:
       raise TypeError(
         f"`layers` must be what `find_layers` returns, got {type(self.layers).__name__}."
       )
-    check_settings(self.rank, self.alpha, self.dropout)
+    check_numbers(self.rank, self.alpha, self.dropout)
     if self.targets == "all-linear":
       found = all_linear(self.layers)
       if not found:
@@ -136,7 +137,7 @@ class LoRA:
     for layer in found:
       rank = pattern_value(self.rank_pattern or {}, layer.name, self.rank)
       alpha = pattern_value(self.alpha_pattern or {}, layer.name, self.alpha)
-      check_settings(rank, alpha, self.dropout)
+      check_numbers(rank, alpha, self.dropout)
       targets.append(Target(layer, rank, alpha, scale_of(rank, alpha, self.use_rslora)))
     for what in ("rank_pattern", "alpha_pattern"):
       for key in getattr(self, what) or {}:

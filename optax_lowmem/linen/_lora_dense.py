@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -11,23 +10,7 @@ from flax import linen as nn
 
 from optax_lowmem.linen._nf4_dense import check_packable, packed_dense
 from optax_lowmem.linen._product import correction, dense, drop
-
-
-def check_settings(rank: Any, alpha: Any, dropout: Any) -> None:
-  """Refuses settings that mean nothing."""
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-    raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
-  if not (math.isfinite(alpha) and alpha > 0):
-    raise ValueError(
-      f"`alpha` must be a positive number, got {alpha!r}. "
-      "The adapter is scaled by alpha / rank; alpha = 2 * rank is usual."
-    )
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
-
-
-def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
-  return alpha / (math.sqrt(rank) if use_rslora else rank)
+from optax_lowmem.nn._settings import check_numbers, scale_of
 
 
 def initial_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -93,7 +76,7 @@ class LoRADense(nn.Dense, kw_only=True):
   double_quantize: bool | None = None
 
   def __post_init__(self):
-    check_settings(self.rank, self.alpha, self.dropout)
+    check_numbers(self.rank, self.alpha, self.dropout)
     if self.codebook is not None:
       check_packable(self)
     super().__post_init__()

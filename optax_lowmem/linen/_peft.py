@@ -13,7 +13,6 @@ from flax import traverse_util
 
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.linen._lora_dense import scale_of
 from optax_lowmem.nn._peft import number, pattern_of, target_modules
 from optax_lowmem.nn._peft_files import (
   CONFIG,
@@ -25,6 +24,7 @@ from optax_lowmem.nn._peft_files import (
   write_adapter,
 )
 from optax_lowmem.nn._places import listing, names_in_stack, nearest
+from optax_lowmem.nn._settings import scale_of
 from optax_lowmem.nn._targets import pattern_value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from optax_lowmem.nn._foreign import setting_of
 from optax_lowmem.nn._init import Init, check_init, initial_factors
 from optax_lowmem.nn._multiply import wait_for
 from optax_lowmem.nn._quantized import dequantize_stack
+from optax_lowmem.nn._settings import check_numbers, scale_of
 
 
 class LoRAScale(nnx.Variable[jax.Array]):
@@ -34,20 +34,7 @@ class LoRAStart(nnx.Variable[jax.Array]):
 
 def check_lora(rank: Any, alpha: Any, dropout: float, rngs: nnx.Rngs) -> None:
   """Refuses settings that mean nothing, before any module is touched."""
-  ranks = rank if isinstance(rank, Sequence) else [rank]
-  least = 1 if ranks is not rank else 0
-  if any(isinstance(r, bool) or not isinstance(r, int) or r < least for r in ranks) or not any(
-    ranks
-  ):
-    raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
-  for a in alpha if isinstance(alpha, Sequence) else [alpha]:
-    if not (math.isfinite(a) and a > 0):
-      raise ValueError(
-        f"`alpha` must be a positive number, got {alpha!r}. "
-        "The adapter is scaled by alpha / rank; alpha = 2 * rank is usual."
-      )
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
+  check_numbers(rank, alpha, dropout, per_layer=True)
   if not isinstance(rngs, nnx.Rngs):
     raise TypeError(f"`rngs` must be an nnx.Rngs, got {rngs!r}. Pass `nnx.Rngs(0)`.")
 
@@ -117,18 +104,17 @@ class Adapter(nnx.Module):
   def use_dora(self) -> bool:
     return self.magnitude is not None
 
-  def _scale(self, rank: int, alpha: float) -> float:
-    return 0.0 if rank == 0 else alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
   def layer_scales(self, count: int) -> list[float]:
     """The scale of each layer of a stack."""
     ranks, alphas = self.ranks or (self.rank,) * count, self.alphas or (self.alpha,) * count
-    return [self._scale(r, a) for r, a in zip(ranks, alphas, strict=True)]
+    return [scale_of(r, a, self.use_rslora) for r, a in zip(ranks, alphas, strict=True)]
 
   @property
   def scale(self) -> Any:
     """alpha / rank, or alpha / sqrt(rank) with `use_rslora`; an array of them if layers differ."""
-    return self._scale(self.rank, self.alpha) if self.scales is None else self.scales[...]
+    if self.scales is not None:
+      return self.scales[...]
+    return scale_of(self.rank, self.alpha, self.use_rslora)
 
   def scaled_b(self) -> jax.Array:
     b = self.lora_b[...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from optax_lowmem.nn._embed import LoRAEmbed
 from optax_lowmem.nn._peft import check_matrix, check_nameable, peft_layers
 from optax_lowmem.nn._peft_files import AdapterFile
 from optax_lowmem.nn._places import nearest, places
+from optax_lowmem.nn._settings import scale_of
 from optax_lowmem.nn._shards import Weights
 from optax_lowmem.nn._targets import pattern_value
 from optax_lowmem.nn._trainable import trained_beside
@@ -54,7 +54,7 @@ def changes_of_model(model: nnx.Module, stack: str, of_original: bool) -> Change
       changes.deltas[name] = Delta(
         parts[f"lora_{kind}A"],
         parts[f"lora_{kind}B"],
-        layer.alpha / (math.sqrt(layer.rank) if lora.use_rslora else layer.rank),
+        scale_of(layer.rank, layer.alpha, lora.use_rslora),
         parts.get("lora_magnitude_vector"),
         parts.get("lora_B.bias"),
         embedding,
@@ -92,7 +92,7 @@ def changes_of_file(path: str, config: Mapping[str, Any], file: AdapterFile) -> 
           f"the adapter in {path!r} has the {part} of `{name}` in shape {parts[part].shape}, "
           f"where {(b.shape[0],)} is needed."
         )
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = scale_of(rank, alpha, bool(config.get("use_rslora")))
     flat = {part: parts[part].reshape(-1) for part, want in wanted.items() if want}
     found[name] = Delta(a, b, scale, flat.get("magnitude"), flat.get("bias"), embedding)
   return Changes(found, file.plain)

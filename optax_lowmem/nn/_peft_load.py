@@ -33,6 +33,7 @@ from optax_lowmem.nn._places import (
   places,
   replace,
 )
+from optax_lowmem.nn._settings import scale_of
 from optax_lowmem.nn._surgery import adapter
 from optax_lowmem.nn._targets import Target, pattern_value
 from optax_lowmem.nn._trainable import (
@@ -203,8 +204,8 @@ class _Plan:
         f"the adapter in {self.dir!r} has rank {ranks[0]} and so A and B of another shape than "
         f"the one at `{place.path}`, which has rank {lora.ranks or lora.rank}."
       )
-    root = self.config.get("use_rslora")
-    scales = [a / (r**0.5 if root else r) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)]
+    root = bool(self.config.get("use_rslora"))
+    scales = [scale_of(r, a, root) for r, a in zip(ranks, alphas, strict=True)]
     for have, want in zip(lora.layer_scales(count), scales, strict=True):
       if abs(have - want) > 1e-6 * want:
         raise ValueError(

@@ -1,0 +1,34 @@
+"""The numbers of an adapter: what they may be, and the scale that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = False) -> None:
+  """Refuses numbers that mean nothing.
+
+  With `per_layer`, `rank` and `alpha` may have one for each layer of a stack; a rank of 0 then is
+  no adapter.
+  """
+  many = per_layer and isinstance(rank, Sequence)
+  ranks, least = (rank, 0) if many else ([rank], 1)
+  if any(isinstance(r, bool) or not isinstance(r, int) or r < least for r in ranks) or not any(
+    ranks
+  ):
+    raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
+  for a in alpha if per_layer and isinstance(alpha, Sequence) else [alpha]:
+    if not (math.isfinite(a) and a > 0):
+      raise ValueError(
+        f"`alpha` must be a positive number, got {alpha!r}. "
+        "The adapter is scaled by alpha / rank; alpha = 2 * rank is usual."
+      )
+  if not 0.0 <= dropout < 1.0:
+    raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
+
+
+def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
+  """alpha / rank, or alpha / sqrt(rank) with `use_rslora`; 0 where there is no adapter."""
+  return 0.0 if rank == 0 else alpha / (math.sqrt(rank) if use_rslora else rank)
