@@ -13,12 +13,12 @@ from flax import traverse_util
 
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.nn._peft import number, pattern_of, target_modules
+from optax_lowmem.nn._peft_config import configuration
 from optax_lowmem.nn._peft_files import (
   CONFIG,
   PREFIX,
   WEIGHTS,
-  import_safetensors,
+  check_writable,
   read_config,
   read_tensors,
   write_adapter,
@@ -77,14 +77,7 @@ def save_peft(
   References:
     https://huggingface.co/docs/peft/developer_guides/checkpoint
   """
-  import_safetensors()  # before any work, if it is missing
-  dir = pathlib.Path(dir)
-  there = [name for name in (CONFIG, WEIGHTS) if (dir / name).exists()]
-  if there and not overwrite:
-    raise FileExistsError(
-      f"`dir` {str(dir)!r} holds an adapter already ({', '.join(there)}). "
-      "Choose another directory, or pass `overwrite=True`."
-    )
+  dir = check_writable(dir, overwrite)
   flat = lora.checked(adapters)
   tensors: dict[str, np.ndarray] = {}
   ranks: dict[str, int] = {}
@@ -99,25 +92,16 @@ def save_peft(
     ranks |= dict.fromkeys(names, target.rank)
     alphas |= dict.fromkeys(names, target.alpha)
   every = [name for layer in lora.layers.layers for name in _names(layer, stack, check=False)]
-  rank, rank_pattern = pattern_of(ranks)
-  alpha, alpha_pattern = pattern_of(alphas)
-  config = {
-    "peft_type": "LORA",
-    "task_type": task_type,
-    "base_model_name_or_path": base_model,
-    "r": rank,
-    "lora_alpha": number(alpha),
-    "lora_dropout": lora.dropout,
-    "target_modules": target_modules(list(ranks), every),
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "use_rslora": lora.use_rslora,
-  }
-  alpha_pattern = {key: number(value) for key, value in alpha_pattern.items()}
-  optional = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-  write_adapter(dir, config | {key: value for key, value in optional.items() if value}, tensors)
+  config = configuration(
+    ranks,
+    alphas,
+    every,
+    base_model=base_model,
+    task_type=task_type,
+    dropout=lora.dropout,
+    use_rslora=lora.use_rslora,
+  )
+  write_adapter(dir, config, tensors)
   return dir
 
 

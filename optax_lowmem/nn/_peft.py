@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import math
 import os
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,17 +14,9 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._base import contraction_of, dense_variable, matrix_of, stack_shape
 from optax_lowmem.nn._embed import LoRAEmbed
-from optax_lowmem.nn._peft_files import (
-  CONFIG,
-  HEAD_WEIGHT,
-  PREFIX,
-  TABLE,
-  WEIGHTS,
-  import_safetensors,
-  write_adapter,
-)
+from optax_lowmem.nn._peft_config import configuration
+from optax_lowmem.nn._peft_files import HEAD_WEIGHT, PREFIX, TABLE, check_writable, write_adapter
 from optax_lowmem.nn._places import Place, adaptable, layer_names, places
-from optax_lowmem.nn._targets import pattern_value
 from optax_lowmem.nn._trainable import trained_beside
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # whose base weights PEFT saves beside their adapters
@@ -108,35 +98,6 @@ def peft_layers(
   return found
 
 
-def target_modules(names: Sequence[str], everything: Sequence[str]) -> list[str]:
-  """The shortest `target_modules` with which PEFT adapts these layers and no others."""
-  lasts = {name.rpartition(".")[2] for name in names}
-  same = {name for name in everything if name.rpartition(".")[2] in lasts}
-  return sorted(lasts if same == set(names) else names)
-
-
-def pattern_of(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-  """The commonest value, and a pattern of PEFT's that gives the others."""
-  common = collections.Counter(values.values()).most_common(1)[0][0]
-  by_last: dict[str, set[Any]] = {}
-  for name, value in values.items():
-    by_last.setdefault(name.rpartition(".")[2], set()).add(value)
-  pattern = {}
-  for name, value in values.items():
-    last = name.rpartition(".")[2]
-    if len(by_last[last]) > 1 and value != common:
-      pattern[name] = value
-    elif len(by_last[last]) == 1 and value != common:
-      pattern[last] = value
-  if any(pattern_value(pattern, name, common) != value for name, value in values.items()):
-    pattern = {"^" + re.escape(n): v for n, v in values.items() if v != common}
-  return common, pattern
-
-
-def number(value: float) -> int | float:
-  return int(value) if value == int(value) else value
-
-
 def save_peft(
   model: nnx.Module,
   dir: str | os.PathLike[str],
@@ -195,15 +156,7 @@ def save_peft(
   References:
     https://huggingface.co/docs/peft/developer_guides/checkpoint
   """
-  import_safetensors()  # before any work, if it is missing
-  dir = pathlib.Path(dir)
-  if not overwrite:
-    there = [name for name in (CONFIG, WEIGHTS) if (dir / name).exists()]
-    if there:
-      raise FileExistsError(
-        f"`dir` {str(dir)!r} holds an adapter already ({', '.join(there)}). "
-        "Choose another directory, or pass `overwrite=True`."
-      )
+  dir = check_writable(dir, overwrite)
   everything = places(model)
   layers: dict[str, Layer] = {}
   settings: dict[tuple[Any, ...], str] = {}
@@ -246,36 +199,26 @@ def save_peft(
         f"`{name}` is trained whole, and PEFT would take {sorted(others)[0]!r} for it too, whose "
         "name ends in the same letters. Train both, or rename one."
       )
-  rank, rank_pattern = pattern_of({name: layer.rank for name, layer in layers.items()})
-  alpha, alpha_pattern = pattern_of({name: layer.alpha for name, layer in layers.items()})
-  config = {
-    "peft_type": "LORA",
-    "task_type": task_type,
-    "base_model_name_or_path": base_model,
-    "r": rank,
-    "lora_alpha": number(alpha),
-    "lora_dropout": rate,
-    "target_modules": target_modules(list(layers), all_names),
-    "bias": bias,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "use_rslora": use_rslora,
-  }
   tying = bool(modules) and is_tied(model)
   if tying:  # PEFT looks for the tied output layer's own copy
     for name in [name for name in tensors if name.endswith(TABLE)]:
       root = name.removesuffix(TABLE).removesuffix("model.")
       tensors[root + HEAD_WEIGHT] = tensors[name].copy()
-  optional = {
-    "use_dora": use_dora,
-    "lora_bias": lora_bias,
-    "rank_pattern": rank_pattern,
-    "alpha_pattern": {key: number(value) for key, value in alpha_pattern.items()},
-    "modules_to_save": modules,
-    "ensure_weight_tying": tying,
-  }
-  write_adapter(dir, config | {key: value for key, value in optional.items() if value}, tensors)
+  config = configuration(
+    {name: layer.rank for name, layer in layers.items()},
+    {name: layer.alpha for name, layer in layers.items()},
+    all_names,
+    base_model=base_model,
+    task_type=task_type,
+    dropout=rate,
+    use_rslora=use_rslora,
+    use_dora=use_dora,
+    lora_bias=lora_bias,
+    bias=bias,
+    modules_to_save=modules,
+    ensure_weight_tying=tying,
+  )
+  write_adapter(dir, config, tensors)
   return dir
 
 

@@ -65,6 +65,19 @@ def import_safetensors():
   return safetensors
 
 
+def check_writable(dir: str | os.PathLike[str], overwrite: bool) -> pathlib.Path:
+  """The path of `dir`, if an adapter can be written to it: before any work."""
+  import_safetensors()
+  path = pathlib.Path(dir)
+  there = [name for name in (CONFIG, WEIGHTS) if (path / name).exists()]
+  if there and not overwrite:
+    raise FileExistsError(
+      f"`dir` {str(path)!r} holds an adapter already ({', '.join(there)}). "
+      "Choose another directory, or pass `overwrite=True`."
+    )
+  return path
+
+
 def write_adapter(
   dir: pathlib.Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
 ) -> None:
