@@ -12,6 +12,7 @@ from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem.linen._layers import Layers, copied, weight_at
 from optax_lowmem.linen._nf4_dense import check_unboxed
 from optax_lowmem.linen._targets import choose
+from optax_lowmem.nn._names import HEAD
 from optax_lowmem.nn._places import matches, patterns
 from optax_lowmem.nn._quantized import check_codebook, check_weight, quantize_like, quantize_stack
 
@@ -21,7 +22,7 @@ def quantize_params(
   layers: Layers,
   *,
   targets: str | Sequence[str] | None = None,
-  exclude: str | Sequence[str] | None = r"(^|\.)lm_head$",
+  exclude: str | Sequence[str] | None = HEAD,
   codebook: str = "nf4",
   block_size: int | None = 64,
   double_quantize: bool | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._delta import Delta
 from optax_lowmem.nn._embed import LoRAEmbed
+from optax_lowmem.nn._names import HEAD_TENSORS, TABLE_TENSORS
 from optax_lowmem.nn._peft import check_matrix, check_nameable, peft_layers
 from optax_lowmem.nn._peft_files import AdapterFile
 from optax_lowmem.nn._places import nearest, places
@@ -20,9 +20,6 @@ from optax_lowmem.nn._settings import scale_of
 from optax_lowmem.nn._shards import Weights
 from optax_lowmem.nn._targets import pattern_value
 from optax_lowmem.nn._trainable import trained_beside
-
-_TABLES = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight")
-_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight")
 
 
 class Changes(NamedTuple):
@@ -118,7 +115,7 @@ def check_changes(weights: Weights, changes: Changes, source: str) -> None:
   for name, shape in wanted.items():
     found = weights.shapes.get(name)
     if found is None:
-      tied = " It may be tied to the embedding there." if _HEADS.fullmatch(name) else ""
+      tied = " It may be tied to the embedding there." if HEAD_TENSORS.fullmatch(name) else ""
       raise ValueError(
         f"{source} lacks `{name}`, which the adapter changes.{tied}"
         f"{nearest(name, list(weights.shapes))} Names must be those of the PyTorch model."
@@ -153,7 +150,7 @@ def says_tied(config: Mapping[str, Any], weights: Weights) -> bool:
     if part.get("tie_word_embeddings") is not None:
       return bool(part["tie_word_embeddings"])
   # Left out, it is what the class of the model takes: only the tensors tell.
-  return bool(config) and not any(map(_HEADS.fullmatch, weights.shapes))
+  return bool(config) and not any(map(HEAD_TENSORS.fullmatch, weights.shapes))
 
 
 def check_tied(weights: Weights, changes: Changes, tied: bool, head_follows: bool) -> None:
@@ -170,8 +167,8 @@ def check_tied(weights: Weights, changes: Changes, tied: bool, head_follows: boo
         "is tied to it. A merged table would change both. Keep the adapter, or give the original "
         "an output layer of its own (`lm_head.weight`, and `tie_word_embeddings` false)."
       )
-  for name in filter(_TABLES.fullmatch, changes.whole):
-    copies = [n for n in weights.shapes if _HEADS.fullmatch(n) and n not in changes.whole]
+  for name in filter(TABLE_TENSORS.fullmatch, changes.whole):
+    copies = [n for n in weights.shapes if HEAD_TENSORS.fullmatch(n) and n not in changes.whole]
     if copies or not head_follows:
       raise ValueError(
         f"`{name}` was trained whole, and "

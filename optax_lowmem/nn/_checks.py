@@ -12,9 +12,8 @@ from flax.nnx.nn import dtypes
 
 from optax_lowmem.nn._base import contraction_of, dense_variable, foreign_of, is_embed, matrix_shape
 from optax_lowmem.nn._init import Init, LoftQ
+from optax_lowmem.nn._names import HEAD
 from optax_lowmem.nn._places import Place, listing, matches, nearest, patterns
-
-HEAD = r"(^|\.)lm_head$"  # what is excluded unless something else is
 
 
 def excluded(exclude: str | Sequence[str] | None, everything: Sequence[Place]) -> list[re.Pattern]:

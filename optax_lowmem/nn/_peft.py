@@ -14,12 +14,11 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._base import contraction_of, dense_variable, matrix_of, stack_shape
 from optax_lowmem.nn._embed import LoRAEmbed
+from optax_lowmem.nn._names import EMBEDDINGS, HEAD_WEIGHT, TABLE
 from optax_lowmem.nn._peft_config import configuration
-from optax_lowmem.nn._peft_files import HEAD_WEIGHT, PREFIX, TABLE, check_writable, write_adapter
+from optax_lowmem.nn._peft_files import PREFIX, check_writable, write_adapter
 from optax_lowmem.nn._places import Place, adaptable, layer_names, places
 from optax_lowmem.nn._trainable import trained_beside
-
-EMBEDDINGS = ("embed_tokens", "lm_head")  # whose base weights PEFT saves beside their adapters
 
 
 class Layer(NamedTuple):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TABLE, HEAD_WEIGHT = "embed_tokens.weight", "lm_head.weight"  # one array where they are tied
 PREFIX = "base_model.model."
 
 # What is read of a configuration, and what may stand in it without changing what an adapter

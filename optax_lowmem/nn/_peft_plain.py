@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
+from optax_lowmem.nn._names import HEAD_WEIGHT, TABLE
 from optax_lowmem.nn._peft import is_tied
-from optax_lowmem.nn._peft_files import HEAD_WEIGHT, TABLE, AdapterFile
+from optax_lowmem.nn._peft_files import AdapterFile
 from optax_lowmem.nn._places import Place, layer_names, names_in_stack, nearest
 from optax_lowmem.nn._targets import all_linear
 from optax_lowmem.nn._trainable import Tensor, below, find_saved, tensors_of

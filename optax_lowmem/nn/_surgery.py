@@ -9,10 +9,11 @@ from flax import nnx
 
 from optax_lowmem.nn._adapter import check_lora
 from optax_lowmem.nn._base import check_dense, dense_variable, is_embed, is_linear
-from optax_lowmem.nn._checks import HEAD, check_own_bias, check_product, check_start, excluded
+from optax_lowmem.nn._checks import check_own_bias, check_product, check_start, excluded
 from optax_lowmem.nn._embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._init import Init, check_init, quantized
 from optax_lowmem.nn._lora import LoRALinear, check_base
+from optax_lowmem.nn._names import HEAD
 from optax_lowmem.nn._places import choose, matches, places, replace
 from optax_lowmem.nn._quantized import check_codebook
 from optax_lowmem.nn._skipped import sentence, skipped, warn

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from optax_lowmem.nn._base import is_linear, matrix_shape, stack_shape
+from optax_lowmem.nn._names import HEADS
 from optax_lowmem.nn._places import (
   Place,
   adaptable,
@@ -19,8 +20,6 @@ from optax_lowmem.nn._places import (
   matches,
   patterns,
 )
-
-HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|unembed(ding)?|output_head|logits?(_dense|_proj)?)")
 
 
 class Target(NamedTuple):

@@ -1,0 +1,23 @@
+"""What models call their embedding and their output head.
+
+There is no one list. A name that is looked up must not be guessed too widely: what it stands for
+differs from place to place, and so does what goes wrong.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Left in floating point unless asked: by the name that nearly all models of Hugging Face give it.
+HEAD = r"(^|\.)lm_head$"
+# Not one of "all-linear": modules, of JAX's models too. ("output" may be any layer's.)
+HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|unembed(ding)?|output_head|logits?(_dense|_proj)?)")
+# Tensors in files of Hugging Face, of which one stands for both where they are tied.
+TABLE_TENSORS = re.compile(
+  r"(.*\.)?(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight"
+)
+HEAD_TENSORS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight")
+# PEFT's own: it saves these base weights beside their adapters, and one array under both names
+# where they are tied.
+EMBEDDINGS = ("embed_tokens", "lm_head")
+TABLE, HEAD_WEIGHT = (f"{name}.weight" for name in EMBEDDINGS)
