@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
 from optax_lowmem.nn._base import contraction_of, dense_variable, foreign_of, is_embed, matrix_shape
-from optax_lowmem.nn._init import Init, LoftQ
+from optax_lowmem.nn._init import Init, LoftQ, check_fits
 from optax_lowmem.nn._names import HEAD
 from optax_lowmem.nn._places import Place, listing, matches, nearest, patterns
 
@@ -65,20 +65,5 @@ def check_start(path: str, base: Any, rank: Any, init: Init) -> None:
         "adapts."
       )
     check_product(path, base)
-  shape = matrix_shape(base)[-2:]
   largest = max(rank) if isinstance(rank, Sequence) else rank
-  if largest > min(shape):
-    raise ValueError(
-      f"`rank` {largest} is larger than a side of the weight {shape} of `{path}`, whose singular "
-      "vectors `init` takes. Choose a smaller rank, or `init='default'`."
-    )
-
-
-def check_own_bias(path: str, base: Any, lora_bias: bool) -> None:
-  """Refuses an adapter's bias where the base has no place to merge it into."""
-  foreign = foreign_of(base)
-  if lora_bias and foreign is not None and foreign.bias != "bias":
-    raise ValueError(
-      f"`lora_bias` needs a `bias` in the base to be merged into, and `{path}` has none of that "
-      "name. Leave it out."
-    )
+  check_fits(largest, matrix_shape(base)[-2:], f" of `{path}`")

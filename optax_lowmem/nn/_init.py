@@ -73,6 +73,15 @@ def check_init(init: Any) -> None:
     )
 
 
+def check_fits(rank: int, shape: tuple[int, ...], of: str = "") -> None:
+  """Refuses a rank of which the weight has not as many singular vectors."""
+  if rank > min(shape):
+    raise ValueError(
+      f"`rank` {rank} is larger than a side of the weight {shape}{of}, whose singular vectors "
+      "`init` takes. Choose a smaller rank, or `init='default'`."
+    )
+
+
 def quantized(linear: Any, codebook: str, block_size: int | None, double: bool | None) -> Any:
   """A float layer, quantized."""
   options: Any = {"codebook": codebook, "block_size": block_size, "double_quantize": double}
@@ -146,11 +155,7 @@ def _product(a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
 
 def _svd(w: jax.Array, rank: int, ranks: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
   """A and B whose scaled product is the best approximation of (..., out, in) of that rank."""
-  if rank > min(w.shape[-2:]):
-    raise ValueError(
-      f"`rank` {rank} is larger than a side of the weight {w.shape[-2:]}, whose singular vectors "
-      "`init` takes. Choose a smaller rank, or `init='default'`."
-    )
+  check_fits(rank, w.shape[-2:])
   u, s, v = over_stack(
     lambda one: jnp.linalg.svd(one, full_matrices=False), w.ndim - 2, jax.lax.map
   )(w)

@@ -136,12 +136,7 @@ class LoRALinear(Adapter):
     check_base("base", base)
     if lora_bias and use_dora:
       raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
-    foreign = foreign_of(base)
-    if lora_bias and foreign is not None and foreign.bias != "bias":
-      raise ValueError(
-        f"`lora_bias` needs a `bias` in the base to be merged into, and {type(base).__name__} has "
-        "none of that name. Leave it out."
-      )
+    check_own_bias(type(base).__name__, base, lora_bias)
     super().__init__(
       base,
       rank,
@@ -229,3 +224,13 @@ def check_base(name: str, base: Any) -> None:
     )
   contraction_of(base)
   check_dense("" if name == "base" else name, base)
+
+
+def check_own_bias(name: str, base: Any, lora_bias: bool) -> None:
+  """Refuses an adapter's bias where the base has no place to merge it into."""
+  foreign = foreign_of(base)
+  if lora_bias and foreign is not None and foreign.bias != "bias":
+    raise ValueError(
+      f"`lora_bias` needs a `bias` in the base to be merged into, and {name} has none of that "
+      "name. Leave it out."
+    )

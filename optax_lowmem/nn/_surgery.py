@@ -9,10 +9,10 @@ from flax import nnx
 
 from optax_lowmem.nn._adapter import check_lora
 from optax_lowmem.nn._base import check_dense, dense_variable, is_embed, is_linear
-from optax_lowmem.nn._checks import check_own_bias, check_product, check_start, excluded
+from optax_lowmem.nn._checks import check_product, check_start, excluded
 from optax_lowmem.nn._embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._init import Init, check_init, quantized
-from optax_lowmem.nn._lora import LoRALinear, check_base
+from optax_lowmem.nn._lora import LoRALinear, check_base, check_own_bias
 from optax_lowmem.nn._names import HEAD
 from optax_lowmem.nn._places import choose, matches, places, replace
 from optax_lowmem.nn._quantized import check_codebook
@@ -194,7 +194,7 @@ def add_lora(
     check(target.place.path, target.place.module)
     check_lora(target.rank, target.alpha, dropout, rngs)
     check_start(target.place.path, target.place.module, target.rank, init)
-    check_own_bias(target.place.path, target.place.module, lora_bias)
+    check_own_bias(f"`{target.place.path}`", target.place.module, lora_bias)
   check_named(everything, saved, [target.place for target in found], bias)
   if targets == "all-linear":
     warn("add_lora", "put no adapter on some weights", model, everything)
