@@ -4,6 +4,9 @@ import os
 import pathlib
 import shutil
 import tempfile
+import warnings
+
+import pytest
 
 # One thread a test process: the suite runs on as many processes as there are cores.
 os.environ.setdefault(
@@ -23,3 +26,23 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 def pytest_unconfigure(config):
   if OWN_CACHE:
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """A folder with a tiny `model`, and `rows.json` to train it on."""
+  from qlora_cases import save_model, save_rows
+
+  folder = tmp_path_factory.mktemp("qlora")
+  save_model(folder / "model")
+  save_rows(folder / "rows.json")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def peft():
+  pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    return pytest.importorskip("peft")

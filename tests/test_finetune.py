@@ -28,27 +28,9 @@ from arguments import Settings
 from chat import ChatTokenizer
 from llama import load_llama
 from optax_lowmem import nn as lowmem_nn
-from qlora_cases import (
-  INNER,
-  LAYERS,
-  WIDTH,
-  adapter,
-  arguments,
-  records,
-  same,
-  save_model,
-  save_rows,
-)
+from qlora_cases import INNER, LAYERS, WIDTH, adapter, arguments, records, same, save_model
 
 SCRIPT = Path(finetune.__file__)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("qlora")
-  save_model(folder / "model")
-  save_rows(folder / "rows.json")
-  return folder
 
 
 def test_a_whole_run(files, tmp_path, capsys, caplog):

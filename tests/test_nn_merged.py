@@ -18,7 +18,7 @@ import nn_llama
 from llama import load_llama
 from optax_lowmem import nn
 from optax_lowmem.nn import _delta
-from test_nn_peft_logits import ADAPTERS, BASE, GOLDEN, KINDS, logits, randomized, torch_base
+from peft_cases import ADAPTERS, BASE, GOLDEN, KINDS, logits, randomized, torch_base
 
 INDEX = "model.safetensors.index.json"
 
@@ -100,15 +100,6 @@ def test_a_packed_base_without_its_original_is_decoded(tmp_path):
 # With PEFT and transformers.
 
 
-@pytest.fixture(scope="module")
-def peft():
-  pytest.importorskip("torch")
-  pytest.importorskip("transformers")
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    return pytest.importorskip("peft")
-
-
 def from_pretrained(folder, **options):
   import torch
   import transformers
@@ -124,7 +115,7 @@ def from_pretrained(folder, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugging_face_loads_it_and_computes_what_peft_does(kind, tmp_path, peft):
   settings = dict(KINDS[kind])
-  base = torch_base(attention_bias=True) if settings.pop("_base", False) else torch_base()
+  base = torch_base(**settings.pop("_base", {}))
   base.save_pretrained(tmp_path / "base")
   plain = logits(base)
   made = randomized(peft, base, settings)

@@ -16,15 +16,7 @@ from safetensors.numpy import load_file
 import checkpoints
 import finetune
 import optax_lowmem as lowmem
-from qlora_cases import adapter, arguments, records, same, save_model, save_rows
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("qlora")
-  save_model(folder / "model")
-  save_rows(folder / "rows.json")
-  return folder
+from qlora_cases import adapter, arguments, records, same
 
 
 class Killed(BaseException):

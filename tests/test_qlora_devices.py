@@ -10,7 +10,7 @@ import pytest
 
 import finetune
 import optax_lowmem as lowmem
-from qlora_cases import arguments, save_model, save_rows
+from qlora_cases import arguments
 
 STEPS = """
 import json, sys
@@ -66,14 +66,6 @@ def run(command, *more):
   return subprocess.run(
     [sys.executable, *command, *more], env=os.environ | environment, capture_output=True, text=True
   )
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("qlora")
-  save_model(folder / "model")
-  save_rows(folder / "rows.json")
-  return folder
 
 
 def test_the_numbers_of_one_device(files):

@@ -10,17 +10,14 @@ from safetensors.numpy import load_file
 
 import finetune
 from arguments import Settings, flag_of
-from qlora_cases import LAYERS, adapter, arguments, records, same, save_model, save_rows
+from qlora_cases import LAYERS, adapter, arguments, records, same, save_model
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("qlora")
-  save_model(folder / "model")
-  save_model(folder / "untied", tied=False)
-  save_rows(folder / "rows.json")
-  (folder / "run.yaml").write_text("rank: 4\nsteps: 2\ntargets: q_proj\n")
-  return folder
+def files(files):
+  save_model(files / "untied", tied=False)
+  (files / "run.yaml").write_text("rank: 4\nsteps: 2\ntargets: q_proj\n")
+  return files
 
 
 def config(out):
