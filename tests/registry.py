@@ -195,3 +195,43 @@ def run(name, steps, how="whole", gradients=lambda t: tree(100 + t)):
   for t in range(steps):
     updates, state = update_of(name, how)(gradients(t), state, params)
   return updates, state
+
+
+def trained_nnx(tx):
+  """The losses of eight steps of an NNX model, and its optimizer's state."""
+  nnx = pytest.importorskip("flax.nnx")
+  model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  x = jnp.ones((4, 64))
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss, g = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
+    optimizer.update(model, g)
+    return loss
+
+  return [float(step(model, optimizer)) for _ in range(8)], nnx.state(optimizer)
+
+
+def trained_linen(tx):
+  """The losses of eight steps of a Linen model, its train state, and how often they compiled."""
+  linen = pytest.importorskip("flax.linen")
+  train_state = pytest.importorskip("flax.training.train_state")
+  model, x = linen.Dense(128), jnp.ones((4, 64))
+  params = model.init(jax.random.key(0), x)
+  state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+  state = state.replace(step=jnp.int32(0))  # flax's is a Python number at first
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state):
+    def loss(params):
+      return jnp.mean((state.apply_fn(params, x) - 1) ** 2)
+
+    value, g = jax.value_and_grad(loss)(state.params)
+    return value, state.apply_gradients(grads=g)
+
+  losses = []
+  for _ in range(8):
+    value, state = step(state)
+    losses.append(float(value))
+  return losses, state, step._cache_size()

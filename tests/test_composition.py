@@ -1,7 +1,5 @@
 """Law 7, plain optax: every transformation composes, traces, trains and is saved as optax's do."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,8 @@ from registry import (
   reference,
   run,
   start,
+  trained_linen,
+  trained_nnx,
   tree,
 )
 
@@ -257,45 +257,16 @@ def test_eager_steps_are_compiled_ones(name):
 
 @adamw
 def test_trains_an_nnx_model(name):
-  nnx = pytest.importorskip("flax.nnx")
-  model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
-  optimizer = nnx.Optimizer(model, make(name), wrt=nnx.Param)
-  x = jnp.ones((4, 64))
-
-  @nnx.jit
-  def step(model, optimizer):
-    loss, g = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
-    optimizer.update(model, g)
-    return loss
-
-  losses = [float(step(model, optimizer)) for _ in range(8)]
+  losses, _ = trained_nnx(make(name))
   assert losses[-1] < 0.5 * losses[0]
 
 
 @adamw
 def test_trains_a_linen_state(name):
-  linen = pytest.importorskip("flax.linen")
-  train_state = pytest.importorskip("flax.training.train_state")
-  model, x = linen.Dense(128), jnp.ones((4, 64))
-  params = model.init(jax.random.key(0), x)
-  state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=make(name))
-  state = state.replace(step=jnp.int32(0))  # flax's is a Python number at first
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state):
-    def loss(params):
-      return jnp.mean((state.apply_fn(params, x) - 1) ** 2)
-
-    value, g = jax.value_and_grad(loss)(state.params)
-    return value, state.apply_gradients(grads=g)
-
-  losses = []
-  for _ in range(8):
-    value, state = step(state)
-    losses.append(float(value))
+  losses, state, compiled = trained_linen(make(name))
   assert losses[-1] < 0.5 * losses[0]
   assert len(quantized_leaves(state.opt_state)) == 2
-  assert step._cache_size() == 1
+  assert compiled == 1
 
 
 @adamw

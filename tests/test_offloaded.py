@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import maximum_flow
 
 import optax_lowmem as lowmem
 from optax_lowmem import _offloaded, _paging
-from registry import LR, REGISTRY, every_rule, make, tree
+from registry import LR, REGISTRY, every_rule, make, trained_linen, trained_nnx, tree
 
 HOST = jax.memory.Space.Host
 FEW = {"w": (48, 96), "lora": (512, 16), "b": (5,)}
@@ -364,40 +364,13 @@ def test_tree_utilities_see_the_state():
 
 @pytest.mark.parametrize("rule", ["8 bits", "32 bits"])
 def test_trains_an_nnx_model(rule):
-  nnx = pytest.importorskip("flax.nnx")
-  model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
-  optimizer = nnx.Optimizer(model, lowmem.offloaded(RULES[rule]()), wrt=nnx.Param)
-  x = jnp.ones((4, 64))
-
-  @nnx.jit
-  def step(model, optimizer):
-    loss, g = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
-    optimizer.update(model, g)
-    return loss
-
-  losses = [float(step(model, optimizer)) for _ in range(8)]
+  losses, state = trained_nnx(lowmem.offloaded(RULES[rule]()))
   assert losses[-1] < 0.5 * losses[0]
-  assert lowmem.state_bytes(nnx.state(optimizer))["pinned_host"] > 10_000
+  assert lowmem.state_bytes(state)["pinned_host"] > 10_000
 
 
 def test_trains_a_linen_state():
-  linen = pytest.importorskip("flax.linen")
-  train_state = pytest.importorskip("flax.training.train_state")
-  model, x = linen.Dense(128), jnp.ones((4, 64))
-  params = model.init(jax.random.key(0), x)
-  tx = lowmem.offloaded(lowmem.adamw(LR))
-  state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-  state = state.replace(step=jnp.int32(0))
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state):
-    loss, g = jax.value_and_grad(lambda p: jnp.mean((state.apply_fn(p, x) - 1) ** 2))(state.params)
-    return loss, state.apply_gradients(grads=g)
-
-  losses = []
-  for _ in range(8):
-    loss, state = step(state)
-    losses.append(float(loss))
+  losses, *_ = trained_linen(lowmem.offloaded(lowmem.adamw(LR)))
   assert losses[-1] < 0.5 * losses[0]
 
 
