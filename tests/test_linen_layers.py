@@ -9,17 +9,13 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import optax_lowmem as lowmem
+from linen_cases import equal, gradient_temporaries, trained
 from optax_lowmem import linen
 from optax_lowmem import nn as lowmem_nn
 
 
 def normal(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def equal(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def with_b(lora, scale=0.1):
@@ -209,18 +205,10 @@ def test_train_state_of_adapters_alone_learns_and_leaves_the_base():
   state = TrainState.create(apply_fn=model.apply, params=variables["lora"], tx=tx)
   target = jnp.roll(x, 1, axis=0)
 
-  @jax.jit
-  def step(state, base):
-    def loss(lora):
-      return ((state.apply_fn({**base, "lora": lora}, x) - target) ** 2).mean()
+  def loss(lora, base):
+    return ((model.apply({**base, "lora": lora}, x) - target) ** 2).mean()
 
-    value, grads = jax.value_and_grad(loss)(state.params)
-    return state.apply_gradients(grads=grads), value
-
-  losses = []
-  for _ in range(30):
-    state, value = step(state, base)
-    losses.append(float(value))
+  state, losses = trained(state, loss, base)
   assert losses[-1] < 0.8 * losses[0]
   equal(base, before)
   assert (
@@ -235,13 +223,9 @@ def test_gradient_of_8_layers_needs_no_more_than_one_and_a_half(scanned):
   x = jax.ShapeDtypeStruct((4, width), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
-  @jax.jit
-  def gradient(lora, variables, x):
-    return jax.grad(lambda lora: (model.apply({**variables, "lora": lora}, x) ** 2).mean())(lora)
-
-  memory = gradient.lower(variables["lora"], variables, x).compile().memory_analysis()
+  needed = gradient_temporaries(model.apply, variables, x)
   # 1.1 and 1.3, of which a sixth are activations and gradients; 8 where weights are kept.
-  assert 0 < memory.temp_size_in_bytes < 1.5 * width * width * 4
+  assert 0 < needed < 1.5 * width * width * 4
 
 
 @pytest.mark.parametrize(

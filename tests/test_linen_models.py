@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import optax_lowmem as lowmem
+from linen_cases import equal, gradient_temporaries, trained
 from optax_lowmem import linen
 from optax_lowmem import nn as lowmem_nn
 
@@ -50,11 +51,6 @@ class Model(nn.Module):
 
 
 MODELS = {"unrolled": Model(), "scanned": Model(scanned=True, remat=True)}
-
-
-def equal(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def close(got, want, tolerance=1e-5):
@@ -213,20 +209,12 @@ def test_train_state_of_adapters_on_a_packed_model_learns_and_leaves_the_base():
   tx = lowmem.adamw(1e-2)
   state = TrainState.create(apply_fn=lora.apply, params=new(lora), tx=tx)
 
-  @jax.jit
-  def step(state, params):
-    def loss(adapters):
-      logits = state.apply_fn({"params": params, "lora": adapters}, IDS)
-      labels = jax.nn.one_hot(jnp.roll(IDS, 1, axis=1), VOCABULARY)
-      return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
+  def loss(adapters, params):
+    logits = lora.apply({"params": params, "lora": adapters}, IDS)
+    labels = jax.nn.one_hot(jnp.roll(IDS, 1, axis=1), VOCABULARY)
+    return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
 
-    value, grads = jax.value_and_grad(loss)(state.params)
-    return state.apply_gradients(grads=grads), value
-
-  losses = []
-  for _ in range(30):
-    state, value = step(state, params)
-    losses.append(float(value))
+  _, losses = trained(state, loss, params)
   assert losses[-1] < 0.5 * losses[0]
   equal(params, before)
 
@@ -347,16 +335,10 @@ def test_gradient_of_8_packed_layers_needs_no_more_than_one_and_a_half(scanned):
   layers = linen.find_layers(model, {"params": params}, x)
   packed = jax.eval_shape(lambda p: linen.quantize_params(p, layers), params)
   lora = linen.LoRA(model, layers, 8, 16)
-  adapters = jax.eval_shape(lora.init, KEY)
-
-  @jax.jit
-  def gradient(a, p, x):
-    return jax.grad(lambda a: (lora.apply({"params": p, "lora": a}, x) ** 2).mean())(a)
-
-  memory = gradient.lower(adapters, packed, x).compile().memory_analysis()
+  variables = {"params": packed, "lora": jax.eval_shape(lora.init, KEY)}
   layer = 6 * width * width * 4
   # 0.7 and 0.9; 8 and more where weights are kept, or are all decoded first.
-  assert 0 < memory.temp_size_in_bytes < 1.5 * layer
+  assert 0 < gradient_temporaries(lora.apply, variables, x) < 1.5 * layer
 
 
 def test_adapters_and_packed_parameters_survive_orbax(tmp_path):
