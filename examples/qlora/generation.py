@@ -55,6 +55,23 @@ def choose(
   return jax.lax.cond(temperature > 0, drawn, likeliest, None)
 
 
+def padded(prompts: Sequence[Sequence[int] | np.ndarray], smallest: int = 32) -> Any:
+  """Prompts in one array (B, T), T a power of two if not `smallest`, and their lengths (B,)."""
+  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  time = max(smallest, 1 << int(lengths.max() - 1).bit_length())
+  ids = np.zeros((len(prompts), time), np.int32)
+  for row, prompt in zip(ids, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  return ids, lengths
+
+
+def read(model: Any, ids: jax.Array, cache: Cache, lengths: jax.Array, *draw: Any) -> Any:
+  """The token that follows each row, by `choose` with `draw`, and the cache with the rows in it."""
+  hidden, cache = model.extend(ids, cache, lengths)
+  last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+  return choose(model.head(last), *draw), cache
+
+
 def generate(
   graph: Any,
   stop_ids: tuple[int, ...],
@@ -84,12 +101,6 @@ def generate(
   def fresh() -> Any:  # for each trace: variables of the outer one cannot be set inside the loop
     return nnx.merge(graph, *variables, copy=True)
 
-  def read(ids: jax.Array, cache: Cache, lengths: jax.Array, key: jax.Array) -> Any:
-    model = fresh()
-    hidden, cache = model.extend(ids, cache, lengths)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return choose(model.head(last), key, temperature, top_p), cache
-
   def more(carry: Any) -> jax.Array:
     step, done = carry[0], carry[-1]
     return (step < new_tokens) & ~done.all()
@@ -97,7 +108,8 @@ def generate(
   def body(carry: Any) -> Any:
     step, token, cache, tokens, key, done = carry
     key, now = jax.random.split(key)
-    new, cache = read(token[:, None], cache, jnp.ones_like(lengths), now)
+    one = jnp.ones_like(lengths)
+    new, cache = read(fresh(), token[:, None], cache, one, now, temperature, top_p)
     token = jnp.where(done, token, new)
     tokens = tokens.at[:, step].set(token)
     return step + 1, token, cache, tokens, key, done | jnp.isin(token, stops)
@@ -105,7 +117,7 @@ def generate(
   key, now = jax.random.split(key)
   batch, time = ids.shape
   cache = fresh().init_cache(batch, time + new_tokens)
-  token, cache = read(ids, cache, lengths, now)
+  token, cache = read(fresh(), ids, cache, lengths, now, temperature, top_p)
   tokens = jnp.broadcast_to(token[:, None], (batch, new_tokens))
   first = jnp.int32(1), token, cache, tokens, key, jnp.isin(token, stops)
   steps, token, _, tokens, _, _ = jax.lax.while_loop(more, body, first)
@@ -170,11 +182,7 @@ class Generator:
       raise ValueError(f"`temperature` must be 0 or a positive number, got {temperature}.")
     if not 0 < top_p <= 1:
       raise ValueError(f"`top_p` must be above 0 and at most 1, got {top_p}.")
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    time = max(self.smallest, 1 << int(lengths.max() - 1).bit_length())
-    ids = np.zeros((len(prompts), time), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-      row[: len(prompt)] = prompt
+    ids, lengths = padded(prompts, self.smallest)
     draw = jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p)
     made = self.compiled(variables, ids, lengths, *draw)
     return [self._until_stop(row) for row in np.asarray(made.tokens)]

@@ -15,7 +15,7 @@ from arguments import Settings
 from chat import ChatTokenizer
 from checkpoints import found
 from fetch import default_model
-from generation import choose
+from generation import padded, read
 from recipe import trained_model
 from runs import began, read_run
 from templates import Message
@@ -133,20 +133,17 @@ class Speaker:
       model = nnx.merge(graph, variables, copy=True)
       if cache is None:
         cache = model.init_cache(1, ids.shape[1] + max_tokens)
-      hidden, cache = model.extend(ids, cache, length)
-      return choose(model.head(hidden[jnp.arange(1), length - 1]), *draw)[0], cache
+      return read(model, ids, cache, length, *draw)
 
     self.first = jax.jit(token)
     self.next = jax.jit(token, donate_argnums=1)
 
   def __call__(self, prompt: Sequence[int], seed: int = 0) -> Iterator[int]:
-    ids = np.zeros((1, max(32, 1 << (len(prompt) - 1).bit_length())), np.int32)
-    ids[0, : len(prompt)] = prompt
+    (ids, length), one = padded([prompt]), np.ones(1, np.int32)
     key, now = jax.random.split(jax.random.key(seed))
-    length, one = np.array([len(prompt)], np.int32), np.ones(1, np.int32)
     token, cache = self.first(self.variables, None, ids, length, now, *self.draw)
     for _ in range(self.max_tokens):
-      if (said := int(token)) in self.stop_ids:
+      if (said := token.item()) in self.stop_ids:
         return
       yield said
       key, now = jax.random.split(key)
