@@ -179,7 +179,8 @@ def save_peft(
       + ", ".join(f"{value} at `{path}`" for value, path in settings.items())
       + ". One adapter file holds one of each."
     )
-  use_rslora, use_dora, rate, lora_bias = (*longest, 0.0, False)[:4]
+  filled: Any = (*longest, 0.0, False)
+  use_rslora, use_dora, rate, lora_bias = filled[:4]
   if lora_bias and len(settings) > 1:
     raise ValueError(
       "`lora_bias` on linear layers does not go with adapters on embeddings in PEFT."
