@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optax_lowmem._checks import check_block_size
-from optax_lowmem._codebooks import Codebook, get_codebook
+from optax_lowmem._codebooks import get_codebook
+from optax_lowmem._codes import TINY, Codebook
 from optax_lowmem._packing import pack, pack_halves, unpack, unpack_halves
 
-# Below the smallest normal number XLA's CPU backend flushes to zero, and a reciprocal overflows.
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 _EXPONENT = 0x7F800000  # the bits of a float32 that are all set if it is not finite
 _SCALE_BLOCK = 256  # double quantization: block of the scales, as in bitsandbytes
 _in_kernel = contextvars.ContextVar("in_kernel", default=False)
@@ -204,7 +203,7 @@ def _encode_parts(
 ) -> tuple[list[jax.Array], jax.Array]:
   """Codes of parts of the same blocks, (…, length of the part), and their scales, (…, 1)."""
   scales = jax.lax.bitcast_convert_type(_largest(parts, codebook.signed), jnp.float32)
-  scales = jnp.where(scales < _TINY, 0.0, jnp.maximum(scales, codebook.smallest_scale))
+  scales = jnp.where(scales < TINY, 0.0, jnp.maximum(scales, codebook.smallest_scale))
   return [codebook.encode_blocks(x, scales) for x in parts], scales
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from optax_lowmem._blocks import QuantizedArray, encode
 from optax_lowmem._checks import check_block_size, check_min_size
-from optax_lowmem._codebooks import Codebook, get_codebook
+from optax_lowmem._codebooks import get_codebook
+from optax_lowmem._codes import Codebook
 
 
 class Storage(Protocol):

@@ -17,7 +17,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 
 from optax_lowmem._blocks import QuantizedArray, in_kernel
-from optax_lowmem._codebooks import Log
+from optax_lowmem._log_codes import Log
 
 try:
   import jax.experimental.pallas as pl
