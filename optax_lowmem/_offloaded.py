@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 
 from optax_lowmem._boxes import unbox
+from optax_lowmem._host import (
+  bytes_of,
+  check_pool,
+  choose,
+  devices_of,
+  has_host_memory,
+  path_test,
+)
 from optax_lowmem._one_by_one import one_by_one
-from optax_lowmem._paging import Paged, fetch, is_paged, nbytes, store, stream
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{p}B": 1000**k for k, p in enumerate("KMGT", 1)}
-_UNITS |= {f"{p}iB": 1024**k for k, p in enumerate("KMGT", 1)}
-_POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+from optax_lowmem._pages import is_paged, nbytes, store
+from optax_lowmem._paging import stream
 
 
 def offloaded(
@@ -89,43 +90,21 @@ def offloaded(
     raise ValueError(f"`min_bytes` must be an integer of at least 0, got {min_bytes!r}.")
   if fallback not in (None, "device"):
     raise ValueError(f"`fallback` must be 'device' or None, got {fallback!r}.")
-  allowed = _path_test(where)
-  budget = None if device_budget is None else _bytes("device_budget", device_budget)
-  bound = _bytes("max_bytes", max_bytes)
+  allowed = path_test(where)
+  budget = None if device_budget is None else bytes_of("device_budget", device_budget)
+  bound = bytes_of("max_bytes", max_bytes)
   inner = optax.with_extra_args_support(inner)
-
-  def choose(state: Any) -> set[int]:
-    """Positions in the flat state of what is to be paged."""
-    sizes = {}
-    total = 0
-    for k, (path, x) in enumerate(jax.tree_util.tree_flatten_with_path(state)[0]):
-      if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        continue  # a random key, or what `optax.tree.map_params` puts in an array's place
-      size = _shard_bytes(x)
-      total += size
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      if size >= min_bytes and x.shape and allowed(name):
-        sizes[k] = size
-    if budget is None:
-      return set(sizes)
-    chosen: set[int] = set()
-    for k in sorted(sizes, key=lambda k: (-sizes[k], k)):
-      if total <= budget:
-        break
-      chosen.add(k)
-      total -= sizes[k]
-    return chosen
 
   def init(params):
     params = unbox(params)
-    devices = _devices(params)
-    if not _has_host_memory(devices, fallback):
+    devices = devices_of(params)
+    if not has_host_memory(devices, fallback):
       return inner.init(params)
     state = _init(inner.init, params, bound)
     leaves, treedef = jax.tree.flatten(state)
-    chosen = choose(state)
+    chosen = choose(state, allowed, min_bytes, budget)
     del state
-    _check_pool(devices[0].platform, sum(nbytes(leaves[k]) for k in chosen), os.environ)
+    check_pool(devices[0].platform, sum(nbytes(leaves[k]) for k in chosen), os.environ)
     for k in sorted(chosen):
       leaves[k] = store(leaves[k]() if isinstance(leaves[k], _Lazy) else leaves[k])
     return treedef.unflatten([x() if isinstance(x, _Lazy) else x for x in leaves])
@@ -163,90 +142,6 @@ def offloaded(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def unpaged(state: Any) -> Any:
-  """The state as the transformation within `offloaded` has it: no `Paged`, all on the device.
-
-  Abstract pages (`jax.ShapeDtypeStruct`) become abstract arrays in the same memory: a template by
-  which a checkpoint of a run without `offloaded` can be restored straight into host memory.
-
-  Args:
-    state: a state of `offloaded`, or any tree that holds one.
-
-  Returns:
-    The same tree with arrays in the place of `Paged`.
-
-  Examples:
-    >>> import jax.numpy as jnp, optax_lowmem as lowmem
-    >>> state = lowmem.offloaded(lowmem.adam(1e-3)).init(jnp.zeros((64, 64)))
-    >>> lowmem.unpaged(state)[0].mu.codes.shape
-    (64, 64)
-  """
-
-  def one(x):
-    if not is_paged(x):
-      return x
-    if not isinstance(x.pages, jax.ShapeDtypeStruct):
-      return fetch(x)
-    sharding = x.pages.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-      spec = jax.sharding.PartitionSpec(*tuple(sharding.spec)[2:])
-      sharding = sharding.update(spec=spec)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  return jax.tree.map(one, state, is_leaf=is_paged)
-
-
-def paged(state: Any, like: Any) -> Any:
-  """The reverse of `unpaged`: a state of the inner transformation, paged as `like` is.
-
-  A paged state that was restored from a checkpoint may go through it too: Orbax lays its arrays in
-  host memory but leaves JAX's type of them saying otherwise (orbax-checkpoint 0.11, jax 0.12).
-
-  Args:
-    state: the state of a run without `offloaded`: arrays on a device, on the host or numpy's.
-    like: a state of `offloaded` of the same run, from `init`.
-
-  Returns:
-    A state with the structure, shapes, shardings and memories of `like`.
-
-  Raises:
-    ValueError: if an array has another shape or dtype than that in `like`.
-
-  Examples:
-    >>> import jax.numpy as jnp, optax_lowmem as lowmem
-    >>> params = jnp.zeros((64, 64))
-    >>> tx = lowmem.adam(1e-3)
-    >>> like = lowmem.offloaded(tx).init(params)
-    >>> state = lowmem.paged(tx.init(params), like)
-    >>> lowmem.state_bytes(state)["pinned_host"]
-    8192
-  """
-
-  def one(x, target):
-    if x.shape != target.shape or x.dtype != target.dtype:
-      raise ValueError(
-        f"`state` holds {x.dtype}{list(x.shape)} where `like` has "
-        f"{target.dtype}{list(target.shape)}. Both must be of the same parameters and optimizer."
-      )
-    if is_paged(x):
-      x = x.pages
-    if not is_paged(target):
-      return jax.device_put(x, target.sharding) if isinstance(target, jax.Array) else x
-    if isinstance(x, jax.Array) and x.shape != target.pages.shape:
-      x = jax.device_put(x, jax.memory.Space.Device)  # XLA reshapes nothing on the host
-    pages = jax.device_put(x.reshape(target.pages.shape), target.pages.sharding)
-    return Paged(jax.device_put(pages, jax.memory.Space.Host))
-
-  leaves, treedef = jax.tree.flatten(like, is_leaf=is_paged)
-  given = jax.tree.leaves(state, is_leaf=is_paged)
-  if len(given) != len(leaves):
-    raise ValueError(
-      f"`state` has {len(given)} arrays and `like` {len(leaves)}. Both must be of the same "
-      "parameters and optimizer."
-    )
-  return treedef.unflatten(map(one, given, leaves))
-
-
 class _Lazy:
   """An array of a new state that is made when it is needed."""
 
@@ -264,7 +159,7 @@ def _init(init: Callable[[Any], Any], params: Any, bound: int) -> Any:
   arrays = [x for x in jax.tree.leaves(params) if hasattr(x, "dtype")]
   if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray) for x in arrays):
     return init(params)
-  devices = _devices(params)
+  devices = devices_of(params)
   if len(devices) > 1:  # traced, it would not see how the parameters lie
     return init(params)
   makers, shapes = one_by_one(init, params)
@@ -272,72 +167,6 @@ def _init(init: Callable[[Any], Any], params: Any, bound: int) -> Any:
   if sum(map(nbytes, leaves)) <= bound:
     return init(params)
   return treedef.unflatten([_Lazy(*pair, devices[0]) for pair in zip(leaves, makers, strict=True)])
-
-
-def _devices(params: Any) -> list[Any]:
-  """Where the parameters are, as far as that is known."""
-  for x in jax.tree.leaves(params):
-    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-      return sorted(x.sharding.device_set, key=lambda d: d.id)
-  return jax.local_devices()[:1]
-
-
-def _has_host_memory(devices: list[Any], fallback: str | None) -> bool:
-  kinds = {m.kind for m in devices[0].addressable_memories()}
-  if "pinned_host" in kinds:
-    return True
-  if fallback == "device":
-    return False
-  raise ValueError(
-    f"`offloaded` needs pinned host memory, and {devices[0]} has only {', '.join(sorted(kinds))}. "
-    'Pass `fallback="device"` to leave the state on the device.'
-  )
-
-
-def _check_pool(platform: str, size: int, environment: Mapping[str, str]) -> None:
-  """Refuses state that JAX's pool of pinned memory cannot hold; it has 64 GB unless told."""
-  if platform not in ("gpu", "cuda", "rocm"):
-    return
-  limit = float(environment.get(_POOL, 64)) * 1e9
-  if size > limit:
-    raise ValueError(
-      f"the state to be paged takes {size / 1e9:.1f} GB, and JAX's pool of pinned host memory has "
-      f"{limit / 1e9:.0f} GB. Set the environment variable {_POOL}={math.ceil(size / 0.9e9)} "
-      "before JAX starts."
-    )
-
-
-def _path_test(where: Any) -> Callable[[str], bool]:
-  if where is None:
-    return lambda path: True
-  if callable(where):
-    return lambda path: bool(where(path))
-  try:
-    pattern = re.compile(where)
-  except (re.error, TypeError) as error:
-    raise ValueError(
-      f"`where` must be a regular expression or a function of a path, got {where!r}: {error}."
-    ) from error
-  return lambda path: pattern.search(path) is not None
-
-
-def _bytes(name: str, value: int | str) -> int:
-  if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-    return value
-  match = (
-    re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if type(value) is str else None
-  )
-  if not match or match[2] not in _UNITS:
-    raise ValueError(
-      f"`{name}` must be a number of bytes or a string such as '4GB' or '512MiB', got {value!r}."
-    )
-  return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _shard_bytes(x: Any) -> int:
-  if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return nbytes(x)
 
 
 def _is_number(x: Any) -> bool:

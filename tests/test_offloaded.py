@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
 import optax_lowmem as lowmem
-from optax_lowmem import _offloaded, _paging
+from optax_lowmem import _host, _offloaded, _pages
 from registry import LR, REGISTRY, every_rule, make, tree
 
 HOST = jax.memory.Space.Host
@@ -31,13 +31,13 @@ every_width = pytest.mark.parametrize("width", RULES)
 
 
 def pages(state):
-  return [x for x in jax.tree.leaves(state, is_leaf=_paging.is_paged) if _paging.is_paged(x)]
+  return [x for x in jax.tree.leaves(state, is_leaf=_pages.is_paged) if _pages.is_paged(x)]
 
 
 def on_device(state):
   """Bytes of what is not paged."""
-  rest = jax.tree.map(lambda x: None if _paging.is_paged(x) else x, state, is_leaf=_paging.is_paged)
-  return sum(_paging.nbytes(x) for x in jax.tree.leaves(rest))
+  rest = jax.tree.map(lambda x: None if _pages.is_paged(x) else x, state, is_leaf=_pages.is_paged)
+  return sum(_pages.nbytes(x) for x in jax.tree.leaves(rest))
 
 
 def trained(tx, params, steps, seed=0):
@@ -96,11 +96,11 @@ def abstract(tx, params):
   host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
 
   def one(x):
-    if not _paging.is_paged(x):
+    if not _pages.is_paged(x):
       return x
-    return _paging.Paged(jax.ShapeDtypeStruct(x.pages.shape, x.dtype, sharding=host))
+    return _pages.Paged(jax.ShapeDtypeStruct(x.pages.shape, x.dtype, sharding=host))
 
-  return jax.tree.map(one, jax.eval_shape(tx.init, params), is_leaf=_paging.is_paged)
+  return jax.tree.map(one, jax.eval_shape(tx.init, params), is_leaf=_pages.is_paged)
 
 
 def program_for_gpus(tx, params):
@@ -194,7 +194,7 @@ def test_no_more_state_is_on_the_device_than_allowed(shapes, width):
   params = TREES[shapes]
   tx = lowmem.offloaded(RULES[width]())
   total = sum(
-    _paging.nbytes(p) for p in jax.tree.leaves(jax.eval_shape(RULES[width]().init, params))
+    _pages.nbytes(p) for p in jax.tree.leaves(jax.eval_shape(RULES[width]().init, params))
   )
   assert on_device(jax.eval_shape(tx.init, params)) <= 0.01 * total
   most, moved = most_on_the_device(program_for_gpus(tx, params))
@@ -440,11 +440,11 @@ def test_states_of_another_run_are_refused():
 
 
 def paths(tx, params):
-  found = jax.tree_util.tree_flatten_with_path(tx.init(params), is_leaf=_paging.is_paged)[0]
+  found = jax.tree_util.tree_flatten_with_path(tx.init(params), is_leaf=_pages.is_paged)[0]
   return {
     jax.tree_util.keystr(path, simple=True, separator="/")
     for path, x in found
-    if _paging.is_paged(x)
+    if _pages.is_paged(x)
   }
 
 
@@ -475,7 +475,7 @@ def test_large_states_are_made_one_array_at_a_time(inner, monkeypatch):
     return inner.init(params)
 
   made = []
-  monkeypatch.setattr(_offloaded, "store", lambda x: made.append(x) or _paging.store(x))
+  monkeypatch.setattr(_offloaded, "store", lambda x: made.append(x) or _pages.store(x))
   tx = lowmem.offloaded(optax.GradientTransformation(init, inner.update), max_bytes=0)
   chex.assert_trees_all_equal(lowmem.unpaged(tx.init(params)), inner.init(params))
   assert len(traced) == 1 and len(made) > 1
@@ -498,9 +498,9 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
 
 def test_a_state_larger_than_the_pool_names_the_variable():
   with pytest.raises(ValueError, match="XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=112"):
-    _offloaded._check_pool("gpu", 100 * 10**9, {})
-  _offloaded._check_pool("gpu", 100 * 10**9, {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "112"})
-  _offloaded._check_pool("cpu", 100 * 10**9, {})
+    _host.check_pool("gpu", 100 * 10**9, {})
+  _host.check_pool("gpu", 100 * 10**9, {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "112"})
+  _host.check_pool("cpu", 100 * 10**9, {})
 
 
 class _Bare:
@@ -520,8 +520,8 @@ class _Bare:
 
 def test_a_backend_without_host_memory_is_refused_unless_asked_for():
   with pytest.raises(ValueError, match=r'bare:0 has only device.*fallback="device"'):
-    _offloaded._has_host_memory([_Bare()], None)
-  assert not _offloaded._has_host_memory([_Bare()], "device")
+    _host.has_host_memory([_Bare()], None)
+  assert not _host.has_host_memory([_Bare()], "device")
 
 
 def test_paged_names():
@@ -535,7 +535,7 @@ def test_paged_names():
 if __name__ == "__main__":  # the table of docs/offload.md
   for shapes, params in TREES.items():
     for width, rule in RULES.items():
-      total = sum(map(_paging.nbytes, jax.tree.leaves(jax.eval_shape(rule().init, params))))
+      total = sum(map(_pages.nbytes, jax.tree.leaves(jax.eval_shape(rule().init, params))))
       tx = lowmem.offloaded(rule())
       rest = on_device(jax.eval_shape(tx.init, params))
       most, _ = most_on_the_device(program_for_gpus(tx, params))
