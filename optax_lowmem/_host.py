@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_lowmem._pages import nbytes
+from optax_lowmem._pages import is_paged, nbytes
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000**k for k, p in enumerate("KMGT", 1)}
@@ -58,7 +58,10 @@ def choose(
   """Positions in the flat state of what is to be paged."""
   sizes = {}
   total = 0
-  for k, (path, x) in enumerate(jax.tree_util.tree_flatten_with_path(state)[0]):
+  leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]
+  for k, (path, x) in enumerate(leaves):
+    if is_paged(x):
+      continue  # `inner` has `offloaded` in it, and this page is on the host already
     if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
       continue  # a random key, or what `optax.tree.map_params` puts in an array's place
     size = shard_bytes(x)
@@ -84,6 +87,7 @@ def path_test(where: Any) -> Callable[[str], bool]:
     return lambda path: bool(where(path))
   try:
     pattern = re.compile(where)
+    pattern.search("")  # a pattern of bytes does not match paths
   except (re.error, TypeError) as error:
     raise ValueError(
       f"`where` must be a regular expression or a function of a path, got {where!r}: {error}."
@@ -95,7 +99,9 @@ def bytes_of(name: str, value: int | str) -> int:
   if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
     return value
   match = (
-    re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if type(value) is str else None
+    re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+    if type(value) is str
+    else None
   )
   if not match or match[2] not in _UNITS:
     raise ValueError(
@@ -105,6 +111,7 @@ def bytes_of(name: str, value: int | str) -> int:
 
 
 def shard_bytes(x: Any) -> int:
-  if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return nbytes(x)
+  if not isinstance(x, jax.Array):
+    return nbytes(x)
+  sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+  return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize

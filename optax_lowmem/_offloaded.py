@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from optax_lowmem._host import (
   devices_of,
   has_host_memory,
   path_test,
+  shard_bytes,
 )
 from optax_lowmem._one_by_one import one_by_one
 from optax_lowmem._pages import is_paged, nbytes, store
@@ -49,8 +50,12 @@ def offloaded(
   norms included (Adam, Lion, CAME, LAMB, …). Where it needs the state of all parameters at once,
   as a norm over all moments that is then applied to them does, that state is on the device at once.
 
-  A page is a `Paged` with two leading axes of 1: where no shardings are named, JAX would give a
+  A page is a `Paged` with six leading axes of 1: where no shardings are named, JAX would give a
   donated page's memory to a new parameter of its shape, and abort. Donate the state as always.
+  Pages are committed to their device, and so is all that a step makes of them: of parameters that
+  were not, as fresh ones are, JAX compiles the second step again. To compile once, commit them,
+  ``params = jax.device_put(params, jax.devices()[0])``, or lay them on a mesh.
+
   `unpaged` and `paged` convert the state to and from that of `inner`, for checkpoints of runs
   without `offloaded`.
 
@@ -65,7 +70,8 @@ def offloaded(
       (``"0/mu/layers/w/codes"``), or a function of the path.
     device_budget: how much of the state may stay on the device, in bytes or as ``"4GB"``,
       ``"512MiB"``; the largest arrays are paged first, and the choice is made once, by `init`.
-      Without it, all that may be paged is. Sharded arrays count with their bytes on one device.
+      Without it, all that may be paged is. Sharded arrays count with their bytes on one device,
+      but whole in a traced `init` (`jax.jit`, `jax.eval_shape`) on meshes of automatic axes.
     max_bytes: most bytes of paged state on the device during an update.
     fallback: ``"device"`` leaves the state on a device that has no pinned host memory; by default
       that is an error.
@@ -101,13 +107,16 @@ def offloaded(
     if not has_host_memory(devices, fallback):
       return inner.init(params)
     state = _init(inner.init, params, bound)
-    leaves, treedef = jax.tree.flatten(state)
+    leaves, treedef = jax.tree.flatten(state, is_leaf=is_paged)
     chosen = choose(state, allowed, min_bytes, budget)
     del state
-    check_pool(devices[0].platform, sum(nbytes(leaves[k]) for k in chosen), os.environ)
+    here = sum(d.process_index == jax.process_index() for d in devices)
+    size = here * sum(shard_bytes(leaves[k]) for k in chosen)
+    check_pool(devices[0].platform, size, os.environ)
     for k in sorted(chosen):
-      leaves[k] = store(leaves[k]() if isinstance(leaves[k], _Lazy) else leaves[k])
-    return treedef.unflatten([x() if isinstance(x, _Lazy) else x for x in leaves])
+      leaves[k] = store(_made(leaves[k]))
+    state = jax.tree.map(_made, treedef.unflatten(leaves))
+    return _committed(state, devices) if chosen else state
 
   def update(updates, state, params=None, **extra_args):
     args = updates, state, params, extra_args
@@ -120,9 +129,9 @@ def offloaded(
       new = inner.update(*args, **extra_args)
       return out_tree.unflatten(jax.tree.leaves(new))
     count = len(jax.tree.leaves(args[0]))
-    # What is no array, such as the function whose minimum L-BFGS looks for, is not traced.
+    # What is no array is not traced: a flag, or the function whose minimum L-BFGS looks for.
     extra, extra_tree = jax.tree.flatten(extra_args)
-    numbers = {k: x for k, x in enumerate(extra) if _is_number(x)}
+    numbers = {k: x for k, x in enumerate(extra) if hasattr(x, "dtype")}
     flat = jax.tree.leaves((*args, numbers), is_leaf=is_paged)
     positions = [k for k, x in enumerate(flat) if is_paged(x)]
 
@@ -169,12 +178,27 @@ def _init(init: Callable[[Any], Any], params: Any, bound: int) -> Any:
   return treedef.unflatten([_Lazy(*pair, devices[0]) for pair in zip(leaves, makers, strict=True)])
 
 
-def _is_number(x: Any) -> bool:
-  return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
+def _made(x: Any) -> Any:
+  return x() if isinstance(x, _Lazy) else x
+
+
+def _committed(state: Any, devices: Sequence[Any]) -> Any:
+  """The state with all its arrays committed to the one device where its pages are.
+
+  What a step makes of pages is committed, its count too: were that uncommitted at first, JAX would
+  compile the second step anew.
+  """
+
+  def commit(x):
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array) or set(devices) != x.devices():
+      return x
+    return jax.device_put(x, x.sharding)
+
+  return jax.tree.map(commit, state) if len(devices) == 1 else state
 
 
 def _is_concrete(tree: Any) -> bool:
   return all(
-    isinstance(x, jax.Array | np.ndarray | float | int) and not isinstance(x, Tracer)
+    isinstance(x, jax.Array | np.ndarray | float | int) and not isinstance(x, Tracer | bool)
     for x in jax.tree.leaves(tree)
   )

@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 # Where no shardings are named, JAX pairs a donated argument with the first result of its shape and
 # dtype, in whatever memory: a donated moment with the new parameter, upon which the runtime aborts
-# the process (jax 0.10 to 0.12). Pages therefore have a shape that nothing else has.
-_AXES = 2
+# the process (jax 0.10 to 0.12). Pages therefore have a shape that nothing else has: two leading
+# axes are too few, for a dense layer's page is then shaped as a 1x1 convolution's kernel is.
+_AXES = 6
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +20,8 @@ _AXES = 2
 class Paged:
   """An array that rests in host memory.
 
-  Invariants: `pages.shape == (1, 1, *shape)`, so that JAX never gives the memory of a donated page
-  to a parameter or an update.
+  Invariants: `pages.shape == (1, 1, 1, 1, 1, 1, *shape)`, so that JAX never gives the memory of a
+  donated page to a parameter or an update.
   """
 
   pages: Any
@@ -51,7 +51,7 @@ def fetch(paged: Paged) -> jax.Array:
 
 
 def nbytes(x: Any) -> int:
-  return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+  return math.prod(x.shape) * x.dtype.itemsize  # which random keys have too
 
 
 def unpaged(state: Any) -> Any:
@@ -80,7 +80,7 @@ def unpaged(state: Any) -> Any:
       return fetch(x)
     sharding = x.pages.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
-      spec = jax.sharding.PartitionSpec(*tuple(sharding.spec)[2:])
+      spec = jax.sharding.PartitionSpec(*tuple(sharding.spec)[_AXES:])
       sharding = sharding.update(spec=spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
