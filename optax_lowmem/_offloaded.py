@@ -43,7 +43,8 @@ def offloaded(
   .. math::
     s_t, u_t = \mathrm{inner}(g_t, \mathrm{fetch}(h_{t-1}), p_t), \qquad h_t = \mathrm{store}(s_t).
 
-  The arithmetic is `inner`'s, so results are those of the same run without `offloaded`. At most
+  The arithmetic is `inner`'s, so results are those of the same run without `offloaded`, but for the
+  last bit where XLA multiplies and adds in one step in one program and not in the other. At most
   `max_bytes` of paged state, old and new values together, are on the device at any time, or those
   of the largest parameter if they are more; the next parameters' state is fetched while the
   present one is computed. The bound holds if `inner` treats each parameter's arrays on their own,

@@ -91,7 +91,9 @@ def paged(state: Any, like: Any) -> Any:
   """The reverse of `unpaged`: a state of the inner transformation, paged as `like` is.
 
   A paged state that was restored from a checkpoint may go through it too: Orbax lays its arrays in
-  host memory but leaves JAX's type of them saying otherwise (orbax-checkpoint 0.11, jax 0.12).
+  host memory but leaves JAX's type of them saying otherwise (orbax-checkpoint 0.11, jax 0.12). If
+  its pages were moved to the device, or restored to it by a template without shardings, it must:
+  donated as it is, it would abort the process.
 
   Args:
     state: the state of a run without `offloaded`: arrays on a device, on the host or numpy's.
