@@ -27,6 +27,7 @@ def train(offload: bool, width: int, layers: int, spike: int) -> None:
 
   keys = jax.random.split(jax.random.key(0), layers)
   params = [jax.random.normal(k, (width, width)) / width**0.5 for k in keys]
+  params = jax.device_put(params, jax.devices()[0])  # committed, as pages are: compiled once
   tx = lowmem.create("paged_adamw_32bit" if offload else "adamw", 1e-4)
 
   def loss(params, x):

@@ -13,8 +13,8 @@ from optax_lowmem._came import ScaleByCameState, came, scale_by_came
 from optax_lowmem._factored import adafactor, relative_step_size
 from optax_lowmem._memory import state_bytes
 from optax_lowmem._norms import lamb, lars
-from optax_lowmem._offloaded import offloaded, paged, unpaged
-from optax_lowmem._paging import Paged
+from optax_lowmem._offloaded import offloaded
+from optax_lowmem._pages import Paged, paged, unpaged
 from optax_lowmem._quantized import quantized
 from optax_lowmem._storage import Blockwise, Dense, Storage
 

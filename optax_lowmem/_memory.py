@@ -6,6 +6,9 @@ import math
 from typing import Any
 
 import jax
+from jax.core import Tracer
+
+from optax_lowmem._pages import is_paged
 
 
 def state_bytes(tree: Any) -> dict[str, int]:
@@ -13,7 +16,7 @@ def state_bytes(tree: Any) -> dict[str, int]:
 
   Every array counts with the bytes it holds over all devices together: a sharded array once, one
   that is replicated over n devices n times. Shapes without data (`jax.eval_shape`) count as they
-  would on one device.
+  would on one device, in the memory where `offloaded` would have them.
 
   Args:
     tree: any pytree of arrays, `QuantizedArray`s included: optimizer state, parameters, ….
@@ -30,13 +33,14 @@ def state_bytes(tree: Any) -> dict[str, int]:
     {'device': 8708, 'pinned_host': 0}
   """
   count = {"device": 0, "pinned_host": 0}
-  for leaf in jax.tree.leaves(tree):
+  for leaf in jax.tree.leaves(tree, is_leaf=is_paged):
+    kind = "pinned_host" if is_paged(leaf) else "device"
+    leaf = leaf.pages if is_paged(leaf) else leaf
     if not hasattr(leaf, "dtype"):
       continue
-    size, kind = math.prod(leaf.shape), "device"
-    if isinstance(leaf, jax.Array):
+    size = math.prod(leaf.shape)
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
       size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * len(leaf.sharding.device_set)
-      if leaf.sharding.memory_kind == "pinned_host":
-        kind = "pinned_host"
+      kind = "pinned_host" if leaf.sharding.memory_kind == "pinned_host" else "device"
     count[kind] += size * leaf.dtype.itemsize
   return count

@@ -1,4 +1,4 @@
-"""Pages: arrays at rest in host memory, and a function evaluated over them piece by piece.
+"""A function evaluated over pages, which rest in host memory, piece by piece.
 
 A function of a whole tree, as an optimizer's update is, is traced once. Equations that reach one
 paged argument through arrays tie the pieces that must be on the device together: for Adam the two
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,50 +21,7 @@ import jax.numpy as jnp
 
 from optax_lowmem._one_by_one import inputs_of, subprogram
 from optax_lowmem._opening import opened
-
-# Where no shardings are named, JAX pairs a donated argument with the first result of its shape and
-# dtype, in whatever memory: a donated moment with the new parameter, upon which the runtime aborts
-# the process (jax 0.10 to 0.12). Pages therefore have a shape that nothing else has.
-_AXES = 2
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Paged:
-  """An array that rests in host memory.
-
-  Invariants: `pages.shape == (1, 1, *shape)`, so that JAX never gives the memory of a donated page
-  to a parameter or an update.
-  """
-
-  pages: Any
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.pages.shape[_AXES:])
-
-  @property
-  def dtype(self) -> Any:
-    return self.pages.dtype
-
-
-def is_paged(x: Any) -> bool:
-  return isinstance(x, Paged)
-
-
-def store(x: jax.Array) -> Paged:
-  """`x`, moved to host memory with its sharding."""
-  return Paged(jax.device_put(x.reshape((1,) * _AXES + x.shape), jax.memory.Space.Host))
-
-
-def fetch(paged: Paged) -> jax.Array:
-  """The array, on the device."""
-  x = jax.device_put(paged.pages, jax.memory.Space.Device)
-  return x.reshape(x.shape[_AXES:])
-
-
-def nbytes(x: Any) -> int:
-  return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+from optax_lowmem._pages import Paged, fetch, is_paged, nbytes, store
 
 
 @dataclasses.dataclass

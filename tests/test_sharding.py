@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
-from optax_lowmem import _stream
+from optax_lowmem import _offloaded, _stream
 from optax_lowmem._layout import divide
 from optax_lowmem._moments import is_quantized
 
@@ -264,6 +265,16 @@ def check_offloaded(kind):
       for x, y in zip(jax.tree.leaves(lowmem.unpaged(ours)), jax.tree.leaves(exact), strict=True):
         np.testing.assert_array_equal(x, y)
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+  # The pool of pinned memory holds each device's copy.
+  sizes = []
+  with mock.patch.object(_offloaded, "check_pool", lambda _, size, __: sizes.append(size)):
+    for spec in (P(), P("a")):
+      x = jax.device_put(params["w"], NamedSharding(mesh_of(ONE, kind), spec))
+      state = lowmem.offloaded(optax.adam(1e-2)).init({"w": x})
+      assert sizes.pop() == lowmem.state_bytes(state)["pinned_host"]
+  if kind is AxisType.Explicit:  # the budget is that of one device in a traced `init` too
+    tx = lowmem.offloaded(optax.adam(1e-2), device_budget=2 * x.nbytes // 8)
+    assert jax.tree.structure(jax.eval_shape(tx.init, x)) == jax.tree.structure(tx.init(x))
 
 
 if __name__ == "__main__":
