@@ -18,7 +18,7 @@ from optax_lowmem.nn._peft import check_matrix, check_nameable, peft_layers
 from optax_lowmem.nn._peft_files import AdapterFile
 from optax_lowmem.nn._places import nearest, places
 from optax_lowmem.nn._shards import Weights
-from optax_lowmem.nn._targets import pattern_value
+from optax_lowmem.nn._targets import HEADS, pattern_value
 from optax_lowmem.nn._trainable import trained_beside
 
 _TABLES = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight")
@@ -94,7 +94,9 @@ def changes_of_file(path: str, config: Mapping[str, Any], file: AdapterFile) -> 
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     flat = {part: parts[part].reshape(-1) for part, want in wanted.items() if want}
-    found[name] = Delta(a, b, scale, flat.get("magnitude"), flat.get("bias"), embedding)
+    # An output layer is a Linear beside the Conv1D of the others.
+    turned = bool(config.get("fan_in_fan_out")) and not (embedding or HEADS.fullmatch(name))
+    found[name] = Delta(a, b, scale, flat.get("magnitude"), flat.get("bias"), embedding, turned)
   return Changes(found, file.plain)
 
 

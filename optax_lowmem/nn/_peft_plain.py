@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
+from optax_lowmem.nn._base import is_embed
 from optax_lowmem.nn._peft import is_tied
 from optax_lowmem.nn._peft_files import HEAD_WEIGHT, TABLE, AdapterFile
-from optax_lowmem.nn._places import Place, layer_names, names_in_stack, nearest
-from optax_lowmem.nn._targets import all_linear
+from optax_lowmem.nn._places import Place, base_of, layer_names, names_in_stack, nearest
+from optax_lowmem.nn._targets import HEADS, all_linear
 from optax_lowmem.nn._trainable import Tensor, below, find_saved, tensors_of
 
 
@@ -130,6 +131,12 @@ def plain_tensors(
         )
       read = [left.pop(name) for name in full]
       for name, one in zip(full, read, strict=True):
+        linear = len(one.shape) == 2 and not is_embed(base_of(place.module))
+        if config.get("fan_in_fan_out") and linear and not HEADS.fullmatch(place.path):
+          raise ValueError(
+            f"the adapter in {dir!r} saves `{name}` whole, and with `fan_in_fan_out` it is not "
+            "clear which of its axes is the input. Train an adapter on it instead."
+          )
         if one.shape != tensor.torch_shape:
           raise ValueError(
             f"the adapter in {dir!r} has `{name}` of another shape than `model`: {one.shape} "
