@@ -380,6 +380,12 @@ def test_errors_name_the_argument_and_what_there_is():
     with pytest.raises(ValueError, match=message):
       linen.LoRA(model, layers, 4, 8, targets)
   assert len(linen.LoRA(model, layers, 4, 8, "layers/attention/(query|value)").chosen) == 2
+  with pytest.raises(ValueError, match=r"`exclude` 'quary' matches no layer.*Nearest: query"):
+    linen.quantize_params(params, layers, exclude=["norm", "quary"])
+  packed = linen.quantize_params(params, layers, exclude=["layers/attention/query", "norm"])
+  attention = packed["layers"]["attention"]
+  kinds = [isinstance(attention[name]["kernel"], jax.Array) for name in ("query", "value")]
+  assert kinds == [True, False]
   with pytest.raises(ValueError, match="`rank` must be an integer of at least 1, got 0"):
     linen.LoRA(model, layers, 0, 8)
   with pytest.raises(ValueError, match="`rank_pattern` 'gate' matches no layer"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +41,18 @@ def check_lora(rank: Any, alpha: Any, dropout: float, rngs: nnx.Rngs) -> None:
   ):
     raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
   for a in alpha if isinstance(alpha, Sequence) else [alpha]:
-    if not (math.isfinite(a) and a > 0):
+    if isinstance(a, (bool, str)) or not (isinstance(a, SupportsFloat) and 0 < float(a) < math.inf):
       raise ValueError(
         f"`alpha` must be a positive number, got {alpha!r}. "
         "The adapter is scaled by alpha / rank; alpha = 2 * rank is usual."
       )
-  if not 0.0 <= dropout < 1.0:
+  if isinstance(dropout, str) or not (isinstance(dropout, SupportsFloat) and 0.0 <= dropout < 1.0):
     raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
   if not isinstance(rngs, nnx.Rngs):
     raise TypeError(f"`rngs` must be an nnx.Rngs, got {rngs!r}. Pass `nnx.Rngs(0)`.")
+  for stream in ("params", "dropout") if dropout else ("params",):
+    if stream not in rngs and "default" not in rngs:
+      raise ValueError(f"`rngs` has no stream {stream!r}. Pass `nnx.Rngs(0)`, which has every one.")
 
 
 class Adapter(nnx.Module):
