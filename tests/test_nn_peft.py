@@ -98,6 +98,18 @@ def test_loaded_and_merged_is_what_peft_merges(name, stacked):
 
 
 @stacked_or_not
+def test_what_peft_leaves_in_a_configuration_changes_nothing(stacked, tmp_path):
+  """Both names for the head of a classifier, and the settings of a start that was converted."""
+  more = {"modules_to_save": ["classifier", "score"], "corda_config": {"cov": 1}}
+  got, want = tiny_llama(stacked), nn.load_peft(tiny_llama(stacked), GOLDEN / "lora")
+  assert snapshot(nn.load_peft(got, edit(tmp_path, **more))) == snapshot(want)
+  tensors = read(tmp_path / WEIGHTS) | {f"{PREFIX}score.weight": np.ones((3, 64), "f4")}
+  safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS)
+  with pytest.raises(ValueError, match="'score' is no module"):
+    nn.load_peft(tiny_llama(stacked), tmp_path)
+
+
+@stacked_or_not
 @pytest.mark.parametrize("name", ["lora", "rslora"])
 def test_saved_again_is_the_same_file(name, stacked, tmp_path):
   model = nn.load_peft(tiny_llama(stacked), GOLDEN / name, rngs=nnx.Rngs(0))

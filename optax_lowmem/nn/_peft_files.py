@@ -25,8 +25,9 @@ _READ = {
     "use_dora", "use_rslora",
 }  # fmt: skip
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
 }  # fmt: skip
 # These start an adapter in another way and leave the base as it was.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")

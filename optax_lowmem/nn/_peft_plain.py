@@ -48,13 +48,20 @@ def expected(
   return expects
 
 
-def saved_modules(everything: Sequence[Place], names: Sequence[str], stack: str) -> list[Place]:
-  """The modules that PEFT saves whole: those whose name ends in one of `names`."""
+def saved_modules(
+  everything: Sequence[Place], names: Sequence[str], file: AdapterFile, stack: str
+) -> list[Place]:
+  """The modules that PEFT saves whole: those whose name ends in one of `names`.
+
+  A name that neither the model nor the file has is passed over: PEFT writes "classifier" and
+  "score" into the configuration of every classifier.
+  """
   found = []
   for name in names:
     # PEFT asks for no dot before the name: "norm" is input_layernorm too.
     ends = [p.path for p in everything if any(n.endswith(name) for n in _names(p, stack))]
-    found += ends or [name]
+    held = any(name in tensor for tensor in file.plain)
+    found += ends or ([name] if held else [])
   return find_saved(everything, list(dict.fromkeys(found)))
 
 
