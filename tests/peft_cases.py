@@ -36,6 +36,9 @@ KINDS = {
   "excluded": {"target_modules": ALL, "exclude_modules": r".*layers\.0\.mlp.*"},
   "biases": {"target_modules": ["q_proj"], "bias": "lora_only", "_base": BIASED},
   "all biases": {"target_modules": ["q_proj", "o_proj"], "bias": "all", "_base": BIASED},
+  "all biases, a module whole": {
+    "target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["o_proj"], "_base": BIASED,
+  },
   "bias, nothing to train": {"target_modules": ALL, "bias": "all"},
   "a bias of its own": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True, "_base": BIASED},
   "norms": {"target_modules": ["v_proj"], "modules_to_save": ["norm", "input_layernorm"]},

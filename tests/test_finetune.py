@@ -239,6 +239,9 @@ class TestBadInput:
       ("--model nowhere", "--model nowhere: there is no such file"),
       ("--data nowhere", "--data nowhere: there is no such file"),
       ("--resume nowhere", "there is no run in that folder"),
+      ("--rank-pattern q_proj=x", "'q_proj=x' must be like q_proj=8,down_proj=32"),
+      ("--chat-template llama-9", "invalid choice: 'llama-9'"),
+      ("--rnk 4", "--rnk 4"),
     ],
   )
   def test_refused_before_anything_is_written(self, files, tmp_path, capsys, options, message):
@@ -256,6 +259,11 @@ class TestBadInput:
     assert f"--out {tmp_path} exists and is not empty" in error
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
     assert "exists" in refused(arguments(files, tmp_path / "precious.txt"), capsys)
+
+  def test_where_nothing_can_be_written_no_model_is_read(self, files, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "loaded_model", None)
+    error = refused(arguments(files, files / "rows.json" / "out"), capsys)
+    assert "out: nothing can be written there (Not a directory)" in error
 
   def test_malformed_data_names_file_and_line(self, files, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"oops": 1}\n')

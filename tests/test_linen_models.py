@@ -351,6 +351,26 @@ def test_adapters_and_packed_parameters_survive_orbax(tmp_path):
   equal(back, tree)
 
 
+class Tied(nn.Module):
+  @nn.compact
+  def __call__(self, ids):
+    table = nn.Embed(8, 4, name="embed")
+    return table.attend(nn.Dense(4, name="up")(table(ids)))
+
+
+def test_an_adapter_of_a_tied_embedding_is_not_merged():
+  ids = jnp.arange(4)[None]
+  variables = Tied().init(jax.random.key(0), ids)
+  layers = linen.find_layers(Tied(), variables, ids)
+  lora = linen.LoRA(Tied(), layers, 2, 4, "embed|up")
+  with pytest.raises(ValueError, match=r"embedding `embed` has an adapter.*tied"):
+    lora.merge(variables["params"], lora.init(jax.random.key(1)))
+  rest = linen.LoRA(Tied(), layers, 2, 4, "up")
+  assert rest.merge(variables["params"], rest.init(jax.random.key(1)))
+  with pytest.raises(ValueError, match="`rank_pattern` must be a regular expression"):
+    linen.LoRA(Tied(), layers, 2, 4, "up", rank_pattern={"(": 2})
+
+
 def test_errors_name_the_argument_and_what_there_is():
   model, params, layers, lora = setup("scanned")
   variables = {"params": params, "lora": new(lora)}
@@ -362,6 +382,12 @@ def test_errors_name_the_argument_and_what_there_is():
     with pytest.raises(ValueError, match=message):
       linen.LoRA(model, layers, 4, 8, targets)
   assert len(linen.LoRA(model, layers, 4, 8, "layers/attention/(query|value)").chosen) == 2
+  with pytest.raises(ValueError, match=r"`exclude` 'quary' matches no layer.*Nearest: query"):
+    linen.quantize_params(params, layers, exclude=["norm", "quary"])
+  packed = linen.quantize_params(params, layers, exclude=["layers/attention/query", "norm"])
+  attention = packed["layers"]["attention"]
+  kinds = [isinstance(attention[name]["kernel"], jax.Array) for name in ("query", "value")]
+  assert kinds == [True, False]
   with pytest.raises(ValueError, match="`rank` must be an integer of at least 1, got 0"):
     linen.LoRA(model, layers, 0, 8)
   with pytest.raises(ValueError, match="`rank_pattern` 'gate' matches no layer"):

@@ -399,6 +399,10 @@ def test_a_tied_table_is_written_once_and_refused_where_one_is_not_enough(how, t
     (tmp_path / "out" / "config.json").write_text('{"tie_word_embeddings": true}')
     with pytest.raises(ValueError, match=r"`embed_tokens` has an adapter.*tied"):
       merge()
+  if how == "config":
+    with pytest.raises(ValueError, match=r"`embed_tokens` has an adapter.*tied"):
+      nn.merge_lora(model)
+    assert isinstance(model.up, nn.LoRALinear)
   (tmp_path / "out" / "config.json").write_text('{"tie_word_embeddings": false}')
   nn.merge_peft(tmp_path / "out", tmp_path / "adapter", tmp_path / "yes")
 

@@ -16,6 +16,7 @@ from optax_lowmem import nn
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "peft"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 LINEARS = {
   "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
   "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -94,6 +95,18 @@ def test_loaded_and_merged_is_what_peft_merges(name, stacked):
   for key, value in merged.items():
     assert np.abs(value - BASE[key]).max() > 1e-3  # the adapter does something
     np.testing.assert_allclose(value, want[key], rtol=0, atol=1e-6)
+
+
+@stacked_or_not
+def test_what_peft_leaves_in_a_configuration_changes_nothing(stacked, tmp_path):
+  """Both names for the head of a classifier, and the settings of a start that was converted."""
+  more = {"modules_to_save": ["classifier", "score"], "corda_config": {"cov": 1}}
+  got, want = tiny_llama(stacked), nn.load_peft(tiny_llama(stacked), GOLDEN / "lora")
+  assert snapshot(nn.load_peft(got, edit(tmp_path, **more))) == snapshot(want)
+  tensors = read(tmp_path / WEIGHTS) | {f"{PREFIX}score.weight": np.ones((3, 64), "f4")}
+  safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS)
+  with pytest.raises(ValueError, match="'score' is no module"):
+    nn.load_peft(tiny_llama(stacked), tmp_path)
 
 
 @stacked_or_not
@@ -195,6 +208,17 @@ def wider(tensors):
   return tensors | {key: np.ones((4, 65), np.float32)}
 
 
+def copied_bias(change):
+  name = PREFIX + "x"
+  one = {f"{name}.bias": np.ones(4, "f4"), f"{name}.original_module.bias": np.zeros(4, "f4")}
+  return lambda t: t | one | {f"{name}.modules_to_save.bias": np.full(4, 1 + change, "f4")}
+
+
+def saved_whole(tensors):
+  saved = {PREFIX + k: v for k, v in BASE.items() if "up_proj" in k}
+  return without("up_proj")(tensors) | saved
+
+
 @stacked_or_not
 @pytest.mark.parametrize(
   ("make", "words"),
@@ -207,7 +231,13 @@ def wider(tensors):
     (lambda tmp: edit(tmp, target_parameters=["a.weight"]), "target_parameters"),
     (lambda tmp: edit(tmp, trainable_token_indices=[1]), "trainable_token_indices"),
     (lambda tmp: edit(tmp, init_lora_weights="pissa"), "init_lora_weights"),
-    (lambda tmp: edit(tmp, some_new_feature=True), "some_new_feature"),
+    (lambda tmp: edit(tmp, some_new_feature=True), "some_new_feature.*merge_and_unload"),
+    (lambda tmp: edit(tmp, init_lora_weights="olora"), "olora.*path_initial_model"),
+    (lambda tmp: edit(tmp, copied_bias(1.0), bias="all", modules_to_save=["x"]), "two values"),
+    (
+      lambda tmp: edit(tmp, saved_whole, fan_in_fan_out=True, modules_to_save=["up_proj"]),
+      "which of its axes",
+    ),
     (lambda tmp: edit(tmp, peft_type="IA3"), "LoRA"),
     (lambda tmp: edit(tmp, r=0), "sets r to 0"),
     (lambda tmp: edit(tmp, r=8), "shape"),
@@ -227,6 +257,28 @@ def test_what_cannot_be_loaded_is_refused_and_nothing_is_changed(make, words, st
   with pytest.raises(ValueError, match=words):
     nn.load_peft(model, make(tmp_path))
   assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_an_adapter_of_gpt_2_is_read_and_merged_into_turned_weights(name, tmp_path):
+  """Its `Conv1D` holds weights (in, out), and PEFT says so in `fan_in_fan_out`."""
+  config = json.loads((GOLDEN / name / CONFIG).read_text()) | {"fan_in_fan_out": True}
+  (tmp_path / CONFIG).write_text(json.dumps(config))
+  shutil.copy(GOLDEN / name / WEIGHTS, tmp_path)
+  got, want = (nn.load_peft(tiny_llama(False), at) for at in (tmp_path, GOLDEN / name))
+  assert snapshot(got) == snapshot(want)
+
+  def turned(weights):
+    return {k: v.T if k.endswith("_proj.weight") else v for k, v in weights.items()}
+
+  nn.merge_peft(turned(BASE), tmp_path, tmp_path / "out")
+  nn.merge_peft(BASE, GOLDEN / name, tmp_path / "plain")
+  got, want = (read(tmp_path / at / "model.safetensors") for at in ("out", "plain"))
+  assert got.keys() == want.keys()
+  for key, value in turned(got).items():
+    np.testing.assert_array_equal(value, want[key])
+  with pytest.raises(ValueError, match="has shape"):
+    nn.merge_peft(BASE, tmp_path, tmp_path / "no")
 
 
 def test_broken_or_missing_files(tmp_path):

@@ -49,6 +49,8 @@ def test_flags_go_before_yaml_and_yaml_before_defaults(tmp_path):
     ("config: other.yaml", "no setting 'config'"),
     ("- rank", "must hold lines such as"),
     ("rank: 4: 5", "is not YAML"),
+    ("rank: 4\nlr: 1\nrank: 8", "'rank' is there twice"),
+    ("alpha_pattern: {q_proj: 8, q_proj: 8}", "'q_proj' is there twice"),
     ("rank: 0", "--rank must be at least 1"),
   ],
 )

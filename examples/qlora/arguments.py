@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import yaml
@@ -137,7 +137,7 @@ def parse(description: str, argv: Sequence[str] | None = None, prog: str | None 
   Raises:
     ValueError, OSError: with a sentence for the user.
   """
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
@@ -161,6 +161,24 @@ def parse(description: str, argv: Sequence[str] | None = None, prog: str | None 
   return settings
 
 
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, without the names of all settings before it."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"error: {message}. --help lists the settings.\n")
+
+
+class _Loader(yaml.SafeLoader):
+  """Refuses a key that is there twice, of which YAML would take the last."""
+
+  def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+    if twice:
+      raise yaml.YAMLError(f"{twice[0]!r} is there twice")
+    return super().construct_mapping(node, deep)
+
+
 def _automatic_dtype() -> str:
   return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
@@ -175,7 +193,7 @@ def from_yaml(path: Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"--config {path}: there is no such file.")
   try:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
   except (yaml.YAMLError, UnicodeDecodeError) as error:
     raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
   if not isinstance(content, dict):
@@ -220,10 +238,15 @@ def _reader(kind: Any) -> Callable[[str], Any]:
     number = typing.get_args(kind)[1]
 
     def pairs(text: str) -> dict[str, Any]:
-      if text.lstrip().startswith("{"):
-        return {str(k): _number(number, v) for k, v in json.loads(text).items()}
-      cut = [part.rpartition("=") for part in text.split(",") if part.strip()]
-      return {name.strip(): number(value) for name, _, value in cut}
+      try:
+        if text.lstrip().startswith("{"):
+          return {str(k): _number(number, v) for k, v in json.loads(text).items()}
+        cut = [part.rpartition("=") for part in text.split(",") if part.strip()]
+        return {name.strip(): _number(number, value) for name, _, value in cut}
+      except ValueError as error:
+        raise argparse.ArgumentTypeError(
+          f"{text!r} must be like q_proj=8,down_proj=32, or JSON ({error})"
+        ) from error
 
     return pairs
   return kind

@@ -43,7 +43,7 @@ from recipe import abstract_model, loaded_model
 from recipe import adapted as adapted
 from recipe import optimizer as optimizer
 from report import Metrics, byte_parts, loss_picture, memory_in_use, read_records, running_mean
-from runs import began, check_same_data, output_folder, save_settings
+from runs import began, check_same_data, make_folder, output_folder, save_settings
 from sampling import Samples
 from spreading import dealt, devices_in_a_row, everywhere, in_host_memory, in_parts
 from talking import talk
@@ -92,6 +92,7 @@ def finetune(s: Settings) -> int:
       rows, held_rows = rows + held_rows[most:], held_rows[:most]
     say(f"Model: {model_path.name}, {config.parameter_count():,} parameters.")
     say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
+    make_folder(out)
     with in_one:
       graph, state, frozen = split(loaded_model(model_path, s), tx.init)
     state, frozen = everywhere(state, mesh), (in_parts if s.fsdp else everywhere)(frozen, mesh)
@@ -100,7 +101,6 @@ def finetune(s: Settings) -> int:
       state, start = load_state(found(before / "last") / "state.safetensors", state)
       records = read_records(before / "metrics.jsonl", until=start)
       ended = only_results_left(s, start, before, records)
-    out.mkdir(parents=True, exist_ok=True)
     board = Board(out / "tensorboard", start) if s.tensorboard else None
 
   batches = Batches(

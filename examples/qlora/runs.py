@@ -13,6 +13,7 @@
 
 import datetime
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,22 @@ def output_folder(s: "Settings") -> Path:
     hint = f", or continue that run with --resume {out}" if (out / "run.json").exists() else ""
     raise FileExistsError(f"--out {out} exists and is not empty. Choose another folder{hint}.")
   return out
+
+
+def make_folder(out: Path) -> None:
+  """Makes the folder and tries to write to it.
+
+  Raises:
+    OSError: where that cannot be.
+  """
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+      pass
+  except OSError as error:
+    raise OSError(
+      f"--out {out}: nothing can be written there ({error.strerror}). Choose another folder."
+    ) from error
 
 
 def _occupied(path: Path) -> bool:

@@ -99,10 +99,12 @@ class Layers(NamedTuple):
   Attributes:
     layers: the linear layers and embeddings, in the order of the calls.
     others: (dotted path, class) of every other module that was called.
+    tied: the dotted paths of the embeddings whose `attend` is an output layer.
   """
 
   layers: tuple[Layer, ...]
   others: tuple[tuple[str, str], ...]
+  tied: tuple[str, ...] = ()
 
   @property
   def names(self) -> list[str]:
@@ -160,7 +162,8 @@ def find_layers(
     )
   found: dict[tuple[str, ...], Layer] = {}
   others: dict[str, str] = {}
-  record = functools.partial(_record, variables["params"], found, others, [])
+  tied: dict[str, None] = {}
+  record = functools.partial(_record, variables["params"], found, others, tied, [])
   given = (variables, args, kwargs)
   leaves, structure = jax.tree.flatten(given)
   abstract = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
@@ -177,13 +180,14 @@ def find_layers(
   jax.eval_shape(call, abstract)
   for layer in found.values():
     others.pop(layer.name, None)
-  return Layers(tuple(found.values()), tuple(others.items()))
+  return Layers(tuple(found.values()), tuple(others.items()), tuple(tied))
 
 
 def _record(
   params: Any,
   found: dict[tuple[str, ...], Layer],
   others: dict[str, str],
+  tied: dict[str, None],
   normed: list[str],
   next_fun: Callable[..., Any],
   args: Any,
@@ -198,6 +202,8 @@ def _record(
       return next_fun(*args, **kwargs)
     finally:
       normed.pop()
+  if isinstance(module, nn.Embed) and context.method_name == "attend":
+    tied[".".join(module.path)] = None
   weight = call and weight_at(params, module.path, call.field)
   if call is None or weight is None or normed:
     others.setdefault(".".join(module.path), " in a ".join([kind, *normed]))

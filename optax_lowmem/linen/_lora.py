@@ -19,7 +19,7 @@ from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
 from optax_lowmem.nn._quantized import dequantize_stack
 from optax_lowmem.nn._settings import check_numbers, scale_of
-from optax_lowmem.nn._targets import pattern_value
+from optax_lowmem.nn._targets import check_patterns, pattern_value
 
 
 class Target(NamedTuple):
@@ -127,6 +127,7 @@ class LoRA:
         f"`layers` must be what `find_layers` returns, got {type(self.layers).__name__}."
       )
     check_numbers(self.rank, self.alpha, self.dropout)
+    check_patterns(self.rank_pattern, self.alpha_pattern)
     if self.targets == "all-linear":
       found = all_linear(self.layers)
       if not found:
@@ -211,8 +212,9 @@ class LoRA:
     The result is for the plain model. A packed kernel with an adapter is decoded; one without
     stays packed, and needs `linen.apply`. If the original ones are at hand, pass those as `params`
     instead. It is differentiable in `adapters`, but the gradient then needs float32 arrays of the
-    size of every adapted layer, where that of `apply` needs none. An output layer that is tied to
-    an adapted embedding gets the change too.
+    size of every adapted layer, where that of `apply` needs none. An embedding that the output
+    layer is tied to is refused: its adapter is of the input alone, and a merged table would change
+    both.
 
     Args:
       params: the parameters of the model, packed or not.
@@ -223,8 +225,16 @@ class LoRA:
       The parameters, as nested dicts.
 
     Raises:
-      ValueError: `adapters` or `params` are not those of `layers`.
+      ValueError: `adapters` or `params` are not those of `layers`, or an embedding with an adapter
+        is the output layer too (`attend`).
     """
+    for target in self.chosen:
+      if target.layer.name in self.layers.tied:
+        raise ValueError(
+          f"the embedding `{target.layer.name}` has an adapter, which is of the input alone, and "
+          "the output layer is tied to it (`attend`). A merged table would change both. Keep the "
+          "adapter, or leave the embedding out of `targets`."
+        )
     params, flat = copied(params), self.checked(adapters)
     for target in self.chosen:
       layer = target.layer

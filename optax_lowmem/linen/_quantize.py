@@ -42,7 +42,8 @@ def quantize_params(
     layers: of `find_layers`.
     targets: a regular expression or a list of them, each matching a layer's whole path, joined
       with `.` or `/`, or its last part. None means every linear layer.
-    exclude: the same, for layers to leave alone. None excludes nothing.
+    exclude: the same, for layers to leave alone. None excludes nothing. The default need not match
+      anything.
     codebook: `"nf4"`, `"fp4"` or `"int8"`.
     block_size: how many inputs share a scale; None is all inputs of an output.
     double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
@@ -67,12 +68,10 @@ def quantize_params(
   """
   check_codebook(codebook)
   double = codebook != "int8" if double_quantize is None else double_quantize
-  skip = [] if exclude is None else patterns("exclude", exclude)
+  kept = _excluded(exclude, layers)
   params = copied(params)
   possible = [
-    layer
-    for layer in layers.layers
-    if layer.field == "kernel" and not any(matches(pattern, layer.name) for pattern in skip)
+    layer for layer in layers.layers if layer.field == "kernel" and layer.path not in kept
   ]
   packed = [
     layer
@@ -104,6 +103,19 @@ def quantize_params(
     matrix = layer.contraction.to_matrix(jnp.asarray(at["kernel"]))
     at["kernel"] = quantize_stack(matrix, codebook, block_size, double)
   return params
+
+
+def _excluded(exclude: str | Sequence[str] | None, layers: Layers) -> set[tuple[str, ...]]:
+  """The paths of the layers to leave alone; a name that is none's would pack the head."""
+  found: set[tuple[str, ...]] = set()
+  for pattern in [] if exclude is None else patterns("exclude", exclude):
+    other = any(matches(pattern, name) for name, _ in layers.others)
+    if pattern.pattern == HEAD or other:
+      found |= {layer.path for layer in layers.layers if matches(pattern, layer.name)}
+    else:
+      chosen = choose("exclude", pattern.pattern, layers, layers.layers)
+      found |= {layer.path for layer in chosen}
+  return found
 
 
 def holder(params: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

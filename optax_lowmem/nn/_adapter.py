@@ -37,6 +37,9 @@ def check_lora(rank: Any, alpha: Any, dropout: float, rngs: nnx.Rngs) -> None:
   check_numbers(rank, alpha, dropout, per_layer=True)
   if not isinstance(rngs, nnx.Rngs):
     raise TypeError(f"`rngs` must be an nnx.Rngs, got {rngs!r}. Pass `nnx.Rngs(0)`.")
+  for stream in ("params", "dropout") if dropout else ("params",):
+    if stream not in rngs and "default" not in rngs:
+      raise ValueError(f"`rngs` has no stream {stream!r}. Pass `nnx.Rngs(0)`, which has every one.")
 
 
 class Adapter(nnx.Module):

@@ -18,7 +18,7 @@ from optax_lowmem.nn._peft_files import AdapterFile
 from optax_lowmem.nn._places import nearest, places
 from optax_lowmem.nn._settings import scale_of
 from optax_lowmem.nn._shards import Weights
-from optax_lowmem.nn._targets import pattern_value
+from optax_lowmem.nn._targets import HEADS, pattern_value
 from optax_lowmem.nn._trainable import trained_beside
 
 
@@ -91,7 +91,9 @@ def changes_of_file(path: str, config: Mapping[str, Any], file: AdapterFile) -> 
         )
     scale = scale_of(rank, alpha, bool(config.get("use_rslora")))
     flat = {part: parts[part].reshape(-1) for part, want in wanted.items() if want}
-    found[name] = Delta(a, b, scale, flat.get("magnitude"), flat.get("bias"), embedding)
+    # An output layer is a Linear beside the Conv1D of the others.
+    turned = bool(config.get("fan_in_fan_out")) and not (embedding or HEADS.fullmatch(name))
+    found[name] = Delta(a, b, scale, flat.get("magnitude"), flat.get("bias"), embedding, turned)
   return Changes(found, file.plain)
 
 

@@ -20,6 +20,7 @@ class Delta(NamedTuple):
     magnitude: DoRA's (out,), or None.
     bias: of B, (out,), or None.
     embedding: whether the weight is an embedding's table, (vocabulary, features).
+    transposed: whether the weight is (in, out), as that of GPT-2's `Conv1D` (`fan_in_fan_out`).
   """
 
   a: np.ndarray
@@ -28,18 +29,21 @@ class Delta(NamedTuple):
   magnitude: np.ndarray | None = None
   bias: np.ndarray | None = None
   embedding: bool = False
+  transposed: bool = False
 
   @property
   def shape(self) -> tuple[int, int]:
     """Of the weight."""
     shape = (self.b.shape[0], self.a.shape[1])
-    return shape[::-1] if self.embedding else shape
+    return shape[::-1] if self.embedding or self.transposed else shape
 
   def add_to(self, weight: np.ndarray, dtype: Any) -> np.ndarray:
     """The merged weight, summed in float32 and rounded once to `dtype`.
 
     Beside `weight` and the result, a few tiles are in memory.
     """
+    if self.transposed:
+      return self._replace(transposed=False).add_to(weight.T, dtype).T
     out = np.empty(weight.shape, dtype)
     if self.magnitude is None:
       for rows in self._tiles():

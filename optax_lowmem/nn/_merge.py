@@ -13,6 +13,7 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._base import dense_variable, matrix_shape, stack_shape
 from optax_lowmem.nn._embed import LoRAEmbed
+from optax_lowmem.nn._peft import is_tied
 from optax_lowmem.nn._places import Place, check_replaceable, layer_names, places, replace
 from optax_lowmem.nn._shards import open_weights
 
@@ -42,8 +43,8 @@ def merge_lora(
     `model`.
 
   Raises:
-    ValueError: there is no adapter in `model`, or `original` lacks a weight or has it in another
-      shape.
+    ValueError: there is no adapter in `model`; an embedding has one, and `model.config` says that
+      the output layer is tied to it; or `original` lacks a weight or has it in another shape.
 
   >>> from flax import nnx
   >>> from optax_lowmem import nn
@@ -63,6 +64,12 @@ def merge_lora(
       raise ValueError(
         f"the adapter of `{place.path}` has a bias (`lora_bias`) and its base has none to add it "
         "to. Keep the adapter, or give the base a bias of zeros."
+      )
+    if isinstance(place.module, LoRAEmbed) and is_tied(model):
+      raise ValueError(
+        f"the embedding `{place.path}` has an adapter, which is of the input alone, and the output "
+        "layer is tied to it (`tie_word_embeddings`). A merged table would change both. Keep the "
+        "adapter, or give the model an output layer of its own."
       )
   if original is None:
     for place in chosen:

@@ -18,17 +18,20 @@ PREFIX = "base_model.model."
 # computes. Any other key that is set means something that is not supported here, whatever PEFT may
 # add later.
 _READ = {
-    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
+    "use_dora", "use_rslora",
 }  # fmt: skip
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
 }  # fmt: skip
 # These start an adapter in another way and leave the base as it was.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
+_COPY, _BEFORE = ".modules_to_save.bias", ".original_module.bias"
 _NAMES = {
   r"(.+)\.lora_([AB])\.weight": None,
   r"(.+)\.lora_embedding_([AB])": None,
@@ -111,10 +114,18 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   if config.get("bias", "none") not in ("none", "all", "lora_only"):
     refuse("bias", "only 'none', 'all' and 'lora_only' are known.")
   if config.get("init_lora_weights", True) not in _INITS:
-    refuse("init_lora_weights", "it changes the base weights, which is not supported.")
+    refuse(
+      "init_lora_weights",
+      "it changes the base weights, which is not supported. Convert the adapter with PEFT's "
+      "`save_pretrained(…, path_initial_model_for_weight_conversion=…)`, or merge it there.",
+    )
   for key, value in config.items():
     if value and key not in _READ | _HARMLESS:
-      refuse(key, "what it means is not supported.")
+      refuse(
+        key,
+        "what it means is not supported. Merge the adapter with PEFT (`merge_and_unload`) and load "
+        "the merged model, or train it without.",
+      )
   rank, alpha = config.get("r"), config.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1:
     refuse("r", "the rank must be a positive integer.")
@@ -145,11 +156,29 @@ def read_tensors(path: pathlib.Path) -> AdapterFile:
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise ValueError(f"{str(path)!r}: {name!r} is {value.dtype}, not floating point.")
     _sort(path, name, value.astype(np.float32), found)
+  _drop_copies(path, found.plain)
   for name, parts in found.layers.items():
     for part in "AB":
       if part not in parts:
         raise ValueError(f"{str(path)!r} lacks {PREFIX}{name}.lora_{part}.weight.")
   return found
+
+
+def _drop_copies(path: pathlib.Path, plain: dict[str, np.ndarray]) -> None:
+  """Drops the biases that PEFT writes again for modules saved whole, where all biases are trained.
+
+  One copy is equal, the other is the value before training.
+  """
+  for name in [name for name in plain if name.endswith((_COPY, _BEFORE))]:
+    whole = name.removesuffix(_COPY).removesuffix(_BEFORE) + ".bias"
+    if whole not in plain:
+      raise ValueError(f"{str(path)!r} holds {PREFIX}{name} and lacks {PREFIX}{whole}.")
+    if name.endswith(_COPY) and not np.array_equal(plain[name], plain[whole]):
+      raise ValueError(
+        f"{str(path)!r} holds two values of a bias: {PREFIX}{name} and {PREFIX}{whole}. Remove the "
+        "one that is wrong."
+      )
+    del plain[name]
 
 
 def _sort(path: pathlib.Path, name: str, value: np.ndarray, found: AdapterFile) -> None:

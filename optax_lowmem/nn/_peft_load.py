@@ -92,7 +92,7 @@ def load_peft(
   config = read_config(dir / CONFIG)
   file = tied_once(str(dir), config, read_tensors(dir / WEIGHTS))
   everything = places(model)
-  saved = saved_modules(everything, config.get("modules_to_save") or (), stack)
+  saved = saved_modules(everything, config.get("modules_to_save") or (), file, stack)
   check_saved(saved)
   skip = {id(place.module) for place in below(saved, everything)}
   layers = [place for place in adaptable(everything) if id(place.module) not in skip]

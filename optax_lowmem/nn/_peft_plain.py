@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
-from optax_lowmem.nn._names import HEAD_WEIGHT, TABLE
+from optax_lowmem.nn._base import is_embed
+from optax_lowmem.nn._names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem.nn._peft import is_tied
 from optax_lowmem.nn._peft_files import AdapterFile
-from optax_lowmem.nn._places import Place, layer_names, names_in_stack, nearest
+from optax_lowmem.nn._places import Place, base_of, layer_names, names_in_stack, nearest
 from optax_lowmem.nn._targets import all_linear
 from optax_lowmem.nn._trainable import Tensor, below, find_saved, tensors_of
 
@@ -48,13 +49,20 @@ def expected(
   return expects
 
 
-def saved_modules(everything: Sequence[Place], names: Sequence[str], stack: str) -> list[Place]:
-  """The modules that PEFT saves whole: those whose name ends in one of `names`."""
+def saved_modules(
+  everything: Sequence[Place], names: Sequence[str], file: AdapterFile, stack: str
+) -> list[Place]:
+  """The modules that PEFT saves whole: those whose name ends in one of `names`.
+
+  A name that neither the model nor the file has is passed over: PEFT writes "classifier" and
+  "score" into the configuration of every classifier.
+  """
   found = []
   for name in names:
     # PEFT asks for no dot before the name: "norm" is input_layernorm too.
     ends = [p.path for p in everything if any(n.endswith(name) for n in _names(p, stack))]
-    found += ends or [name]
+    held = any(name in tensor for tensor in file.plain)
+    found += ends or ([name] if held else [])
   return find_saved(everything, list(dict.fromkeys(found)))
 
 
@@ -131,6 +139,12 @@ def plain_tensors(
         )
       read = [left.pop(name) for name in full]
       for name, one in zip(full, read, strict=True):
+        linear = len(one.shape) == 2 and not is_embed(base_of(place.module))
+        if config.get("fan_in_fan_out") and linear and not HEADS.fullmatch(place.path):
+          raise ValueError(
+            f"the adapter in {dir!r} saves `{name}` whole, and with `fan_in_fan_out` it is not "
+            "clear which of its axes is the input. Train an adapter on it instead."
+          )
         if one.shape != tensor.torch_shape:
           raise ValueError(
             f"the adapter in {dir!r} has `{name}` of another shape than `model`: {one.shape} "

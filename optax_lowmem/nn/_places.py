@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -106,7 +106,7 @@ def names_in_stack(path: str, lead: tuple[int, ...], stack: str) -> list[str]:
 
 
 def patterns(argument: str, regex: str | Sequence[str]) -> list[re.Pattern[str]]:
-  given = [regex] if isinstance(regex, str) else list(regex)
+  given = list(regex) if isinstance(regex, Iterable) and not isinstance(regex, str) else [regex]
   if not given:
     raise ValueError(f"`{argument}` is empty. Name the modules, for example 'q_proj|v_proj'.")
   compiled = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 
 def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = False) -> None:
@@ -20,15 +20,19 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = Fals
   ):
     raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
   for a in alpha if per_layer and isinstance(alpha, Sequence) else [alpha]:
-    if not (math.isfinite(a) and a > 0):
+    if not (_is_number(a) and 0 < float(a) < math.inf):
       raise ValueError(
         f"`alpha` must be a positive number, got {alpha!r}. "
         "The adapter is scaled by alpha / rank; alpha = 2 * rank is usual."
       )
-  if not 0.0 <= dropout < 1.0:
+  if not (_is_number(dropout) and 0.0 <= float(dropout) < 1.0):
     raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
 
 
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
   """alpha / rank, or alpha / sqrt(rank) with `use_rslora`; 0 where there is no adapter."""
   return 0.0 if rank == 0 else alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, SupportsFloat) and not isinstance(x, (bool, str))

@@ -9,7 +9,7 @@ from flax import nnx
 
 from optax_lowmem.nn._adapter import check_lora
 from optax_lowmem.nn._base import check_dense, dense_variable, is_embed, is_linear
-from optax_lowmem.nn._checks import check_product, check_start, excluded
+from optax_lowmem.nn._checks import check_model, check_product, check_start, excluded
 from optax_lowmem.nn._embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._init import Init, check_init, quantized
 from optax_lowmem.nn._lora import LoRALinear, check_base, check_own_bias
@@ -78,6 +78,7 @@ def quantize_model(
   'NF4Linear'
   """
   check_codebook(codebook)
+  check_model(model)
   everything = places(model)
   skip = excluded(exclude, everything)
   possible = [
@@ -116,7 +117,7 @@ def add_lora(
   lora_bias: bool = False,
   rank_pattern: Mapping[str, int] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
-  modules_to_save: Sequence[str] | None = None,
+  modules_to_save: str | Sequence[str] | None = None,
   bias: str = "none",
   init: Init = "default",
   stack: str = "layers",
@@ -148,8 +149,8 @@ def add_lora(
     rank_pattern: ranks of some layers, by regular expressions that match the end of a name; the
       first that does counts, as in PEFT.
     alpha_pattern: the same for alpha.
-    modules_to_save: names of modules, or last parts of them, that are trained whole. They are
-      left out of `targets`.
+    modules_to_save: a name or names of modules, or last parts of them, that are trained whole.
+      They are left out of `targets`.
     bias: `"lora_only"` also trains the biases of adapted layers, `"all"` those of all layers.
       What is trained by it or by `modules_to_save` must have a name in PEFT's files.
     init: as in `LoRALinear`.
@@ -163,7 +164,7 @@ def add_lora(
     ValueError: nothing matches (the message lists the modules that could), a matching layer has
       an adapter already or holds integers, NaN or Inf, an argument is out of range, or `init` does
       not fit a layer. The model then is as it was.
-    TypeError: `rngs` is not an `nnx.Rngs`.
+    TypeError: `rngs` is not an `nnx.Rngs`, or `model` no module of NNX.
 
   >>> from flax import nnx
   >>> from optax_lowmem import nn
@@ -176,6 +177,7 @@ def add_lora(
   check_lora(rank, alpha, dropout, rngs)
   check_init(init)
   check_bias(bias)
+  check_model(model)
   if lora_bias and use_dora:
     raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
   everything = places(model)

@@ -53,6 +53,14 @@ def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
   return default
 
 
+def check_patterns(rank_pattern: Any, alpha_pattern: Any) -> None:
+  """Refuses what is no mapping of regular expressions."""
+  for what, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+    if pattern is not None and not isinstance(pattern, Mapping):
+      raise ValueError(f"`{what}` must map names to values, got {pattern!r}: {{'q_proj': 8}}, say.")
+    patterns(what, list(pattern or {".*": 1}))
+
+
 def find_targets(
   everything: Sequence[Place],
   targets: str | Sequence[str],
@@ -64,6 +72,7 @@ def find_targets(
   skip: Sequence[Place],
 ) -> list[Target]:
   """The layers that `targets` names, with the rank and alpha of each."""
+  check_patterns(rank_pattern, alpha_pattern)
   skipped = {id(place.module) for place in skip}
   possible = [p for p in adaptable(everything) if id(p.module) not in skipped]
   if targets == "all-linear":

@@ -108,10 +108,12 @@ def train(holder: Any, field: str) -> None:
     setattr(holder, field, nnx.LoRAParam.from_metadata(old[...], old.get_metadata()))
 
 
-def find_saved(everything: Sequence[Place], modules: Sequence[str]) -> list[Place]:
+def find_saved(everything: Sequence[Place], modules: str | Sequence[str]) -> list[Place]:
   """The modules whose path is, or ends in, one of the names."""
   found: dict[str, Place] = {}
-  for name in modules:
+  for name in [modules] if isinstance(modules, str) else modules:
+    if not isinstance(name, str):
+      raise ValueError(f"`modules_to_save` must be a list of names, got {modules!r}.")
     matched = [p for p in everything if p.path == name or p.path.endswith("." + name)]
     if not matched:
       paths = [p.path for p in everything]
