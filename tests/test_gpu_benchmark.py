@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -25,6 +27,27 @@ def test_gpu_benchmark_on_a_cpu(tmp_path):
   assert not any("error" in row for row in rows.values()), rows
   assert rows["adamw, 8 bits, xla"]["B/param"] < 2.13
   assert "| adamw, 8 bits, xla |" in done.stdout
+
+
+@pytest.mark.slow
+def test_paged_state_is_set_against_the_link(tmp_path):
+  target = tmp_path / "gpu.json"
+  command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--json", str(target)]
+  command += ["--params", "131072", "--leaves", "2", "--repeat", "2", "--only", "offload"]
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  section = json.loads(target.read_text())["sections"]["offload"]
+  assert "error" not in section
+  rows = {row["name"]: row for row in section["rows"]}
+  assert not any("error" in row for row in rows.values()), rows
+  paged = rows["adamw, 32 bits, host, 4 products"]
+  assert (
+    paged["state"]["pinned_host"] > 0.99 * 8 * 131072
+    and paged["bound ms"] > 0
+    and "hidden" in paged
+  )
+  assert all(rows[f"does not fit, {place}"]["done"] for place in ("device", "host"))  # no cap here
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path):
