@@ -124,7 +124,7 @@ def scale_by_came(
 
   def init(params):
     ema = momentum.init(params)  # first, because it refuses integers
-    nothing = on_mesh_of(jax.tree.leaves(params), jnp.zeros(0))
+    nothing = on_mesh_of(jax.tree.leaves(params), jnp.zeros(0, jnp.float32))
 
     def zeros(part):
       """Float32 zeros of the shape and the sharding of a part of each parameter."""
@@ -269,5 +269,5 @@ def _rescale(x: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
 
 
 def _clip(u: jax.Array, threshold: float) -> jax.Array:
-  rms = jnp.sqrt(jnp.mean(jnp.square(u))) if u.size else jnp.zeros(())
+  rms = jnp.sqrt(jnp.mean(jnp.square(u))) if u.size else jnp.zeros((), jnp.float32)
   return u / jnp.maximum(1.0, rms / threshold)

@@ -95,7 +95,7 @@ class Log(Codebook):
         return (pattern + ((top << shift) - _ONE + (1 << (shift - 1)) - 1)) >> shift
       # Down by 2^5 to 2^shift - 2^5, so that nothing moves a represented value which multiplication
       # by the scale and back has left an ulp off.
-      down = jax.lax.shift_right_logical(noise, 32 - shift) | 64
+      down = jax.lax.shift_right_logical(noise, jnp.int32(32 - shift)) | 64
       return (pattern - down + ((top << shift) - _ONE + (1 << shift) + 31)) >> shift
 
     fine, coarse, gap = self._steps

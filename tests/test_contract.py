@@ -3,6 +3,7 @@
 Those of plain optax are in test_composition.py, those of sharding in test_sharding.py.
 """
 
+import contextlib
 import inspect
 
 import chex
@@ -29,6 +30,7 @@ from registry import (
   quantized_leaves,
   reference,
   run,
+  small_tiles,
   start,
   tree,
   update_of,
@@ -357,6 +359,41 @@ def test_bad_arguments_are_refused_at_construction(name, argument, message):
 def test_integer_parameters_are_refused_by_name(name):
   with pytest.raises(TypeError, match=r"parameter \['table'\] has dtype int32"):
     make(name).init({"w": jnp.ones((4, 4)), "table": jnp.arange(4)})
+
+
+@every
+@pytest.mark.parametrize("how", ["whole", "tiles"])
+def test_state_is_the_same_where_jax_has_64_bits(name, how):
+  """With `jax_enable_x64` no state is wider, and no program fails; see the next test for bits."""
+  shapes = jax.eval_shape(lambda: tree(0))
+
+  def one(params):
+    with small_tiles() if how == "tiles" else contextlib.nullcontext():
+      return make(name).update(params, make(name).init(params), params)
+
+  narrow = jax.eval_shape(one, shapes)
+  with jax.enable_x64(True):
+    wide = jax.eval_shape(one, shapes)
+  assert jax.tree.structure(wide) == jax.tree.structure(narrow)
+  for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
+    assert a.dtype == b.dtype and a.shape == b.shape
+
+
+@pytest.mark.parametrize("name", ["adamw-8", "adamw-4"])
+def test_codes_are_the_same_where_jax_has_64_bits(name):
+  params = {"w": tree(0)["ragged"]}
+
+  def two():
+    tx, grads = make(name), {"w": tree(1)["ragged"]}
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    return jax.jit(tx.update)(grads, state, params)
+
+  narrow, state = two()
+  with jax.enable_x64(True):
+    wide, new = two()
+  chex.assert_trees_all_equal(new, state)
+  # optax corrects the bias in float64 there; of 1 - 0.999**2, float32 keeps 15 of its bits.
+  chex.assert_trees_all_close(wide, narrow, rtol=2**-15)
 
 
 @every
