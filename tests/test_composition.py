@@ -1,5 +1,7 @@
 """Law 7, plain optax: every transformation composes, traces, trains and is saved as optax's do."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -174,7 +176,7 @@ def test_quantizes_what_is_composed(kind, bits):
 @every
 def test_inject_hyperparams(name):
   tx = optax.inject_hyperparams(lambda lr: make(name, lr))(lr=LR)
-  params, g = tree(0, shapes=FEW), tree(1, shapes=FEW)
+  params, g = ({k: tree(t, shapes=FEW)[k] for k in "wb"} for t in (0, 1))
   state = tx.init(params)
   update = jax.jit(tx.update)
   once, _ = update(g, state, params)
@@ -193,15 +195,20 @@ def test_jit_vmap_and_scan_over_layers_agree(name):
   tx, shapes = make(name, min_size=256), {"w": (2, 20, 64), "b": (2, 5)}
   params, g = tree(0, shapes=shapes), tree(1, shapes=shapes)
 
-  def one(params, g):
-    _, state = tx.update(g, tx.init(params), params)
-    return tx.update(g, state, params)
+  def scanned(*args):
+    return jax.lax.scan(lambda c, x: (c, tx.update(*x)), None, args)[1]
 
   @jax.jit
-  def stacked(params, g):
-    return jax.vmap(one)(params, g), jax.lax.scan(lambda c, x: (c, one(*x)), None, (params, g))[1]
+  def stacked(*args):
+    return jax.vmap(tx.update)(*args), scanned(*args)
 
-  alone, both = jax.jit(one), stacked(params, g)
+  def twice(update, init, params, g):
+    _, state = update(g, init(params), params)
+    return update(g, state, params)
+
+  alone = functools.partial(twice, jax.jit(tx.update), jax.jit(tx.init))
+  _, state = stacked(g, jax.jit(jax.vmap(tx.init))(params), params)[0]
+  both = stacked(g, state, params)
   for i in range(2):
     updates, state = alone(*jax.tree.map(lambda x, i=i: x[i], (params, g)))
     assert len(quantized_leaves(state)) == REGISTRY[name].moments

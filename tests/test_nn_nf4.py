@@ -192,8 +192,17 @@ def stacked_blocks(rngs, width):
   return Block(width, 3 * width, rngs)
 
 
-@pytest.mark.parametrize(("remat", "dora"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize(
+  ("unrolled", "remat", "dora"),
+  [
+    (False, False, False),
+    (False, True, False),
+    (False, False, True),
+    (True, False, False),
+    pytest.param(True, True, False, marks=pytest.mark.slow),
+    pytest.param(True, False, True, marks=pytest.mark.slow),
+  ],
+)
 def test_gradient_of_16_layers_needs_no_more_than_one_or_two(unrolled, remat, dora):
   width, tokens = 256, 4
 
