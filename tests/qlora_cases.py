@@ -75,9 +75,10 @@ def save_rows(path, count=60):
 
 
 def arguments(files, out, *more):
-  """A small run; what `more` gives comes last and so wins."""
+  """A small run, which compiles no generation; what `more` gives comes last and so wins."""
   given = f"--model {files}/model --data {files}/rows.json --seq-len 32 --batch-size 4"
-  return [*given.split(), "--eval-batches", "1", "--steps", "8", "--out", str(out), *more]
+  given += f" --eval-batches 1 --samples 0 --steps 8 --out {out}"
+  return [*given.split(), *more]
 
 
 def adapter(folder):

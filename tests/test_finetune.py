@@ -36,7 +36,8 @@ SCRIPT = Path(finetune.__file__)
 def test_a_whole_run(files, tmp_path, capsys, caplog):
   out = tmp_path / "out"
   with jax.log_compiles():
-    assert finetune.main(arguments(files, out, "--lr", "3e-3", "--eval-every", "4")) == 0
+    options = "--lr 3e-3 --eval-every 4 --samples 2".split()
+    assert finetune.main(arguments(files, out, *options)) == 0
   printed = capsys.readouterr().out
   for name in ("train_step", "eval_step", "generate"):  # before training and after it
     assert caplog.text.count(f"Finished XLA compilation of jit({name})") == 1, name

@@ -582,7 +582,7 @@ PREFIX = "base_model.model."
     (lambda t: t, {"rank_pattern": {"up_proj": 2}}, "says rank 2"),
     (lambda t: t, {"use_dora": True}, "lacks the magnitude"),
     (lambda t: t, {"lora_bias": True}, "lacks the bias"),
-    (lambda t: t, {"fan_in_fan_out": True}, "fan_in_fan_out"),
+    (lambda t: t, {"fan_in_fan_out": True}, "`original` has shape"),
     (lambda t: t, {"modules_to_save": ["norm"]}, r"lacks `.*norm\.weight`"),
     (
       lambda t: t | {f"{PREFIX}model.norm.weight": np.ones(64, np.float32)},

@@ -29,6 +29,7 @@ def plain(out, files, printed):
   assert config(out)["r"] == 4 and config(out)["lora_alpha"] == 8
   assert config(out)["target_modules"] == ["q_proj"] and config(out)["lora_dropout"] == 0.25
   assert [r["lr"] for r in records(out) if "lr" in r] == pytest.approx([0.005, 0.01])
+  assert "Sample 1" in printed and "Sample 2" not in printed
 
 
 def variants(out, files, printed):
@@ -115,7 +116,7 @@ def alone(out, files, printed):
 CASES = {
   "numbers": (
     "--rank 4 --alpha 8 --targets q_proj --dropout 0.25 --lr 1e-2 --warmup 1 --schedule linear "
-    "--seed 3 --grad-accum 2 --batch-size 2 --max-grad-norm 0.5 --weight-decay 0.1 "
+    "--seed 3 --samples 1 --grad-accum 2 --batch-size 2 --max-grad-norm 0.5 --weight-decay 0.1 "
     "--eval-batches 2 --devices 1 --optim adamw_32bit",
     plain,
   ),

@@ -73,12 +73,14 @@ def test_axes_that_would_cut_blocks_move_to_others():
   assert divide((6, 1), P("b", "a"), sizes) == P("b", None)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_on_eight_devices(kind):
+@pytest.mark.parametrize(
+  ("kind", "every"),
+  [("Auto", 1), ("Explicit", 3), pytest.param("Explicit", 1, marks=pytest.mark.slow)],
+)
+def test_on_eight_devices(kind, every):
   devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    [sys.executable, __file__, kind], env=os.environ | devices, capture_output=True, text=True
-  )
+  command = [sys.executable, __file__, kind, str(every)]
+  done = subprocess.run(command, env=os.environ | devices, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -140,8 +142,8 @@ def check(kind, name, axes, shape, spec, dtype, shards):
   return states[0], params, tx, re.findall(MOVES, compiled.as_text())
 
 
-def check_cases(kind):
-  for case in CASES:
+def check_cases(kind, every):
+  for case in CASES[::every]:
     print(*case, flush=True)
     state, params, tx, moves = check(kind, *case)
     assert not moves, moves
@@ -149,7 +151,7 @@ def check_cases(kind):
       made = jax.jit(tx.init)(params)
     for x, y in zip(jax.tree.leaves(made), jax.tree.leaves(state), strict=True):
       assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
-  for case in STRADDLING:
+  for case in STRADDLING[::every]:
     print(*case, flush=True)
     check(kind, *case)
 
@@ -210,7 +212,7 @@ def check_rules_on_whole_arrays(kind):
   assert [s.is_fully_replicated for s in shardings(states[2])] == [True, *[False] * 4]
 
 
-def check_norms(kind):
+def check_norms(kind, every):
   """Means cross the devices, so a last bit may differ; what has an axis lies where it lies."""
   cases = (
     (ONE, (512, 128), P("a")),
@@ -218,7 +220,7 @@ def check_norms(kind):
     (TWO, (8, 64, 512), P("b", None, "a")),
   )
   for name, tx in NORMED.items():
-    for axes, shape, spec in cases:
+    for axes, shape, spec in cases[::every]:
       print(name, shape, spec, flush=True)
       params, grads = arrays(name, shape, "float32")
       expected = two_steps(tx, params, grads)[1]
@@ -279,11 +281,11 @@ def check_offloaded(kind):
 
 if __name__ == "__main__":
   assert jax.device_count() == 8
-  kind = AxisType[sys.argv[1]]
+  kind, every = AxisType[sys.argv[1]], int(sys.argv[2])
   check_memory(kind)
   _stream._WHOLE, _stream._SMALLEST = 1 << 12, 1 << 11  # small arrays are to be walked in tiles
-  check_cases(kind)
+  check_cases(kind, every)
   check_transformations(kind)
   check_rules_on_whole_arrays(kind)
-  check_norms(kind)
+  check_norms(kind, every)
   check_offloaded(kind)

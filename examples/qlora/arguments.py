@@ -67,6 +67,7 @@ class Settings:
   resume: str | None = None
   eval_every: int = 0
   eval_batches: int = 16
+  samples: int = 2
   patience: int = 0
   save_every: int = 50
   stop_after: int = 0
@@ -116,6 +117,7 @@ HELP = {
   "resume": "folder of a run to continue; its other arguments are kept",
   "eval_every": "measure the held-out loss every so many steps too; 0: only first and last",
   "eval_batches": "held-out batches to measure",
+  "samples": "held-out prompts to continue before and after; 0: none",
   "patience": "stop after so many measurements without a lower held-out loss; 0: never",
   "save_every": "save the training state every so many steps; 0: only at the end",
   "stop_after": "stop at this step, as if by Ctrl-C, to be continued with --resume; 0: do not",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LEAST = {"steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "rank": 1, "eval_batches": 1}
 LEAST |= dict.fromkeys(
-  ("eval_every", "save_every", "stop_after", "seed", "buckets", "patience", "devices"), 0
+  ("eval_every", "save_every", "stop_after", "seed", "buckets", "patience", "devices", "samples"), 0
 )
 
 

@@ -111,7 +111,7 @@ def finetune(s: Settings) -> int:
   model.eval()  # no dropout, no noise
   quiet = nnx.graphdef(model)
   measure = HeldOut(quiet, frozen, batches.once(held_rows)[: s.eval_batches], mesh)
-  samples = Samples(quiet, tokenizer, held_rows)
+  samples = Samples(quiet, tokenizer, held_rows, s.samples)
 
   def speak() -> dict[str, Any]:
     return {"samples": samples(state.lora, state.rngs, frozen)}
@@ -124,7 +124,7 @@ def finetune(s: Settings) -> int:
         save_state(folder / "state.safetensors", state, step)
 
   if start == 0:
-    say("Held-out loss and samples before training ...")
+    say(f"Held-out loss{' and samples' * bool(s.samples)} before training ...")
     records = [{"step": 0, **measure(state), **speak()}]
   # run.json comes last: what --resume finds by it has something to go on from.
   if start == 0:

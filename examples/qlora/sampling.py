@@ -14,18 +14,20 @@ TEMPERATURE = 0.7
 
 
 class Samples:
-  """Two held-out prompts, to be continued before and after training.
+  """Held-out prompts, to be continued before and after training.
 
   A prompt is what stands before the first answer of a row; in plain text, its first tokens.
   """
 
-  def __init__(self, graph: Any, tokenizer: ChatTokenizer, rows: Sequence[Row], count: int = 2):
+  def __init__(self, graph: Any, tokenizer: ChatTokenizer, rows: Sequence[Row], count: int):
     self.tokenizer, self.rows = tokenizer, list(rows[:count])
     self.prompts = [row.ids[: _prompt_length(row)] for row in self.rows]
     self.generate = Generator(graph, tokenizer.stop_ids, NEW_TOKENS)
 
   def __call__(self, *variables: Any) -> list[dict[str, str]]:
     """``{"prompt", "data", "model"}``: a prompt, its answer in the data, and the model's."""
+    if not self.prompts:
+      return []
     said = self.generate(variables, self.prompts, temperature=TEMPERATURE)
     return [
       {
