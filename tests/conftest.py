@@ -26,6 +26,14 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+# Few tests that take long: a process that came to them last would run them while others wait.
+LONG = ("test_sharding", "test_composition", "test_qlora_options", "test_offloaded")
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_unconfigure(config):
   if OWN_CACHE:
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -152,8 +152,10 @@ GENERAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("quantized", "use_dora"), [(False, False), (True, True)])
-@pytest.mark.parametrize("kind", GENERAL)
+@pytest.mark.parametrize(
+  ("kind", "quantized", "use_dora"),
+  [*((kind, True, True) for kind in GENERAL), ("heads", False, False), ("einsum", False, False)],
+)
 def test_general_layers(kind, quantized, use_dora):
   make, shape = GENERAL[kind]
   model = nnx.Dict(layer=make())
