@@ -72,7 +72,8 @@ def offloaded(
     device_budget: how much of the state may stay on the device, in bytes or as ``"4GB"``,
       ``"512MiB"``; the largest arrays are paged first, and the choice is made once, by `init`.
       Without it, all that may be paged is. Sharded arrays count with their bytes on one device,
-      but whole in a traced `init` (`jax.jit`, `jax.eval_shape`) on meshes of automatic axes.
+      but whole in a traced `init` (`jax.jit`, `jax.eval_shape`) on meshes of automatic axes or
+      outside of `jax.set_mesh`.
     max_bytes: most bytes of paged state on the device during an update.
     fallback: ``"device"`` leaves the state on a device that has no pinned host memory; by default
       that is an error.
