@@ -15,8 +15,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from _measure import write
 from flax import nnx
+
+from _measure import write
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "qlora"))
 from batches import Batches

@@ -14,8 +14,9 @@ does not move left out:
   positive second moments that are zero.
 
 An error above 10 counts as 10: a few elements whose mu is nearly zero would decide every mean.
-Scales are float32, the largest magnitude of a block. Nu is dithered unless its row says nearest.
-Times are nanoseconds a parameter for both moments, on one core; 4-bit codes are timed unpacked.
+Scales are float32, the largest magnitude of a block. Nu of the log codes is dithered unless its row
+says nearest; power codes are rounded as `Power` says. Times are nanoseconds a parameter for both
+moments, on one core; 4-bit codes are timed unpacked.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _measure import seconds, write
-from train import batches, init, loss_of, text
 
-from optax_lowmem._codebooks import Codebook, Log, Table, get_codebook
+from _measure import seconds, write
+from optax_lowmem._codebooks import Codebook, Log, Power, Table, get_codebook
+from train import batches, init, loss_of, text
 
 STEPS = (20, 100, 300)  # where one store is measured, and after the last
 MIN_SIZE = 4096
@@ -73,22 +74,31 @@ class Held:
   bits: int
   block: int
 
-  def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def encode(self, x: jax.Array, old: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     blocks = x.reshape(-1, self.block)
     scales = jnp.abs(blocks).max(-1, keepdims=True)
+    if isinstance(self.code, Power):
+      old = None if old is None else old.reshape(blocks.shape)
+      return self.code.encode_blocks(blocks, scales, old), scales
     return self.code.encode(jnp.where(scales > 0, blocks / scales, 0.0)), scales
 
   def decode(self, stored: tuple[jax.Array, jax.Array]) -> jax.Array:
     codes, scales = stored
     return (self.code.decode(codes) * scales).reshape(-1)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.decode(self.encode(x))
+  def __call__(self, x: jax.Array, old: jax.Array | None = None) -> jax.Array:
+    return self.decode(self.encode(x, old))
 
 
 def rows() -> dict[str, tuple[Held, Held]]:
   """What is compared: how mu and nu are held."""
   mu8, mu4, nf4 = map(get_codebook, ("log8", "log4", "nf4"))
+
+  def power(bits, mu, nu, mu_still, nu_still, block=64):
+    return books(
+      Power("mu", bits, True, mu, mu_still), Power("nu", bits, False, nu, nu_still), bits, block
+    )
+
   even, bent = (16, 0, 16), (32, 6, 4)  # one slope, two slopes
   even4, bent4 = (2, 0, 2), (2, 4, 1)
   halves = [np.linspace(0.1, 1, 2**i + 1) for i in range(3)]
@@ -107,6 +117,17 @@ def rows() -> dict[str, tuple[Held, Held]]:
 
   dynamic = get_codebook("dynamic"), get_codebook("dynamic_unsigned")
   return {
+    "power: the default": power(8, 0.75, 1.0, 0.5, 0.5),
+    "power, mu between square and fourth power": power(8, 0.5, 1.0, 0.5, 0.5),
+    "power, all fourth": power(8, 1.0, 1.0, 0.5, 0.5),
+    "power, rounded to the nearest": power(8, 0.75, 1.0, 0.0, 0.0),
+    "power, rounded at random": power(8, 0.75, 1.0, np.inf, np.inf),
+    "power, block 32": power(8, 0.75, 1.0, 0.5, 0.5, 32),
+    "power, block 128": power(8, 0.75, 1.0, 0.5, 0.5, 128),
+    "4 bits: power: the default": power(4, 0.0, 0.75, 0.25, 0.5),
+    "4 bits: power, rounded to the nearest": power(4, 0.0, 0.75, 0.0, 0.0),
+    "4 bits: power, rounded at random": power(4, 0.0, 0.75, np.inf, np.inf),
+    "4 bits: power, block 32": power(4, 0.0, 0.75, 0.25, 0.5, 32),
     "dynamic, block 256 (bitsandbytes)": books(*dynamic, 8, 256),
     "dynamic, block 64": books(*dynamic, 8, 64),
     "linear, block 256": books(Linear(127, -127), Linear(255, 0), 8, 256),
@@ -169,7 +190,7 @@ def compare(grads: jax.Array, mu: Held, nu: Held) -> dict[str, dict[str, float]]
   def step(carry, g):
     (m, v), stored = carry
     stored_m, stored_v = ema(*stored, g)
-    return (ema(m, v, g), (mu(stored_m), nu(stored_v))), None
+    return (ema(m, v, g), (mu(stored_m, stored[0]), nu(stored_v, stored[1]))), None
 
   @jax.jit
   def everything(grads):

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from gpu_steps import leaves_of, report
 
 import optax_lowmem as lowmem
+from gpu_steps import leaves_of, report
 
 Measure = Callable[[], dict[str, Any]]
 ADAMW = lowmem.adamw(1e-3, bits=32)

@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _measure import write
 from flax import nnx
 
+from _measure import write
 from optax_lowmem import nn
 
 LAYERS = 16

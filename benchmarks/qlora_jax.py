@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _turns import arguments, resident, serve
 from flax import nnx
 from safetensors.numpy import save_file
 
+from _turns import arguments, resident, serve
 from optax_lowmem import nn as lowmem_nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples" / "qlora"))

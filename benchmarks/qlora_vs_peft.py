@@ -28,6 +28,7 @@ import time
 from typing import Any
 
 import numpy as np
+
 from _turns import Side
 
 HERE = pathlib.Path(__file__).parent
@@ -117,6 +118,7 @@ def main() -> None:
   # Else this process, too, would take three quarters of a GPU.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   import jax
+
   from _measure import write
 
   platform = jax.devices()[0].platform

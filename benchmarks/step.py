@@ -2,8 +2,9 @@
 
 python benchmarks/step.py [--shape 4096 4096] [--repeat 15] [--leaves 300] [--json FILE]
 
-A step is update and apply, compiled, with parameters and state donated. Temporaries are those of
-the update beyond gradients, updates and state (`temp_size_in_bytes` of the compiled update).
+A step is update and apply, compiled, with parameters and state donated, of a gradient that the step
+makes itself, the time of which is taken off. Temporaries are those of the update beyond gradients,
+updates and state (`temp_size_in_bytes` of the compiled update).
 Optimizers take turns of five steps, so that all see the same machine; compare the ratios, not the
 milliseconds of another one. The five are dispatched ahead, as a training loop does: waited for one
 by one, steps of many small kernels now and then fall to one of two cores for seconds. Peers are
@@ -22,9 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from _measure import write
 
 import optax_lowmem as lowmem
+from _measure import write
 
 AHEAD = 5
 
@@ -73,11 +74,23 @@ def rows() -> dict[str, list[tuple[str, optax.GradientTransformation]]]:
 def step_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
   """Update and apply, to be compiled with parameters and state donated."""
 
-  def step(params, state, grads):
-    updates, state = tx.update(grads, state, params)
+  def step(params, state, thin):
+    updates, state = tx.update(gradient(thin, params), state, params)
     return optax.apply_updates(params, updates), state
 
   return jax.jit(step, donate_argnums=(0, 1))
+
+
+def thin_matrices(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """Two matrices whose product has as many elements as an array of `shape`."""
+  keys = jax.random.split(jax.random.key(1))
+  sides = math.prod(shape[:-1]), shape[-1]
+  return tuple(jax.random.normal(k, (n, 16)) * 0.02 for k, n in zip(keys, sides, strict=True))
+
+
+def gradient(thin: tuple[jax.Array, jax.Array], params: jax.Array) -> jax.Array:
+  """A gradient that the step makes, as a training step does: an argument would be copied."""
+  return (thin[0] @ thin[1].T).reshape(params.shape)
 
 
 def sizes(tx: optax.GradientTransformation, shape: tuple[int, ...]) -> dict[str, float]:
@@ -94,24 +107,32 @@ def sizes(tx: optax.GradientTransformation, shape: tuple[int, ...]) -> dict[str,
 def times(
   family: list[tuple[str, optax.GradientTransformation]], shape: tuple[int, ...], repeat: int
 ) -> dict[str, dict[str, float]]:
-  """Seconds of a step, by name, in turns of `AHEAD` steps, dispatched ahead as training does."""
-  keys = jax.random.split(jax.random.key(0))
-  start = jax.random.normal(keys[0], shape) * 0.02
-  grads = jax.random.normal(keys[1], shape) * 1e-3
-  steps, carries = {}, {}
-  taken: dict[str, list[float]] = {name: [] for name, _ in family}
+  """Seconds of a step, by name, in turns of `AHEAD` steps, dispatched ahead as training does.
+
+  Those of its gradient, made alone in the same turns, are taken off.
+  """
+  start = jax.random.normal(jax.random.key(0), shape) * 0.02
+  thin = thin_matrices(shape)
+  alone = jax.jit(gradient).lower(thin, start).compile()
+  steps: dict[str, Any] = {"gradient": lambda params, state, thin: (params, alone(thin, params))}
+  carries: dict[str, Any] = {"gradient": [start, None]}
+  taken: dict[str, list[float]] = {name: [] for name in ("gradient", *(n for n, _ in family))}
   for name, tx in family:
     carries[name] = [jnp.array(start), jax.jit(tx.init)(start)]
-    steps[name] = step_of(tx).lower(*carries[name], grads).compile()
+    steps[name] = step_of(tx).lower(*carries[name], thin).compile()
   for turn in range(repeat + 1):
     for name, seconds in taken.items():
       before = time.perf_counter()
       for _ in range(AHEAD):
-        carries[name] = steps[name](*carries[name], grads)
+        carries[name] = steps[name](*carries[name], thin)
       jax.block_until_ready(carries[name])
       if turn:  # the first one is to warm up
         seconds.append((time.perf_counter() - before) / AHEAD)
-  return {k: {"min": min(s), "median": statistics.median(s)} for k, s in taken.items()}
+  off = taken.pop("gradient")
+  return {
+    k: {"min": min(s) - min(off), "median": statistics.median(s) - statistics.median(off)}
+    for k, s in taken.items()
+  }
 
 
 def compile_seconds(tx: optax.GradientTransformation, leaves: int) -> float:
@@ -120,7 +141,11 @@ def compile_seconds(tx: optax.GradientTransformation, leaves: int) -> float:
   params = {f"{k}": jax.ShapeDtypeStruct(s, jnp.float32) for k, s in enumerate(shapes)}
   state = jax.eval_shape(tx.init, params)
   before = time.perf_counter()
-  step_of(tx).lower(params, state, params).compile()
+  many = jax.jit(
+    lambda p, s, g: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p)),
+    donate_argnums=(0, 1),
+  )
+  many.lower(params, state, params).compile()
   return time.perf_counter() - before
 
 

@@ -27,17 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _measure import write
 
 import optax_lowmem as lowmem
+from _measure import write
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 64, 2, 4, 64, 16
 LR = 4e-3
 POINTS = 40  # of a curve
-# Learning rates by `LR`. CAME is at the best of `--sweep`, the others at half of theirs, where
-# training is not chaotic. CAME's is small: its confidence starts at zero and is not corrected, so
-# after t steps it takes steps 1 / sqrt(1 - b3^t) times as large, 5 times after 400.
-BEST = {"adamw": 1.0, "adafactor": 1.0, "came": 0.125}
+# Learning rates by `LR`. That of CAME is the best of `--sweep`, those of the others are half of
+# theirs, where training is not chaotic. CAME's is small: its confidence starts at zero and is not
+# corrected, so after t steps it takes steps 1 / sqrt(1 - b3^t) times as large, 5 times after 400.
+BEST = {"adamw": 1.0, "adafactor": 1.0, "came": 0.125, "debiased": 0.5}
 
 
 def optimizers(steps: int, peak: float) -> dict[str, optax.GradientTransformation]:
@@ -69,8 +69,9 @@ def factored(
 ) -> dict[str, optax.GradientTransformation]:
   """The optimizers with factored second moments, each at a factor of the learning rate."""
 
-  def lr(name):
-    return optax.warmup_cosine_decay_schedule(0.0, peak * factors[name], steps // 10, steps)
+  def lr(name, times=1):
+    largest = times * peak * factors[name]
+    return optax.warmup_cosine_decay_schedule(0.0, largest, steps // 10, steps)
 
   adafactor = functools.partial(
     lowmem.adafactor,
@@ -79,6 +80,7 @@ def factored(
     multiply_by_parameter_scale=False,
   )
   came = functools.partial(lowmem.came, lr("came"))
+  debiased = functools.partial(lowmem.came, lr("debiased"), debias=True)
   return {
     "optax.adamw": optax.adamw(lr("adamw")),
     "adamw, 8 bits": lowmem.adamw(lr("adamw")),
@@ -88,6 +90,10 @@ def factored(
     "came, 32 bits": came(bits=32),
     "came, 8 bits": came(),
     "came, 4 bits": came(bits=4),
+    "came, debiased, 32 bits": debiased(bits=32),
+    "came, debiased, 8 bits": debiased(),
+    "optax.adamw, at twice the rate": optax.adamw(lr("adamw", 2)),
+    "came, debiased, at twice the rate": lowmem.came(lr("debiased", 2), debias=True),
   }
 
 
@@ -98,7 +104,7 @@ def sweep(steps: int, peak: float) -> None:
   tokens, held_tokens = batches(learn, steps, 0), batches(held, 64, seed=10_000)
   print(f"| by {peak:g} | " + " | ".join(f"{f:g}" for f in factors) + " |")
   print("|---|" + "---|" * len(factors))
-  for name in ("optax.adamw", "adafactor, 32 bits", "came, 32 bits"):
+  for name in ("optax.adamw", "adafactor, 32 bits", "came, 32 bits", "came, debiased, 32 bits"):
     losses = []
     for f in factors:
       tx = factored(steps, peak, dict.fromkeys(BEST, f))[name]

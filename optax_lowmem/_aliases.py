@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import optax.contrib
 
 from optax_lowmem._came import came
 from optax_lowmem._factored import adafactor
+from optax_lowmem._hyperparameters import checked
 from optax_lowmem._norms import lamb, lars
 from optax_lowmem._offloaded import offloaded
 from optax_lowmem._quantized import quantized
@@ -24,7 +26,9 @@ _DOC = """{summary}
 
   Args:
     *args, **kwargs: those of `{home}.{name}`.
-    bits: 8 or 4; or 32 for float32 moments, which gives optax's results bit for bit.
+    bits: 8 or 4; or 32 for float32 moments, which gives optax's results bit for bit where
+      parameters and gradients are float32. Of other dtypes, moments and arithmetic are float32
+      all the same.
     block_size: elements that share a scale, 64 by default.
     min_size: the moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
@@ -35,7 +39,10 @@ _DOC = """{summary}
     The transformation.
 
   Raises:
-    ValueError: for bad `bits`, `block_size` or `min_size`.
+    ValueError: for bad `bits`, `block_size` or `min_size`; for a dtype of moments, unless `bits` is
+      32; for a decay in 16 bits, which `optax.inject_hyperparams` makes for 16-bit parameters.
+    TypeError: for an argument that is not known, for text, and for an array where the program
+      depends on the value (`bits`, a mask).
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
@@ -89,7 +96,7 @@ def _in_few_bits(
   )
   what = textwrap.indent(textwrap.fill(what, 98), "  ")
   optimizer.__doc__ = _DOC.format(home=home, name=name, summary=summary, what=what, example=example)
-  return optimizer
+  return checked(optimizer)
 
 
 def _state(moments: int) -> str:
@@ -131,21 +138,24 @@ _Make = Callable[..., optax.GradientTransformationExtraArgs]
 
 
 def _names() -> dict[str, _Make]:
-  """What Hugging Face's trainer, bitsandbytes and torchao call them."""
+  """What Hugging Face's trainer, bitsandbytes and torchao call them, but for case and spelling."""
   known: dict[str, _Make] = {}
   for rule in (adagrad, adam, adamw, ademamix, lamb, lars, lion, rmsprop, sgd):
     known[rule.__name__] = functools.partial(rule, bits=32)
     for bits in (32, 8, 4):
       # Who asks gradient descent for a number of bits means the bits of a momentum.
       given = {"bits": bits, "momentum": 0.9} if rule is sgd else {"bits": bits}
-      for name in (f"{rule.__name__}_{bits}bit", f"{rule.__name__}{bits}bit"):
-        known[name] = functools.partial(rule, **given)
+      known[f"{rule.__name__}_{bits}bit"] = functools.partial(rule, **given)
   # These say nothing of bits: Hugging Face's Adafactor holds float32, and CAME is used in 8 bits.
   known["adafactor"] = functools.partial(adafactor, bits=32)
   known["came"] = came
   also = {
+    "adamw_apex_fused": "adamw",
+    "adamw_hf": "adamw",
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
+    "adamw_torch_npu_fused": "adamw",
+    "adamw_torch_xla": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw_torch_8bit": "adamw_8bit",
     "adamw_torch_4bit": "adamw_4bit",
@@ -163,7 +173,24 @@ def _paged(make: _Make, *args: Any, **kwargs: Any) -> optax.GradientTransformati
   return offloaded(make(*args, **kwargs))
 
 
+def _letters(name: str) -> str:
+  """A name without what people spell differently: "PagedAdamW8bit" is "paged_adamw_8bit"."""
+  return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _optaxs() -> dict[str, str]:
+  """Where optax keeps its own optimizers, by the letters of their names."""
+  homes = (("optax", optax), ("optax.contrib", optax.contrib))
+  return {
+    _letters(name): f"{home}.{name}"
+    for home, module in homes
+    for name, f in vars(module).items()
+    if inspect.isfunction(f) and "learning_rate" in inspect.signature(f).parameters
+  }
+
+
 _NAMES = _names()
+_SPELLED = {_letters(name): name for name in _NAMES}
 
 
 def create(
@@ -179,7 +206,7 @@ def create(
   `"adafactor"` what here is ``multiply_by_parameter_scale=False``).
 
   Args:
-    name: the name; upper or lower case.
+    name: the name, in any case and spelling: `"PagedAdamW8bit"` is `"paged_adamw_8bit"`.
     learning_rate: a number or an optax schedule.
     **kwargs: further arguments of the optimizer of that name.
 
@@ -187,7 +214,8 @@ def create(
     The transformation.
 
   Raises:
-    ValueError: if the name is not known; lists those that are.
+    ValueError: if the name is not known; lists those that are, and says how to make optax's.
+    TypeError: for arguments that the optimizer does not have.
 
   Examples:
     >>> import optax_lowmem as lowmem
@@ -197,17 +225,23 @@ def create(
       ...
     ValueError: optimizer name 'adamw_8bits' is unknown. Did you mean 'adamw_8bit'? Known: ...
   """
-  asked = str(name).lower()
-  make = _NAMES.get(asked)
-  if make is None:
+  asked = _letters(name) if isinstance(name, str) else ""
+  if asked not in _SPELLED:
     known = ", ".join(sorted(n for n in _NAMES if not n.startswith("paged_")))
     raise ValueError(
       f"optimizer name {name!r} {_reason(asked)} Known: {known}; each also as 'paged_…'."
     )
-  return make(learning_rate, **kwargs)
+  return _NAMES[_SPELLED[asked]](learning_rate, **kwargs)
 
 
 def _reason(asked: str) -> str:
   """Why a name is refused, and what to ask for instead."""
-  near = difflib.get_close_matches(asked, _NAMES, n=1, cutoff=0.5)
-  return "is unknown." + (f" Did you mean {near[0]!r}?" if near else "")
+  match = re.fullmatch(r"(paged)?(.*?)(?:(32|8|4)bit)?", asked)
+  assert match is not None  # all of it is optional
+  paged, rule, bits = match.groups()
+  if rule in (optaxs := _optaxs()):
+    call = f"{optaxs[rule]}(learning_rate)"
+    call = f"quantized({call}, {bits or 8})"
+    return f"is optax's own: pass `{f'offloaded({call})' if paged else call}`."
+  near = difflib.get_close_matches(asked, _SPELLED, n=1, cutoff=0.5)
+  return "is unknown." + (f" Did you mean {_SPELLED[near[0]]!r}?" if near else "")

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from optax_lowmem._checks import check_block_size
 from optax_lowmem._codebooks import get_codebook
-from optax_lowmem._codes import TINY, Codebook
+from optax_lowmem._codes import Codebook
 from optax_lowmem._packing import pack, pack_halves, unpack, unpack_halves
+from optax_lowmem._scales import largest, scales_of
+from optax_lowmem._tangents import without_tangent
 
 _EXPONENT = 0x7F800000  # the bits of a float32 that are all set if it is not finite
 _SCALE_BLOCK = 256  # double quantization: block of the scales, as in bitsandbytes
-_in_kernel = contextvars.ContextVar("in_kernel", default=False)
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=("codes", "scales", "offset"),
-  meta_fields=("codebook", "block", "extent", "dtype"),
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedArray:
   r"""An array held as codes and one scale a block, a pytree of its arrays.
 
-  The value is ``codebook.decode(code) * scale (+ offset)``.
+  The value is ``codebook.decode(code) * scale (+ offset)``. NumPy and JAX functions take it as the
+  array that it stands for; functions of pytrees see its codes and scales.
+
+  The key path of the codes names their form: ``.codes_power8_64`` are those of the codebook
+  `"power8"` in blocks of 64. What saves arrays by their path, as Orbax does, so saves the form, and
+  refuses to restore codes as those of another one.
 
   A block covers `block[0]` consecutive indices of axis ``-len(block)`` and all of the axes after
   it; axes before it are independent. So blocks are contiguous runs in row-major order, the last one
@@ -71,6 +72,27 @@ class QuantizedArray:
   extent: tuple[int, ...]
   dtype: Any
 
+  def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arrays, and what is static."""
+    arrays = self.codes, self.scales, self.offset
+    return arrays, (self.codebook, self.block, self.extent, self.dtype)
+
+  def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arrays with their keys, and what is static."""
+    arrays, static = self.tree_flatten()
+    keys = map(jax.tree_util.GetAttrKey, (self.form, "scales", "offset"))
+    return tuple(zip(keys, arrays, strict=True)), static
+
+  @classmethod
+  def tree_unflatten(cls, static: tuple[Any, ...], arrays: Sequence[Any]) -> QuantizedArray:
+    """The inverse of `tree_flatten`."""
+    return cls(*arrays, *static)
+
+  @property
+  def form(self) -> str:
+    """What the codes are, and the key under which they stand in a tree."""
+    return f"codes_{self.codebook.name}_{'x'.join(map(str, self.block))}"
+
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the array that was quantized."""
@@ -95,6 +117,34 @@ class QuantizedArray:
     """Returns the values as an array of `shape`, in `dtype` (default: the original dtype)."""
     return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
+  def __jax_array__(self) -> jax.Array:
+    return self.dequantize()
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    if copy is False:
+      raise ValueError("a QuantizedArray cannot be converted without a copy. Leave `copy` out.")
+    return np.asarray(self.dequantize(), dtype)
+
+  def astype(self, dtype: Any) -> Any:
+    """Raises TypeError: its codes cannot be cast. `dequantize(dtype)` gives values in a dtype."""
+    raise TypeError(
+      f"a QuantizedArray cannot be cast to {dtype}, its codes would be lost. Take its values with "
+      "`dequantize(dtype)`, or leave it out, as in `jax.tree.map(..., is_leaf=lambda x: "
+      "isinstance(x, QuantizedArray))`."
+    )
+
+  def __repr__(self) -> str:
+    leaves = jax.tree.leaves(self)
+    known = hasattr(self.codes, "dtype") and len(self.codes.shape) >= len(self.block)
+    shape = ",".join(map(str, self.shape if known else ("...", *self.extent)))
+    block = self.block[0] if len(self.block) == 1 else self.block
+    text = f"{jnp.dtype(self.dtype)}[{shape}], codebook={self.codebook.name!r}, block={block}"
+    if isinstance(self.scales, QuantizedArray):
+      text += ", double_quantize=True"
+    if not known:  # a tree of something else, such as shardings
+      text += f", leaves={leaves}"
+    return f"QuantizedArray({text})"
+
 
 def quantize(
   x: jax.Array,
@@ -106,7 +156,8 @@ def quantize(
 
   Each block of `block_size` consecutive elements is divided by its largest magnitude
   :math:`s`, and every quotient is replaced by the nearest value of the codebook (of
-  `"log8_unsigned"` and `"log4_unsigned"`, by one of the two next to it, so that the mean is right):
+  `"log8_unsigned"` and `"log4_unsigned"`, by one of the two next to it, so that the mean is right;
+  unsigned power codes store nothing that is positive as zero):
 
   .. math::
     c_i = \arg\min_c |q_c - x_i / s|, \quad s = \max_i |x_i|, \quad \hat x_i = q_{c_i} s.
@@ -117,8 +168,8 @@ def quantize(
   Args:
     x: floating array of rank 1 or more.
     codebook: a name: `"dynamic"`, `"dynamic_unsigned"` (bitsandbytes' 8-bit maps, code for code),
-      `"linear"`, `"log8"`, `"log8_unsigned"` (8 bits), `"nf4"`, `"fp4"`, `"log4"`,
-      `"log4_unsigned"` (4 bits).
+      `"linear"`, `"power8"`, `"power8_unsigned"`, `"log8"`, `"log8_unsigned"` (8 bits), `"nf4"`,
+      `"fp4"`, `"power4"`, `"power4_unsigned"`, `"log4"`, `"log4_unsigned"` (4 bits).
     block_size: elements a block; a positive even number.
     double_quantize: also quantize the scales: their mean is subtracted and the rest held in 8-bit
       `dynamic` codes with one float32 scale for 256 of them (Dettmers et al, 2023). The scales are
@@ -156,7 +207,7 @@ def quantize(
   if not book.signed and not isinstance(x, Tracer) and bool((x < 0).any()):
     raise ValueError(
       f"`x` has negative elements, and `codebook` {book.name!r} is unsigned. Use a signed "
-      "codebook such as 'dynamic' or 'log8'."
+      "codebook such as 'dynamic' or 'power8'."
     )
   q = encode(x, book, (block_size,))
   if not double_quantize:
@@ -174,12 +225,18 @@ def encode(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> Quantize
   return encode_finite(finite_or(x, 0.0), codebook, block)
 
 
-def encode_finite(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
-  """`encode` for an `x` that is known to be finite."""
+def encode_finite(
+  x: jax.Array, codebook: Codebook, block: tuple[int, ...], old: jax.Array | None = None
+) -> QuantizedArray:
+  """`encode` for an `x` that is known to be finite, in the place of `old`, if there was one."""
   lead, n = _merge(x.shape, block)
   ones, count = (1,) * (len(block) - 1), -(-n // math.prod(block))
-  blocks = _split(x.astype(jnp.float32).reshape(*lead, n), math.prod(block))
-  (codes,), scales = _encode_parts([blocks], codebook)
+
+  def split(x):
+    return _split(x.astype(jnp.float32).reshape(*lead, n), math.prod(block))
+
+  olds = None if old is None else [split(old)]
+  (codes,), scales = _encode_parts([split(x)], codebook, olds)
   if codebook.bits == 8:
     codes = _join(codes, lead, n).reshape(x.shape)
   elif codebook.pairs_neighbours:
@@ -199,12 +256,13 @@ def encode_finite(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> Q
 
 
 def _encode_parts(
-  parts: Sequence[jax.Array], codebook: Codebook
+  parts: Sequence[jax.Array], codebook: Codebook, olds: Sequence[jax.Array] | None
 ) -> tuple[list[jax.Array], jax.Array]:
   """Codes of parts of the same blocks, (…, length of the part), and their scales, (…, 1)."""
-  scales = jax.lax.bitcast_convert_type(_largest(parts, codebook.signed), jnp.float32)
-  scales = jnp.where(scales < TINY, 0.0, jnp.maximum(scales, codebook.smallest_scale))
-  return [codebook.encode_blocks(x, scales) for x in parts], scales
+  parts = [without_tangent(x) for x in parts]
+  scales = scales_of(largest(parts, codebook.signed), codebook)
+  pairs = zip(parts, olds or [None] * len(parts), strict=True)
+  return [codebook.encode_blocks(x, scales, old) for x, old in pairs], scales
 
 
 # A row of a tile is a block, and XLA makes slow code of anything that takes a row of 4-bit codes
@@ -227,11 +285,14 @@ def decode_halves(q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
   return high, low
 
 
-def encode_halves(halves: Sequence[jax.Array], like: QuantizedArray) -> QuantizedArray:
-  """The inverse of `decode_halves`, of finite values."""
+def encode_halves(
+  halves: Sequence[jax.Array], like: QuantizedArray, olds: Sequence[jax.Array]
+) -> QuantizedArray:
+  """The inverse of `decode_halves`, of finite values in the place of `olds`."""
   if not has_halves(like):
-    return encode_finite(jnp.concatenate(halves, axis=-1), like.codebook, like.block)
-  (high, low), scales = _encode_parts(halves, like.codebook)
+    new, old = (jnp.concatenate(x, axis=-1) for x in (halves, olds))
+    return encode_finite(new, like.codebook, like.block, old)
+  (high, low), scales = _encode_parts(halves, like.codebook, olds)
   return dataclasses.replace(like, codes=(high << 4) | low, scales=scales)
 
 
@@ -245,34 +306,6 @@ def is_finite(x: jax.Array) -> jax.Array:
 def finite_or(new: jax.Array, old: jax.Array | float) -> jax.Array:
   """`new` where it is finite, `old` elsewhere."""
   return jnp.where(is_finite(new), new, old)
-
-
-@contextlib.contextmanager
-def in_kernel() -> Iterator[None]:
-  """What is traced within is for the body of a GPU kernel; the values are the same."""
-  token = _in_kernel.set(True)
-  try:
-    yield
-  finally:
-    _in_kernel.reset(token)
-
-
-def _largest(parts: Sequence[jax.Array], signed: bool) -> jax.Array:
-  """Bits of the largest magnitude of each block of finite float32: (…, length) -> (…, 1).
-
-  `parts` are those of the same blocks. If not `signed`, negative values count as zero.
-  """
-  # Patterns of magnitudes are in the order of the magnitudes. Maxima of integers vectorize, those
-  # of floats do not; halving first leaves XLA a loop over whole vectors: 5 ms, not 39, for 2^24.
-  # In a kernel one maximum is better: its halves lie in other threads (71 barriers, not 7).
-  patterns = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in parts]
-  if signed:
-    patterns = [x & 0x7FFFFFFF for x in patterns]
-  pattern = functools.reduce(jnp.maximum, patterns)
-  while not _in_kernel.get() and pattern.shape[-1] % 2 == 0 and pattern.shape[-1] > 16:
-    half = pattern.shape[-1] // 2
-    pattern = jnp.maximum(pattern[..., :half], pattern[..., half:])
-  return pattern.max(axis=-1, keepdims=True, initial=0)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jax.core import Tracer
 
 
@@ -30,6 +31,19 @@ def check_block_size(block_size: int) -> int:
 
 
 def check_min_size(min_size: int) -> None:
-  """Raises if `min_size` is negative."""
+  """Raises if `min_size` is no number or negative."""
+  if not isinstance(min_size, int | float | np.number):
+    raise ValueError(f"`min_size` must be a number, got {min_size!r}. Pass 0 for no limit.")
   if min_size < 0:
     raise ValueError(f"`min_size` must not be negative, got {min_size}. Pass 0 for no limit.")
+
+
+def check_transformation(name: str, tx: Any) -> None:
+  """Raises unless `tx` has the two methods of a transformation."""
+  methods = getattr(tx, "init", None), getattr(tx, "update", None)
+  if isinstance(tx, type) or not all(map(callable, methods)):
+    what = type(tx).__name__
+    if callable(tx):
+      what = f"the function `{getattr(tx, '__name__', what)}`"
+    hint = f" Call it first: `{tx.__name__}(…)`." if hasattr(tx, "__name__") else ""
+    raise TypeError(f"`{name}` must be an optax transformation, got {what}.{hint}")

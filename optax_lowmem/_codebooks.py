@@ -12,6 +12,7 @@ import numpy as np
 
 from optax_lowmem._codes import Codebook
 from optax_lowmem._log_codes import Log
+from optax_lowmem._power_codes import Power
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,11 @@ _FP4 = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
 _CODEBOOKS: dict[str, Codebook] = {
   book.name: book
   for book in (
+    # Compared with others in benchmarks/accuracy.py and codebooks.py: docs/codebooks.md.
+    Power("power8", 8, True, fourth=0.75),
+    Power("power8_unsigned", 8, False, fourth=1.0),
+    Power("power4", 4, True, fourth=0.0, still=0.25),
+    Power("power4_unsigned", 4, False, fourth=0.75),
     # Reach 9.9 octaves: |m| down to 1e-3 of its block's largest, then zero.
     Log("log8", 8, True, fine=32, octaves=2, coarse=8),
     # Reach 21.7 octaves of v: sqrt(v) down to 5e-4 of its block's largest.

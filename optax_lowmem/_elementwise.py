@@ -22,9 +22,12 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
+
+from optax_lowmem._jaxprs import CALLS
 
 # Primitives whose every output element depends on just the same element of each operand.
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
   """
   abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
   copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
@@ -33,12 +36,6 @@ _ELEMENTWISE = frozenset(
   stop_gradient sub tan tanh xor
   """.split()
 )
-# Primitives that only wrap a jaxpr, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-    "remat": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-}  # fmt: skip
 
 
 class NotElementwise(Exception):
@@ -101,6 +98,7 @@ class Program:
     constants = [self._constant(value) for value in closed.consts]
     self._outputs = self._walk(closed.jaxpr, constants, self._inputs)
     self.owners = [ref.owner for ref in self._outputs]
+    self._before: dict[int, int] = {}
 
   def run_shared(self, args: Sequence[Any]) -> dict[int, Any]:
     """Runs the part that belongs to no leaf; returns the environment for `run_leaf`.
@@ -138,15 +136,52 @@ class Program:
     env, wanted = dict(env), list(results)
     env.update((self._inputs[k].index, x) for k, x in args.items())
     env.update((self._outputs[k].index, x) for k, x in (given or {}).items())
-    shape = next(iter(args.values())).shape
+    like = next(iter(args.values()))
+    form = like.shape, _explicit_sharding(like)
     for op in self._needed(leaf, wanted, given or {})[0]:
-      _bind(op, env, shape)
+      _bind(op, env, form)
     refs = ((k, self._outputs[k]) for k in wanted)
-    return {k: _full(r, env[r.index], shape) if r.uniform else env[r.index] for k, r in refs}
+    return {k: _full(r, env[r.index], *form) if r.uniform else env[r.index] for k, r in refs}
 
   def arguments_of(self, leaf: int, results: Iterable[int], given: Iterable[int]) -> set[int]:
     """Positions of the leaf's arguments that `results` are made of, where `given` are known."""
     return self._needed(leaf, results, given)[1]
+
+  def before_parameters(self, leaf: int, moving: Sequence[int]) -> int:
+    """The position of the last value behind a result that is made without the parameter.
+
+    Weight decay, learning rate and their like are applied to one value that the rest of a rule
+    makes. That value becomes a further result of the program.
+
+    Args:
+      leaf: the index of the leaf; also the position of the result.
+      moving: positions of the arguments that the rule works on: gradient and state.
+
+    Returns:
+      Its position; `leaf` itself if the result needs no parameter, or more than one such value.
+    """
+    if leaf in self._before:
+      return self._before[leaf]
+    moved = {self._inputs[k].index for k in moving}
+    for op in self._ops.get(leaf, ()):
+      if moved & {ref.index for ref in op.inputs}:
+        moved.update(ref.index for ref in op.outputs)
+    maker = {ref.index: op for op in self._ops.get(leaf, ()) for ref in op.outputs}
+    value, found = self._outputs[leaf], None
+    while (op := maker.get(value.index)) is not None:
+      from_moving = {ref.index: ref for ref in op.inputs if ref.index in moved}
+      if len(from_moving) != 1:
+        break
+      (value,) = from_moving.values()
+      if any(ref.owner is not None and ref.index not in moved for ref in op.inputs):
+        found = value
+    if found is None or found.index not in maker or found.aval.dtype != jnp.float32:
+      self._before[leaf] = leaf
+    else:
+      self._before[leaf] = len(self._outputs)
+      self._outputs.append(found)
+      self.owners.append(leaf)
+    return self._before[leaf]
 
   def outline(self, arguments: Sequence[int], results: Sequence[int]) -> tuple[Any, list[int]]:
     """What the part of one leaf does, whichever leaf it is.
@@ -203,7 +238,8 @@ class Program:
   def shared_result(self, position: int, env: dict[int, Any]) -> jax.Array:
     """The flat result at `position`, which belongs to no leaf."""
     ref = self._outputs[position]
-    return _full(ref, env[ref.index], ref.aval.shape) if ref.uniform else env[ref.index]
+    value = env[ref.index]
+    return _full(ref, value, ref.aval.shape) if ref.uniform else jnp.asarray(value)
 
   def is_uniform(self, position: int) -> bool:
     """Whether the flat result at `position` is the same everywhere."""
@@ -239,7 +275,7 @@ class Program:
     for eqn in jaxpr.eqns:
       operands = [read(atom) for atom in eqn.invars]
       name = eqn.primitive.name
-      inner = eqn.params.get(_CALLS.get(name, ""))
+      inner = eqn.params.get(CALLS.get(name, ""))
       if inner is not None:
         inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
         results = self._walk(inner, [self._constant(c) for c in consts], operands)
@@ -254,7 +290,7 @@ class Program:
     if len(leaves) > 1:
       raise NotElementwise(f"{name!r} mixes two leaves")
     owner = leaves.pop() if leaves else None
-    elementwise = name in _ELEMENTWISE
+    elementwise = name in ELEMENTWISE
     if name == "broadcast_in_dim":
       (operand, *_), aval = operands, eqn.outvars[0].aval
       if operand.uniform or (owner is not None and operand.aval.shape == aval.shape):
@@ -274,21 +310,27 @@ class Program:
     return list(outputs)
 
 
-def _full(ref: _Ref, value: Any, shape: tuple[int, ...]) -> jax.Array:
-  return jnp.broadcast_to(jnp.asarray(value, ref.aval.dtype), shape)
+def _full(ref: _Ref, value: Any, shape: tuple[int, ...], sharding: Any = None) -> jax.Array:
+  return jnp.broadcast_to(jnp.asarray(value, ref.aval.dtype), shape, out_sharding=sharding)
 
 
-def _bind(op: _Op, env: dict[int, Any], shape: tuple[int, ...] | None = None) -> None:
-  """Evaluates one operation; `shape` is the tile's, or None for one that belongs to no leaf."""
+def _explicit_sharding(x: Any) -> Any:
+  """How `x` lies on a mesh of explicit axes, where a selection asks for operands that lie alike."""
+  sharding = jax.typeof(x).sharding
+  return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _bind(op: _Op, env: dict[int, Any], form: tuple[tuple[int, ...], Any] | None = None) -> None:
+  """Evaluates one operation; `form` is the tile's shape and sharding, or None if it has no leaf."""
   values = []
   for ref in op.inputs:
     value = env[ref.index]
     if ref.uniform:
-      spread = () if op.on_scalars else ref.aval.shape if shape is None else shape
-      value = _full(ref, value, spread)
+      spread = ((),) if op.on_scalars else form or (ref.aval.shape,)
+      value = _full(ref, value, *spread)
     values.append(value)
   params = op.params
-  if params.get("sharding") is not None and (op.on_scalars or shape is not None):
+  if params.get("sharding") is not None and (op.on_scalars or form is not None):
     params = params | {"sharding": None}  # that of the whole array, not of an element or a tile
   results = op.primitive.bind(*values, **params)
   if not op.primitive.multiple_results:

@@ -1,27 +1,27 @@
-"""One update of a transformation whose state is stored: by tiles where that is proved right."""
+"""One update of a transformation whose state is stored, parameter by parameter if that is right."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from optax_lowmem import kernels
-from optax_lowmem._blocks import (
-  decode_halves,
-  encode_finite,
-  encode_halves,
-  finite_or,
-  is_finite,
-)
+from optax_lowmem._announced import Announced, announce_phases, announced, is_heard
+from optax_lowmem._blocks import encode_finite, finite_or
 from optax_lowmem._boxes import unbox
 from optax_lowmem._elementwise import NotElementwise, Program
+from optax_lowmem._extra_args import split
+from optax_lowmem._gradients import check_gradients, check_moments
+from optax_lowmem._journal import asked_for, note
+from optax_lowmem._methods import reason_against_kernel, run
 from optax_lowmem._moments import is_quantized, places
+from optax_lowmem._phases import in_a_phase, in_phases
+from optax_lowmem._plan import Plan, decoded
+from optax_lowmem._scales import healed, single_maximum
 from optax_lowmem._sharding import on_shards, with_automatic_sharding
-from optax_lowmem._stream import map_tiles
 
 
 def update_stored(
@@ -30,27 +30,73 @@ def update_stored(
   """Runs `update(grads, state, params, **extra_args)` in float32 on a state that is stored."""
   out_tree = jax.tree.structure((grads, state), is_leaf=is_quantized)
 
-  args = unbox(grads), unbox(state), unbox(params), extra_args
+  grads, state, params = map(as_arrays, (unbox(grads), unbox(state), unbox(params)))
+  args = grads, state, params, extra_args
+  check_gradients(grads, params)
   try:
-    new = _by_tiles(update, *args)
-  except NotElementwise:
-    whole = functools.partial(_on_whole_arrays, update)
-    new = with_automatic_sharding(whole, args, like=args[:2])
+    new = _by_parameters(update, *args)
+  except NotElementwise as reason:
+    for path, _ in jax.tree_util.tree_flatten_with_path(args[0])[0]:
+      note(path, "whole", f"the rule is not elementwise: {reason}")
+
+    def whole(grads, state, params, extra_args):
+      arrays, fixed = split(extra_args)
+
+      def run(grads, state, params, arrays):
+        return _on_whole_arrays(update, grads, state, params, fixed.joined(arrays))
+
+      trees = grads, state, params
+      return with_automatic_sharding(run, (*trees, arrays), like=(grads, state))
+
+    new = in_phases_on_gpus(whole, *args)
   return out_tree.unflatten(jax.tree.leaves(new, is_leaf=is_quantized))
+
+
+def in_phases_on_gpus(update: Callable[..., Any], *args: Any) -> Any:
+  """`update(*args)`; where it is compiled for a GPU, computed in phases.
+
+  Not on a TPU: to see an array as rows of blocks is a copy there, as lanes are not to be split.
+
+  Args:
+    update: returns updates and state.
+    *args: gradients, state and parameters; then anything.
+  """
+  *arrays, extra = args
+
+  def plain(*arrays):
+    return update(*arrays, extra)
+
+  def phased(*arrays):
+    def run(*arrays):
+      return in_phases(plain, *arrays)
+
+    with single_maximum():
+      return with_automatic_sharding(run, arrays, like=arrays[:2])
+
+  traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays))
+  if not traced or in_a_phase():
+    return plain(*arrays)
+  if is_heard():
+    announce_phases()
+    return phased(*arrays)
+  return jax.lax.platform_dependent(*arrays, cpu=plain, tpu=plain, default=phased)
 
 
 def update_dense(
   update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
   """Runs `update` on a state that is held as the rule made it, from float32 parameters."""
+  grads, params = as_arrays(grads), as_arrays(params)
+  check_gradients(grads, params)
   updates, state = update(_to_float32(grads), state, _to_float32(params), **extra_args)
   return _as_updates(updates, grads, params), state
 
 
-def _by_tiles(update, grads, state, params, extra_args):
-  """Decodes, updates and encodes a tile at a time; raises NotElementwise if that were wrong."""
+def _by_parameters(update, grads, state, params, extra_args):
+  """Updates each parameter by itself, in parts; raises NotElementwise if that were wrong."""
   leaves, treedef = jax.tree.flatten((grads, state, params), is_leaf=is_quantized)
   owners = [place.owner for place in places((grads, state, params), grads)]
+  check_moments(leaves, owners)
   dense = [
     jax.ShapeDtypeStruct(x.shape, x.dtype if owner is None else jnp.float32)
     for x, owner in zip(leaves, owners, strict=True)
@@ -73,19 +119,39 @@ def _by_tiles(update, grads, state, params, extra_args):
   env = program.run_shared(leaves)
   results = [program.shared_result(k, env) if owners[k] is None else None for k in range(count)]
   compiled: dict[Any, Any] = {}
+  paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]]
   for leaf, dtype in enumerate(_update_dtypes(grads, params)):
     members = [k for k, owner in enumerate(owners) if owner == leaf]
     made = [k for k in members if k < count]
     # Leaves of which the rule makes the same are traced once for each shape: of 160 leaves, in an
     # eighth of the time.
     key, scalars = program.outline(members, made)
-    key = key, dtype
+    tiles = [jax.tree.map(_shape, leaves[k]) for k in members]
+    flat, structure = jax.tree.flatten(tiles)
+    key = key, dtype, structure, *((x.shape, x.dtype) for x in flat)
     if key not in compiled:
-      compiled[key] = jax.jit(_leaf_update(program, env, members, made, scalars, dtype))
+      compiled[key] = jax.jit(_leaf_update(program, env, members, made, scalars, dtype, tiles))
     new = compiled[key]([leaves[k] for k in members], [env[i] for i in scalars])
     for k, value in zip(made, new, strict=True):
       results[k] = value
+    if asked_for():
+      values = {k: leaves[k] for k in members}
+      note(paths[leaf], *_method_of(program, env, leaf, made[1:], values, dtype))
   return out_tree.unflatten(results)
+
+
+def _method_of(
+  program: Program, env: Any, leaf: int, states: Sequence[int], values: dict[int, Any], dtype: Any
+) -> tuple[str, str]:
+  """By what a parameter is updated, and why; of `_update_leaf`'s arguments."""
+  if not any(is_quantized(values[k]) for k in states):
+    return "optax", "nothing of its state is in few bits"
+  if in_a_phase():
+    return "elementwise", "it is part of a rule that takes norms or means of whole arrays"
+  if (platform := asked_for()) not in ("cuda", "tpu"):
+    return "elementwise", f"there is no kernel for {platform}"
+  plan = Plan(program, leaf, states, values, dtype)
+  return "elementwise", reason_against_kernel(platform, plan, env, values) or ""
 
 
 def _leaf_update(
@@ -95,11 +161,12 @@ def _leaf_update(
   made: Sequence[int],
   scalars: Sequence[int],
   dtype: Any,
+  tiles: Sequence[Any],
 ) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
   """`_update_leaf` as a function of its arrays and scalars alone, by each device for its shard."""
   leaf, states = made[0], made[1:]
 
-  def run(values, shared):
+  def update(values, shared):
     return _update_leaf(program, env | shared, leaf, states, values, dtype)
 
   def on_arrays(arrays, shared):
@@ -108,12 +175,15 @@ def _leaf_update(
     if any(is_quantized(values[k]) for k in states):
       results = {k: values[k] for k in states}
       results[leaf] = jax.ShapeDtypeStruct(values[leaf].shape, dtype)
-      new = on_shards(run, values, shared, results)
+      new = on_shards(update, values, shared, results)
     else:
-      new = run(values, shared)  # plain arithmetic, which JAX can lay out
+      new = update(values, shared)  # plain arithmetic, which JAX can lay out
     return [new[k] for k in made]
 
-  return on_arrays
+  if not any(map(is_quantized, tiles)):
+    return on_arrays
+  kept = [k for k in states if program.returns_argument(k) == k]
+  return announced(on_arrays, Announced(update, members, made, kept, scalars, tiles))
 
 
 def _update_leaf(
@@ -130,79 +200,41 @@ def _update_leaf(
     dtype: dtype of the update.
   """
   if not any(is_quantized(values[k]) for k in states):
-    dense = {k: _decode(x, jnp.float32) for k, x in values.items()}
+    dense = {k: decoded(x) for k, x in values.items()}
     new = program.run_leaf(leaf, env, dense, [leaf, *states])
     return {k: x.astype(dtype if k == leaf else values[k].dtype) for k, x in new.items()}
-
-  kept = [k for k in states if program.returns_argument(k) == k]
-  moving = [k for k in states if k not in kept]
-  # What the rule makes of gradient and old state, as opposed to an old gradient kept for later.
-  made = [k for k in moving if program.returns_argument(k) is None and not program.is_uniform(k)]
-  # Most rules make the update of the new moments. It is then made of them as they are stored,
-  # outside the loop, where XLA fuses it with whatever follows (weight decay, `apply_updates`) and
-  # no update is ever written to memory: a third of the time of a step on a CPU.
-  # Not of a second moment that may have become zero, though: it would explode.
-  late = program.arguments_of(leaf, [leaf], made).isdisjoint(moving)
-  late = late and not any(is_quantized(values[k]) and values[k].codebook.may_vanish for k in made)
-  made_in_loop = moving if late else [*moving, leaf]
-  in_place = not late and values[leaf].dtype == dtype  # the update takes its gradient's place
-  needed = program.arguments_of(leaf, made_in_loop, ()) | set(moving)
-  reads = sorted(needed - {*moving, *([leaf] if in_place else [])})
-
-  def on_tile(read, write):
-    read = dict(zip(reads, read, strict=True))
-    write = dict(zip(made_in_loop, write, strict=True))
-    old = _parts(write | read)
-    new = [program.run_leaf(leaf, env, part, made_in_loop) for part in old]
-    return [
-      _encode_like(like, [part[k] for part in new], [part[k] for part in old])
-      for k, like in write.items()
-    ]
-
-  def run(over_tiles, values):
-    writes = [values[k] for k in moving]
-    if not late:
-      writes.append(values[leaf] if in_place else jnp.zeros(values[leaf].shape, dtype))
-    new = over_tiles(on_tile, [values[k] for k in reads], writes)
-    new = dict(zip(made_in_loop, new, strict=True))
-    if late:
-      new[leaf] = _update_of_stored(program, env, leaf, made, values | new).astype(dtype)
-    return new
-
-  by_tiles = functools.partial(run, map_tiles)
-  on_blocks = functools.partial(run, lambda fn, read, write: fn(read, write))  # a kernel's tile
-  needed |= program.arguments_of(leaf, [leaf], made if late else ()) | {leaf}
-  forms = {k: values[k] for k in moving}
-  forms[leaf] = jax.ShapeDtypeStruct(values[leaf].shape, dtype)
-  new = kernels.update(on_blocks, {k: values[k] for k in sorted(needed)}, forms, by_tiles)
-  return {k: values[k] for k in kept} | new
+  plan = Plan(program, leaf, states, values, dtype)
+  return {k: values[k] for k in plan.kept} | run(plan, env, values)
 
 
-def _update_of_stored(
-  program: Program, env: Any, leaf: int, made: Sequence[int], values: dict[int, Any]
-) -> jax.Array:
-  """The update that the rule makes of its new state, `made`, as it is stored in `values`."""
-  dense = {k: _decode(x, jnp.float32) for k, x in values.items()}
-  # Where a moment became NaN or Inf, the last one was stored, but the update is to show it. The
-  # rule, applied once more, makes it so again.
-  quantized = [k for k in made if is_quantized(values[k])]
-  again = program.run_leaf(leaf, env, dense, quantized)
-  stored = {k: dense[k] for k in made}
-  stored |= {k: jnp.where(is_finite(again[k]), dense[k], again[k]) for k in quantized}
-  return program.run_leaf(leaf, env, dense, [leaf], given=stored)[leaf]
+def _shape(x: Any) -> Any:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _on_whole_arrays(update, grads, state, params, extra_args):
   """Decodes everything, updates, encodes everything: right for any transformation."""
-  dense = jax.tree.map(_decode_half, state, is_leaf=is_quantized)
+  dense = jax.tree.map(_decode_narrow, _healed(state, grads), is_leaf=is_quantized)
   updates, new = update_dense(update, grads, dense, params, extra_args)
   return updates, jax.tree.map(
-    lambda stored, value, old: _encode_like(stored, [value], [old]),
+    _encode_like,
     state,
     new,
     dense,
     is_leaf=is_quantized,
   )
+
+
+def _healed(state: Any, grads: Any) -> Any:
+  """`state` with `healed` moments, parameter by parameter."""
+  leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
+  members: dict[int | None, list[int]] = {}
+  for k, place in enumerate(places(state, grads)):
+    if is_quantized(leaves[k]):
+      members.setdefault(place.owner, []).append(k)
+  for same in members.values():
+    for k, x in zip(same, healed([leaves[k] for k in same]), strict=True):
+      leaves[k] = x
+  return treedef.unflatten(leaves)
 
 
 def _as_updates(updates: Any, grads: Any, params: Any) -> Any:
@@ -221,6 +253,11 @@ def _update_dtypes(grads: Any, params: Any) -> list[Any]:
   return [jnp.promote_types(d, p.dtype) for d, p in zip(dtypes, params, strict=True)]
 
 
+def as_arrays(tree: Any) -> Any:
+  """Python numbers among the leaves as arrays: a parameter may be one."""
+  return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
 def _to_float32(tree: Any) -> Any:
   """Floating leaves in float32: arithmetic in bf16 would stall a moment with b2 = 0.999."""
 
@@ -230,38 +267,15 @@ def _to_float32(tree: Any) -> Any:
   return jax.tree.map(cast, tree)
 
 
-def _decode(stored: Any, dtype: Any) -> jax.Array:
-  return stored.dequantize(dtype) if is_quantized(stored) else stored.astype(dtype)
+def _decode_narrow(stored: Any) -> jax.Array:
+  """Quantized arrays and those of 16 or 8 bits in float32, others as they are."""
+  dtype = stored.dtype
+  narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+  return decoded(stored) if narrow or is_quantized(stored) else stored
 
 
-def _decode_half(stored: Any) -> jax.Array:
-  """Quantized and half-precision arrays in float32, others as they are."""
-  half = stored.dtype in (jnp.bfloat16, jnp.float16)
-  return _decode(stored, jnp.float32 if half else stored.dtype)
-
-
-def _parts(tiles: dict[int, Any]) -> list[dict[int, jax.Array]]:
-  """Tiles in float32: as they are, or in two parts where `map_tiles` gave pairs."""
-  pairs = any(isinstance(x, tuple) for x in tiles.values())
-
-  def parts(x):
-    if not pairs:
-      return [_decode(x, jnp.float32)]
-    if is_quantized(x):
-      return decode_halves(x)
-    return [_decode(half, jnp.float32) for half in x]
-
-  both = {k: parts(x) for k, x in tiles.items()}
-  return [{k: x[i] for k, x in both.items()} for i in range(1 + pairs)]
-
-
-def _encode_like(stored: Any, values: Sequence[jax.Array], olds: Sequence[jax.Array]) -> Any:
-  """The parts of a value in the form of `stored`; what is not finite is, if quantized, not new."""
+def _encode_like(stored: Any, value: jax.Array, old: jax.Array) -> Any:
+  """A value in the form of `stored`; what is not finite is, if quantized, not new."""
   if not is_quantized(stored):
-    if not isinstance(stored, tuple):
-      return values[0].astype(stored.dtype)
-    return tuple(x.astype(like.dtype) for x, like in zip(values, stored, strict=True))
-  values = [finite_or(x, old) for x, old in zip(values, olds, strict=True)]
-  if len(values) == 1:
-    return encode_finite(values[0], stored.codebook, stored.block)
-  return encode_halves(values, stored)
+    return value.astype(stored.dtype)
+  return encode_finite(finite_or(value, old), stored.codebook, stored.block, old)

@@ -13,13 +13,16 @@ import optax
 from optax_lowmem._blocks import finite_or
 from optax_lowmem._chains import chain
 from optax_lowmem._checks import check
+from optax_lowmem._hyperparameters import checked
 from optax_lowmem._moments import is_quantized
 from optax_lowmem._quantized import quantized
+from optax_lowmem._sharding import zeros_without
 
 # The axes that `_by_layer` maps over: the count is one for all layers.
 _LAYERS: Any = optax.FactoredState(None, 0, 0, 0)  # type: ignore[arg-type]
 
 
+@checked
 def adafactor(
   learning_rate: optax.ScalarOrSchedule | None = None,
   min_dim_size_to_factor: int = 128,
@@ -93,7 +96,8 @@ def adafactor(
     weight_decay_mask: a tree of bools, or a function of the parameters that returns one, that says
       which parameters are decayed; all if None.
     bits: bits an element of the momentum and of the second moments that are not factored: 8 or 4;
-      or 32, which gives optax's results bit for bit.
+      or 32, which gives optax's results bit for bit where parameters and gradients are float32. Of
+      other dtypes, state and arithmetic are float32 all the same, but for `dtype_momentum`.
     block_size: elements that share a scale, 64 by default.
     min_size: momentum and full second moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
@@ -109,7 +113,8 @@ def adafactor(
     ValueError: for bad `bits`, `block_size` or `min_size`; for a negative `decay_rate` or `eps`, a
       threshold that is not positive or a momentum outside [0, 1); for a `dtype_momentum` that
       `bits` leaves no room for.
-    TypeError: from `init`, for parameters that are not floating.
+    TypeError: if an argument that must be known when the rule is traced is an array; from `init`,
+      for parameters that are not floating.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
@@ -130,11 +135,6 @@ def adafactor(
   check("eps", eps, lambda x: x >= 0, "zero or more")
   check("clipping_threshold", clipping_threshold, lambda x: x > 0, "positive, or None")
   check("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1), or None")
-  if bits != 32 and dtype_momentum is not None and jnp.dtype(dtype_momentum) != jnp.float32:
-    raise ValueError(
-      f"`dtype_momentum` {jnp.dtype(dtype_momentum).name} needs `bits=32`, got {bits}: in few bits "
-      "the momentum has no dtype. Leave one of the two out."
-    )
   storage: dict[str, Any] = {
     "block_size": block_size,
     "min_size": min_size,
@@ -156,7 +156,7 @@ def adafactor(
   if weight_decay_rate is not None:
     tx.append(optax.add_decayed_weights(weight_decay_rate, mask=weight_decay_mask))
   tx.append(optax.scale(-1))
-  return chain(*tx)
+  return chain(*tx, phases=bits == 8 and momentum is not None)
 
 
 def relative_step_size(
@@ -249,7 +249,7 @@ def _placed(p: jax.Array, mean: jax.Array, last: bool) -> jax.Array:
   axes = [k for k in range(p.ndim) if (*p.shape[:k], *p.shape[k + 1 :]) == mean.shape]
   if p.ndim < 2 or not axes:
     return mean  # of an array that is not factored
-  return jnp.zeros_like(p.sum(axes[-1 if last else 0]), mean.dtype)
+  return zeros_without(p, axes[-1 if last else 0])
 
 
 def _by_layer(rms: Any) -> optax.GradientTransformation:

@@ -11,11 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_lowmem._pages import is_paged, nbytes
+from optax_lowmem._pages import is_paged, nbytes, on_host, part_of
 
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{p}B": 1000**k for k, p in enumerate("KMGT", 1)}
-_UNITS |= {f"{p}iB": 1024**k for k, p in enumerate("KMGT", 1)}
 _POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
@@ -52,6 +49,26 @@ def check_pool(platform: str, size: int, environment: Mapping[str, str]) -> None
     )
 
 
+def check_on_host(state: Any) -> None:
+  """Refuses pages that are not in host memory.
+
+  Donated, such a page would be given to a new page on the host, upon which the runtime aborts the
+  process; not donated, nothing would be saved.
+
+  Raises:
+    ValueError: if there is one.
+  """
+  for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]:
+    if is_paged(x) and not all(map(on_host, x.lanes)):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise ValueError(
+        f"the page {name!r} of `state` is on the device, not in host memory. Pages lose their "
+        "place by `out_shardings` that do not name it, pickle, numpy, most checkpoint libraries "
+        "and `jax.device_put`: put them back, outside of `jax.jit`, by "
+        "`state = lowmem.paged(state)`."
+      )
+
+
 def choose(
   state: Any, allowed: Callable[[str], bool], min_bytes: int, budget: int | None
 ) -> set[int]:
@@ -66,8 +83,7 @@ def choose(
       continue  # a random key, or what `optax.tree.map_params` puts in an array's place
     size = shard_bytes(x)
     total += size
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if size >= min_bytes and x.shape and allowed(name):
+    if size >= min_bytes and x.shape and allowed(_name(path)):
       sizes[k] = size
   if budget is None:
     return set(sizes)
@@ -95,23 +111,22 @@ def path_test(where: Any) -> Callable[[str], bool]:
   return lambda path: pattern.search(path) is not None
 
 
-def bytes_of(name: str, value: int | str) -> int:
-  if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-    return value
-  match = (
-    re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-    if type(value) is str
-    else None
-  )
-  if not match or match[2] not in _UNITS:
+def check_where(where: Any, allowed: Callable[[str], bool], state: Any) -> None:
+  """Refuses a `where` that names no array of the state."""
+  leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]
+  names = [_name(path) for path, x in leaves if is_paged(x) or getattr(x, "shape", ())]
+  if names and not any(map(allowed, names)):
+    more = ", …" if len(names) > 6 else ""
     raise ValueError(
-      f"`{name}` must be a number of bytes or a string such as '4GB' or '512MiB', got {value!r}."
+      f"`where` {where!r} names no array of the state. Its paths: {', '.join(names[:6])}{more}."
     )
-  return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shard_bytes(x: Any) -> int:
   if not isinstance(x, jax.Array):
     return nbytes(x)
-  sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
-  return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return math.prod(part_of(x)) * x.dtype.itemsize

@@ -24,6 +24,9 @@ def state_bytes(tree: Any) -> dict[str, int]:
   Returns:
     ``{"device": bytes, "pinned_host": bytes}``.
 
+  Raises:
+    TypeError: if `tree` holds functions: a transformation instead of its state.
+
   Examples:
     >>> import jax.numpy as jnp, optax_lowmem as lowmem
     >>> params = jnp.zeros((64, 64))
@@ -33,10 +36,18 @@ def state_bytes(tree: Any) -> dict[str, int]:
     {'device': 8708, 'pinned_host': 0}
   """
   count = {"device": 0, "pinned_host": 0}
-  for leaf in jax.tree.leaves(tree, is_leaf=is_paged):
-    kind = "pinned_host" if is_paged(leaf) else "device"
-    leaf = leaf.pages if is_paged(leaf) else leaf
+  leaves = [
+    ("pinned_host" if is_paged(x) else "device", leaf)
+    for x in jax.tree.leaves(tree, is_leaf=is_paged)
+    for leaf in jax.tree.leaves(x)
+  ]
+  for kind, leaf in leaves:
     if not hasattr(leaf, "dtype"):
+      if callable(leaf):
+        raise TypeError(
+          f"`tree` must hold arrays, got a {type(tree).__name__} with a function in it. Of a "
+          "transformation, pass the state: `state_bytes(tx.init(params))`."
+        )
       continue
     size = math.prod(leaf.shape)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):

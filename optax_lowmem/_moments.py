@@ -19,7 +19,8 @@ class Kind(enum.Enum):
   SECOND = "positive"  # no sign; what is positive must never become zero, or the update explodes
 
 
-# The moments of optax, by the state's class and field. A field that is not listed is left alone.
+# The moments of optax, by the state's class and field; a class of this name from elsewhere is
+# another one, which may average parameters. A field that is not listed is left alone.
 # Left out on purpose, and told in docs/transformations.md:
 # - copies of the parameters (`z`, `x0`, `params0`, `init_params`), which few bits cannot hold;
 # - sums that place the parameters at every step (MADGRAD, COCOB): rounding them moves parameters;
@@ -101,9 +102,11 @@ def places(tree: Any, params: Any) -> list[Place]:
 
 
 def field_of(place: Place) -> str | None:
-  """The name of the state's field that holds the moment, such as "mu"."""
+  """The name of the state's field, or key of a dict, that holds the moment, such as "mu"."""
   match place.prefix:
     case (*_, jax.tree_util.GetAttrKey(name)):
+      return name
+    case (*_, jax.tree_util.DictKey(str(name))):
       return name
   return None
 
@@ -111,8 +114,18 @@ def field_of(place: Place) -> str | None:
 def kind_of(state: Any, place: Place) -> Kind | None:
   """What kind of moment stands at `place`, or None if it is not known to be one."""
   field = field_of(place)
-  if place.owner is None or field is None:
+  if place.owner is None or field is None or not is_of_optax(state, place):
     return None
+  return _KINDS.get(type(_holder(state, place)).__name__, {}).get(field)
+
+
+def is_of_optax(state: Any, place: Place) -> bool:
+  """Whether the class of the state at `place` is optax's, or this library's."""
+  return type(_holder(state, place)).__module__.split(".")[0] in ("optax", "optax_lowmem")
+
+
+def _holder(state: Any, place: Place) -> Any:
+  """What has the field in which `place` is; None if it cannot be reached."""
   holder = state
   for key in place.prefix[:-1]:
     match key:
@@ -124,7 +137,7 @@ def kind_of(state: Any, place: Place) -> Kind | None:
         holder = holder[name]
       case _:
         return None
-  return _KINDS.get(type(holder).__name__, {}).get(field)
+  return holder
 
 
 def is_quantized(x: Any) -> bool:

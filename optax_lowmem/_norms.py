@@ -8,9 +8,11 @@ from typing import Any
 import optax
 
 from optax_lowmem._chains import chain
+from optax_lowmem._hyperparameters import checked
 from optax_lowmem._quantized import quantized
 
 
+@checked
 def lamb(
   learning_rate: optax.ScalarOrSchedule,
   b1: float = 0.9,
@@ -49,7 +51,9 @@ def lamb(
     weight_decay: λ, a number or a schedule.
     mask: a tree of bools, or a function of the parameters that returns one, that says which
       parameters are decayed; all if None.
-    bits: 8 or 4; or 32 for float32 moments, which gives optax's results bit for bit.
+    bits: 8 or 4; or 32 for float32 moments, which gives optax's results bit for bit where
+      parameters and gradients are float32. Of other dtypes, moments and arithmetic are float32
+      all the same.
     block_size: elements that share a scale, 64 by default.
     min_size: the moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
@@ -89,9 +93,11 @@ def lamb(
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_trust_ratio(),
     optax.scale_by_learning_rate(learning_rate),
+    phases=bits == 8,
   )
 
 
+@checked
 def lars(
   learning_rate: optax.ScalarOrSchedule,
   weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -131,7 +137,9 @@ def lars(
     trust_ratio_mask: the same for the ratio; arrays that it leaves out have none.
     momentum: μ, decay of the momentum.
     nesterov: whether the update looks a step ahead.
-    bits: 8 or 4; or 32 for a float32 momentum, which gives optax's results bit for bit.
+    bits: 8 or 4; or 32 for a float32 momentum, which gives optax's results bit for bit where
+      parameters and gradients are float32. Of other dtypes, the momentum and arithmetic are float32
+      all the same.
     block_size: elements that share a scale, 64 by default.
     min_size: the momentum of smaller arrays stays in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
@@ -170,4 +178,5 @@ def lars(
     optax.masked(inner=ratio, mask=trust_ratio_mask),
     optax.scale_by_learning_rate(learning_rate),
     trace,
+    phases=bits == 8,
   )

@@ -1,245 +1,321 @@
-"""A function evaluated over pages, which rest in host memory, piece by piece.
+"""A function evaluated over pages, which rest in host memory, a few rows at a time.
 
-A function of a whole tree, as an optimizer's update is, is traced once. Equations that reach one
-paged argument through arrays tie the pieces that must be on the device together: for Adam the two
-moments of one parameter. Such *components* are fetched, computed and stored one after another,
-and a component is fetched only when enough earlier ones are finished that all in flight stay below
-a bound. The order is kept by `jax.lax.optimization_barrier`, which XLA's GPU backend dissolves only
-after it has scheduled the program.
+A function of a whole tree, as an optimizer's update is, is traced once. What updates one parameter
+row by row becomes one loop, which fetches a few rows of its pages, computes, and stores them. Pages
+that something needs whole, a norm say, are fetched by a loop just before, and stored by another.
+Nothing is put in order but by what is made of what: so each parameter can be updated as soon as its
+gradient is there.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
+from optax_lowmem._announced import Announced, listening
+from optax_lowmem._lanes import Rows, over_rows
 from optax_lowmem._one_by_one import inputs_of, subprogram
 from optax_lowmem._opening import opened
-from optax_lowmem._pages import Paged, fetch, is_paged, nbytes, store
-
-
-@dataclasses.dataclass
-class Component:
-  """What is on the device together.
-
-  Attributes:
-    fetches: positions of the paged arguments.
-    equations: indices of the equations run once they are there.
-    stores: positions of the paged results they make.
-    made: the variables that later components or the results need.
-    after: this one is fetched when all components before this index are finished.
-  """
-
-  fetches: list[int]
-  equations: list[int] = dataclasses.field(default_factory=list)
-  stores: list[int] = dataclasses.field(default_factory=list)
-  made: list[Any] = dataclasses.field(default_factory=list)
-  after: int = 0
+from optax_lowmem._ordering import gradients, ordered
+from optax_lowmem._pages import Paged, fetch, is_paged, known_on_host, store
+from optax_lowmem._parts import lies_unknown, on_parts
+from optax_lowmem._regions import Region, find_regions, is_var
+from optax_lowmem._tangents import PAGES, without_tangent
 
 
 def stream(
   fn: Callable[..., Any],
   args: Any,
-  paged_args: Iterable[int],
   paged_results: Callable[[Any], Iterable[int]],
+  replaced: int,
   max_bytes: int,
 ) -> tuple[list[Any], Any]:
   """Evaluates `fn(*args)` with some of its flat arguments and results in host memory.
 
+  On a CPU, where host and device are one memory, it is evaluated at once; and so it is where only
+  the compiler knows how the pages are cut (`lies_unknown`).
+
   Args:
     fn: a traceable function.
-    args: its arguments; at `paged_args` of the flattened tuple there are `Paged`.
-    paged_args: positions.
-    paged_results: given the shapes of the result, the flat positions that are to be `Paged`.
-    max_bytes: most bytes of pages, old and new, on the device at a time; a component that is larger
-      is there alone.
+    args: its arguments; in the flattened tuple there may be `Paged`.
+    paged_results: given the shapes of the result, the flat positions that are to be `Paged`; at
+      these positions there are pages among the arguments.
+    replaced: this many flat arguments are not needed after, and results may take their place.
+    max_bytes: most bytes of pages, old and new, on the device at a time.
 
   Returns:
     The flat results and the structure of the result.
+
+  Raises:
+    ValueError: if `fn` has callbacks that are to be called in order.
   """
   flat, treedef = jax.tree.flatten(args, is_leaf=is_paged)
+  flat: list[Any] = [jax.tree.map(known_on_host, x) if is_paged(x) else _constant(x) for x in flat]
   shapes = [jax.eval_shape(fetch, x) if is_paged(x) else x for x in flat]
-  closed, out_shape = jax.make_jaxpr(lambda *xs: fn(*treedef.unflatten(xs)), return_shape=True)(
-    *shapes
-  )
-  at, wanted = set(paged_args), list(paged_results(out_shape))
-  results = _run(opened(closed, at, _tied), flat, at, wanted, max_bytes)
-  return results, jax.tree.structure(out_shape)
+
+  def on_flat(*flat):
+    return fn(*treedef.unflatten(flat))
+
+  with listening() as heard:
+    closed, out_shape = jax.make_jaxpr(on_flat, return_shape=True)(*shapes)
+  if any(str(effect).startswith("Ordered") for effect in closed.effects):
+    # jax 0.10 to 0.12 forget the token among the memories of a program's results.
+    raise ValueError(
+      "`offloaded` was given a transformation with an ordered callback, and JAX compiles no "
+      "program that has one beside arrays in host memory. Pass `ordered=False` to `io_callback` "
+      "or `jax.debug.print`, or call it outside of the compiled step."
+    )
+  # A CPU takes sums as it does without pages.
+  whole = jax.make_jaxpr(lambda *flat: on_flat(*flat))(*shapes) if heard.phases else closed
+  closed, whole = (jec.ClosedJaxpr(x.jaxpr, [*map(_constant, x.consts)]) for x in (closed, whole))
+  wanted = list(paged_results(out_shape))
+
+  def at_once(*flat):
+    new = jec.jaxpr_as_fun(whole)(*(fetch(x) if is_paged(x) else x for x in flat))
+    for k in wanted:
+      new[k] = store(new[k], flat[k].axis if len(flat[k].lanes) > 1 else None)
+    return new
+
+  def by_rows(*flat):
+    return _Run(closed, heard.updates, flat, wanted, replaced, max_bytes).results()
+
+  if lies_unknown([x for x in flat if is_paged(x)]):
+    results = at_once(*flat)
+  else:
+    results = jax.lax.platform_dependent(*flat, cpu=at_once, default=by_rows)
+  return list(results), jax.tree.structure(out_shape)
 
 
-def plan(
-  jaxpr: Any, paged_args: set[int], paged_results: Sequence[int], max_bytes: int
-) -> list[Component]:
-  """The components in order; the first has no fetches: what needs no page."""
-  inputs = {var: k for k, var in enumerate(jaxpr.invars)}
-  groups = _tied(jaxpr, paged_args)
-  components = [Component([])] + [Component(sorted(group)) for group in groups]
-  _schedule(jaxpr, inputs, paged_args, components)
-  maker = {var: c for c in components for i in c.equations for var in jaxpr.eqns[i].outvars}
-  maker |= {jaxpr.invars[k]: c for c in components for k in c.fetches}
-  used_by: dict[int, set[Any]] = {}
-  for k, component in enumerate(components):
-    used_by[k] = {v for i in component.equations for v in jaxpr.eqns[i].invars if _is_var(v)}
-  index = {id(c): k for k, c in enumerate(components)}
-  rest = set(range(len(jaxpr.outvars))).difference(paged_results)
-  results = {jaxpr.outvars[k] for k in rest if _is_var(jaxpr.outvars[k])}
-  for var, component in maker.items():
-    k = index[id(component)]
-    if var in results or any(var in used_by[later] for later in range(k + 1, len(components))):
-      component.made.append(var)
-  for position in paged_results:
-    var = jaxpr.outvars[position]
-    (maker[var] if _is_var(var) and var in maker else components[0]).stores.append(position)
-  _set_window(jaxpr, components, max_bytes)
-  return components
+def _constant(x: Any) -> jax.Array:
+  """An array that is not differentiated: JAX has no derivative of loops over host memory."""
+  return without_tangent(jnp.asarray(x), PAGES)
 
 
-def _is_var(atom: Any) -> bool:
-  return not isinstance(atom, jec.Literal)
+class _Run:
+  """One evaluation of a jaxpr over pages."""
+
+  def __init__(
+    self,
+    closed: Any,
+    updates: Mapping[str, Announced],
+    flat: Sequence[Any],
+    wanted: Sequence[int],
+    replaced: int,
+    max_bytes: int,
+  ):
+    self._updates, self._flat, self._max_bytes = updates, flat, max_bytes
+    pages = {k: x for k, x in enumerate(flat) if is_paged(x)}
+    closed = opened(closed, set(pages), lambda eqn: self._update(eqn) is not None)
+    self._jaxpr, self._wanted = closed.jaxpr, set(wanted)
+    self._pages = {self._jaxpr.invars[k]: x for k, x in pages.items()}
+    self._regions = find_regions(
+      self._jaxpr,
+      pages,
+      wanted,
+      lambda eqn: self._update(eqn) is not None,
+      lambda paged, equations: self._rows_of(paged, equations) is not None,
+    )
+    self._env = dict(zip(self._jaxpr.constvars, closed.consts, strict=True))
+    variables = zip(self._jaxpr.invars, flat, strict=True)
+    self._env.update((v, x) for v, x in variables if not is_paged(x))
+    self._gradients = gradients(self._jaxpr, replaced)
+    self._kept = set(self._jaxpr.invars[replaced:])
+    self._stored: dict[int, Paged] = {}
+
+  def results(self) -> list[Any]:
+    for node in ordered(self._jaxpr, self._regions):
+      if isinstance(node, Region):
+        self._run_region(node)
+      else:
+        eqn = self._jaxpr.eqns[node]
+        inputs = inputs_of([eqn])
+        values = subprogram(self._jaxpr, [eqn], inputs, eqn.outvars)(*map(self._read, inputs))
+        self._env.update(zip(eqn.outvars, values, strict=True))
+    results = []
+    for k, v in enumerate(self._jaxpr.outvars):
+      if k not in self._wanted:
+        results.append(self._read(v))
+      elif v is self._jaxpr.invars[k]:
+        results.append(self._flat[k])
+      else:
+        results.append(self._stored.get(k) or self._store(self._read(v), self._flat[k]))
+    return results
+
+  def _update(self, eqn: Any) -> Announced | None:
+    found = self._updates.get(eqn.params.get("name", ""))
+    return found if found is not None and found.fits(eqn) else None
+
+  def _read(self, atom: Any) -> Any:
+    if not is_var(atom):
+      return jnp.asarray(atom.val, atom.aval.dtype)
+    if atom not in self._env:
+      self._env[atom] = self._fetch(self._pages[atom])
+    return self._env[atom]
+
+  def _fetch(self, page: Paged) -> jax.Array:
+    """A page as a whole, by a loop: XLA's GPU backend would begin with all copies at once."""
+    near = self._near(page)
+    alike = near is not None and near.shape == page.shape
+    # A gradient of another shape would have to be gathered from all devices.
+    others = [near] if near is not None and not alike and jax.device_count() == 1 else []
+    reads = [near] if alike else []
+    run = lambda tiles, *_: ([], tiles)  # noqa: E731
+    rows = _rows_of_page(page)
+    return self._over_rows(run, rows, [page], reads, [None], [page], [], others)[1][0]
+
+  def _near(self, page: Paged) -> jax.Array | None:
+    """What has to be there before a page is worth fetching: the gradient that it is for."""
+    k = next(k for k, x in enumerate(self._flat) if x is page)
+    v = self._gradients.get(self._jaxpr.outvars[k]) if k in self._wanted else None
+    return None if v is None else self._env[v]
+
+  def _store(self, x: jax.Array, like: Paged) -> Paged:
+    run = lambda _, reads, __: (reads, [])  # noqa: E731
+    return self._over_rows(run, _rows_of_page(like), [like], [x], [], [], [0], [])[0][0]
+
+  def _over_rows(
+    self,
+    fn: Callable[..., Any],
+    rows: Rows,
+    pages: Sequence[Paged],
+    reads: Sequence[Any],
+    given: Sequence[Any],
+    shapes: Sequence[Any],
+    stores: Sequence[int],
+    others: Sequence[Any],
+    scalars: bool = False,
+  ) -> tuple[list[Paged], list[Any]]:
+    """`over_rows`, by each device on its part; where none is `given`, a buffer is made.
+
+    With `scalars`, `others` are the first argument of `fn`.
+    """
+    present = [x for x in given if x is not None]
+    whole = pages[0].shape
+
+    def run(pages, arrays, shared):
+      cuts = [n // m for n, m in zip(whole, pages[0].shape, strict=True)]
+      here, buffers = arrays[: len(reads)], iter(arrays[len(reads) :])
+      near = next(iter([*arrays[len(reads) :], *here, *(x for x in shared if x.ndim)]), None)
+      given_here = [
+        _buffer(like, cuts, near) if x is None else next(buffers)
+        for x, like in zip(given, shapes, strict=True)
+      ]
+      of_rows = functools.partial(fn, shared) if scalars else fn
+      return over_rows(of_rows, rows, pages, here, given_here, stores, self._max_bytes)
+
+    return on_parts(run, pages, [*reads, *present], others, stores, shapes)
+
+  def _rows_of(self, paged: Sequence[int], equations: Sequence[int]) -> Rows | None:
+    """How the arrays of a region are cut; None if they cannot be cut alike."""
+    page = self._flat[paged[0]]
+    eqns = [self._jaxpr.eqns[i] for i in equations]
+    updates = [found for eqn in eqns if (found := self._update(eqn)) is not None]
+    lead = page.axis + 1 if len(page.lanes) > 1 else 0
+    shapes = {v.aval.shape for eqn in eqns for v in (*eqn.invars, *eqn.outvars)} - {()}
+    if any(update.blocks + lead > len(update.tiles[0].shape) for update in updates):
+      return None
+    if lead:
+      alike = all(shape[:lead] == page.shape[:lead] for shape in shapes)
+      return Rows(len(page.lanes), lead) if alike else None
+    unit = math.lcm(*(update.unit for update in updates))
+    sizes = sorted(map(math.prod, shapes))
+    if not unit or any(size % (sizes[-1] // unit) for size in sizes):
+      return None
+    return Rows(1, 0, unit)
+
+  def _run_region(self, region: Region) -> None:
+    eqns = [self._jaxpr.eqns[i] for i in region.equations]
+    inputs = inputs_of(eqns)
+    paged = [self._jaxpr.invars[k] for k in region.paged]
+    scalars = [v for v in inputs if not v.aval.shape]
+    arrays = [v for v in inputs if v.aval.shape and v not in set(paged)]
+    arrays.sort(key=lambda v: v in self._kept)
+    places = self._places(region, arrays)
+    reads = [v for v in arrays if v not in places]
+    stores = [self._jaxpr.outvars[k] for k in region.stores]
+
+    def run(shared, tiles, here, given):
+      env = dict(zip(scalars, shared, strict=True))
+      env.update(zip(paged, tiles, strict=True))
+      env.update(zip(reads, here, strict=True))
+      env.update((v, x) for v, x in zip(places, given, strict=True) if v is not None)
+      for eqn in eqns:
+        env.update(zip(eqn.outvars, self._on_rows(eqn, env), strict=True))
+      like = [tiles[region.paged.index(k)] for k in region.stores]
+      return [_full(env[v], x) for v, x in zip(stores, like, strict=True)], [
+        _full(env[v], x) for v, x in zip(region.outputs, given, strict=True)
+      ]
+
+    rows = self._rows_of(region.paged, region.equations)
+    assert rows is not None
+    new, made = self._over_rows(
+      run,
+      rows,
+      [self._flat[k] for k in region.paged],
+      [self._env[v] for v in reads],
+      [None if v is None else self._env[v] for v in places],
+      [v.aval for v in region.outputs],
+      [region.paged.index(k) for k in region.stores],
+      [self._env[v] for v in scalars],
+      scalars=True,
+    )
+    self._stored.update(zip(region.stores, new, strict=True))
+    pairs = zip(region.outputs, made, strict=True)
+    self._env.update((v, _laid_as(x, v.aval)) for v, x in pairs)
+
+  def _places(self, region: Region, arrays: Sequence[Any]) -> list[Any]:
+    """For each output the array whose place it can take: the update the gradient's."""
+    free, places = [v for v in arrays if v not in self._kept], []
+    for v in region.outputs:
+      like = (v.aval.shape, v.aval.dtype)
+      place = next((x for x in free if (x.aval.shape, x.aval.dtype) == like), None)
+      places.append(place)
+      free = [x for x in free if x is not place]
+    return places
+
+  def _on_rows(self, eqn: Any, env: Mapping[Any, Any]) -> Sequence[Any]:
+    """An equation of a region, on some rows; scalars stand for arrays that they fill."""
+    values = [env[v] if is_var(v) else jnp.asarray(v.val, v.aval.dtype) for v in eqn.invars]
+    if (update := self._update(eqn)) is not None:
+      return update.run(values, len(eqn.outvars))
+    if eqn.primitive.name == "broadcast_in_dim":
+      return values[:1]
+    shape = next((x.shape for x in values if x.shape), ())
+    values = [jnp.broadcast_to(x, shape) for x in values]
+    params = eqn.params | ({"sharding": None} if "sharding" in eqn.params else {})
+    made = eqn.primitive.bind(*values, **params)
+    return made if eqn.primitive.multiple_results else [made]
 
 
-def _tied(jaxpr: Any, paged_args: set[int]) -> list[set[int]]:
-  """Paged arguments that meet in an array; scalars (norms, counts) tie nothing together."""
-  parent = {k: k for k in paged_args}
+def _buffer(like: Any, cuts: Sequence[int], near: jax.Array | None) -> jax.Array:
+  """An array to be filled. It begins as an element of `near`, so as not to be there before that is.
 
-  def root(k):
-    while parent[k] != k:
-      k = parent[k]
-    return k
-
-  touched = {jaxpr.invars[k]: k for k in paged_args}
-  for eqn in jaxpr.eqns:
-    met = [touched[v] for v in eqn.invars if _is_var(v) and v in touched]
-    if not met:
-      continue
-    first = root(met[0])
-    for other in met[1:]:
-      parent[root(other)] = first
-    touched.update((v, first) for v in eqn.outvars if v.aval.shape)
-  groups: dict[int, set[int]] = {}
-  for k in sorted(paged_args):
-    groups.setdefault(root(k), set()).add(k)
-  return list(groups.values())
-
-
-def _schedule(
-  jaxpr: Any, inputs: dict[Any, int], paged_args: set[int], components: list[Component]
-) -> None:
-  """Gives each equation to the first component after which it can be run."""
-  readers: dict[Any, list[int]] = {}
-  missing = []
-  for i, eqn in enumerate(jaxpr.eqns):
-    operands = {v for v in eqn.invars if _is_var(v)}
-    missing.append(len(operands))
-    for v in operands:
-      readers.setdefault(v, []).append(i)
-  ready = [i for i, count in enumerate(missing) if not count]
-
-  def arrive(var):
-    for i in readers.get(var, ()):
-      missing[i] -= 1
-      if not missing[i]:
-        heapq.heappush(ready, i)
-
-  for var in (*jaxpr.constvars, *(v for v, k in inputs.items() if k not in paged_args)):
-    arrive(var)
-  for component in components:
-    for k in component.fetches:
-      arrive(jaxpr.invars[k])
-    while ready:
-      i = heapq.heappop(ready)
-      component.equations.append(i)
-      for var in jaxpr.eqns[i].outvars:
-        arrive(var)
-
-
-def _set_window(jaxpr: Any, components: list[Component], max_bytes: int) -> None:
-  """Lets each component wait for so many that those in flight stay below the bound."""
-  costs = [
-    sum(nbytes(jaxpr.invars[k].aval) for k in c.fetches)
-    + sum(nbytes(jaxpr.outvars[k].aval) for k in c.stores)
-    for c in components
-  ]
-  first = 0
-  for k, component in enumerate(components):
-    while first < k and sum(costs[first : k + 1]) > max_bytes:
-      first += 1
-    component.after = first
-
-
-def _run(
-  closed: Any, flat: Sequence[Any], paged_args: set[int], paged_results: list[int], max_bytes: int
-) -> list[Any]:
-  jaxpr = closed.jaxpr
-  components = plan(jaxpr, paged_args, paged_results, max_bytes)
-  env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  env.update(
-    (v, jnp.asarray(x)) for v, x in zip(jaxpr.invars, flat, strict=True) if not is_paged(x)
-  )
-  stored: dict[int, Paged] = {}
-  token, finished = jnp.zeros((), jnp.int32), 0
-  for component in components:
-    # All that a component made has to be there before its pages are gone from the device, the
-    # updates too: they are made of the same moments, and XLA could put them off.
-    waited = components[finished : component.after]
-    finished = max(finished, component.after)
-    pages = [flat[k].pages for k in component.fetches]
-    if waited and pages:
-      made = [v for c in waited for v in c.made if v in env and v.aval.shape]
-      rests = [k for c in waited for k in c.stores]
-      token, pages, news, rest = _barrier(
-        (token, pages, [env[v] for v in made], [stored[k] for k in rests])
-      )
-      env.update(zip(made, news, strict=True))
-      stored.update(zip(rests, rest, strict=True))
-    elif pages:
-      token, pages = _barrier((token, pages))
-    for k, page in zip(component.fetches, pages, strict=True):
-      env[jaxpr.invars[k]] = fetch(Paged(page))
-    _evaluate(jaxpr, component, env)
-    results = {k: jaxpr.outvars[k] for k in component.stores}
-    stored.update((k, store(_read(env, v))) for k, v in results.items())
-    # A page's old and new values are needed no more once it is stored, unless by another.
-    keep = set(component.made)
-    gone = [v for i in component.equations for v in jaxpr.eqns[i].outvars if v not in keep]
-    for var in (*gone, *(jaxpr.invars[k] for k in component.fetches)):
-      if var not in keep:
-        env.pop(var, None)
-  return [stored[k] if k in stored else _read(env, v) for k, v in enumerate(jaxpr.outvars)]
-
-
-def _barrier(values: Any) -> Any:
-  """`values`, none of which is there before all are. On a CPU nothing is kept in order.
-
-  Host and device are one memory there, and a barrier between an update and the parameter it is
-  added to would change the last bit of the sum (jax 0.12, which multiplies and adds in one step).
+  XLA makes all arrays of zeros of a program in one launch, at its beginning.
   """
-  leaves, treedef = jax.tree.flatten(values)
-  new = jax.lax.platform_dependent(
-    *leaves,
-    cpu=lambda *xs: xs,
-    default=lambda *xs: jax.lax.optimization_barrier(xs),
-  )
-  return treedef.unflatten(new)
+  shape = tuple(n // cut for n, cut in zip(like.shape, cuts, strict=True))
+  if near is None:
+    return jnp.zeros(shape, like.dtype)
+  first = jax.lax.slice(near, (0,) * near.ndim, (1,) * near.ndim).reshape(())
+  return jnp.full(shape, first.astype(like.dtype), like.dtype)
 
 
-def _read(env: dict[Any, Any], atom: Any) -> Any:
-  return env[atom] if _is_var(atom) else jnp.asarray(atom.val, atom.aval.dtype)
+def _laid_as(x: jax.Array, like: Any) -> jax.Array:
+  """`x`, laid as `like` on a mesh of explicit axes; a loop leaves it as its pages lie."""
+  where = like.sharding
+  alike = AxisType.Explicit not in where.mesh.axis_types or jax.typeof(x).sharding == where
+  return x if alike else jax.sharding.reshard(x, where)
 
 
-def _evaluate(jaxpr: Any, component: Component, env: dict[Any, Any]) -> None:
-  """Runs a component's equations; their results go into `env`."""
-  eqns = [jaxpr.eqns[i] for i in component.equations]
-  if not eqns:
-    return
-  outvars = {jaxpr.outvars[k] for k in component.stores if _is_var(jaxpr.outvars[k])}
-  made = {v for eqn in eqns for v in eqn.outvars}
-  inputs, outputs = inputs_of(eqns), [v for v in made if v in outvars or v in set(component.made)]
-  values = subprogram(jaxpr, eqns, inputs, outputs)(*(env[v] for v in inputs))
-  env.update(zip(outputs, values, strict=True))
+def _full(x: jax.Array, like: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(x, like.shape)
+
+
+def _rows_of_page(page: Paged) -> Rows:
+  return Rows(len(page.lanes), page.axis + 1 if len(page.lanes) > 1 else 0)

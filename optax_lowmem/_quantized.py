@@ -7,23 +7,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
 from optax_lowmem._blocks import QuantizedArray, encode
-from optax_lowmem._boxes import unbox_quantized
-from optax_lowmem._checks import check_block_size, check_min_size
+from optax_lowmem._boxes import unbox, unbox_quantized
+from optax_lowmem._checks import check_block_size, check_min_size, check_transformation
 from optax_lowmem._elementwise import NotElementwise, Program
 from optax_lowmem._engine import update_dense, update_stored
+from optax_lowmem._extra_args import compiled_outside_jit
+from optax_lowmem._forms import check_forms
+from optax_lowmem._hyperparameters import check_static
+from optax_lowmem._inner import check_dense, check_dtypes, check_fields, warn_if_unknown
+from optax_lowmem._masks import broadcast_mask, check_mask
 from optax_lowmem._moments import Kind, Place, field_of, kind_of, places
 from optax_lowmem._sharding import full_on_shards, on_mesh_of, on_shards
-from optax_lowmem._storage import Blockwise, Storage
+from optax_lowmem._storage import Blockwise, Storage, by_field
 
 _BITS = (32, 8, 4)
 _CODEBOOKS = {
-  8: {Kind.FIRST: "log8", Kind.SECOND: "log8_unsigned"},
-  4: {Kind.FIRST: "log4", Kind.SECOND: "log4_unsigned"},
+  8: {Kind.FIRST: "power8", Kind.SECOND: "power8_unsigned"},
+  4: {Kind.FIRST: "power4", Kind.SECOND: "power4_unsigned"},
 }
 
 
@@ -31,7 +34,7 @@ def quantized(
   inner: optax.GradientTransformation,
   bits: int = 8,
   *,
-  storage: Mapping[str, Storage] | None = None,
+  storage: Mapping[str, Storage | str] | None = None,
   block_size: int | None = None,
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
@@ -52,24 +55,30 @@ def quantized(
   ``optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(3e-4))``.
 
   What is held in few bits: the moments of optax's transformations, some thirty classes of state,
-  listed in ``docs/transformations.md``. First moments, which have a sign, are held as `"log8"` or
-  `"log4"`; second moments, which must never become zero, as `"log8_unsigned"` or `"log4_unsigned"`;
-  in blocks of 64. Everything else (counts, copies of the parameters, fields that are not known)
-  stays float32, and can be given a storage by name.
+  listed in ``docs/transformations.md``. First moments, which have a sign, are held as `"power8"`
+  or `"power4"`; second moments, which must never become zero, as `"power8_unsigned"` or
+  `"power4_unsigned"`; in blocks of 64. Everything else (counts, copies of the parameters, fields
+  that are not known) stays float32, and can be given a storage by name.
 
-  Where the rule makes its update of its new moments, as Adam does, it is made of them as they are
-  stored; where it makes it of the old ones, as Lion does, of what was stored before.
+  An update is made of the new moments before they are stored: the first one is that of float32.
 
   The arithmetic is in float32 whatever the dtype of parameters and gradients; updates come back
   in the wider of these two dtypes. A non-finite gradient element makes its own update non-finite,
   as in optax; its stored moments keep their last values and its neighbours' are untouched.
 
+  An update outside `jax.jit` is compiled all the same. Among extra arguments, arrays and floats are
+  traced then; flags, integers and strings are not, and for each of their values it is compiled
+  once. A number that differs from step to step is better passed as an array.
+
   Args:
     inner: the transformation.
-    bits: 8, 4, or 32: `inner` itself, with float32 state. At 4 bits, slow first moments (Lion's,
-      the second one of AdEMAMix) are much noisier than Adam's.
+    bits: 8, 4, or 32: `inner` itself, with float32 state. That is the same bit for bit where
+      parameters and gradients are float32; of bfloat16 it takes twice the bytes, and averages do
+      not stall. At 4 bits, slow first moments (Lion's, the second one of AdEMAMix) are much noisier
+      than Adam's.
     storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`. What
-      its `store` returns must be an array or a `QuantizedArray`.
+      its `store` returns must be an array or a `QuantizedArray`. The name of a codebook, as in
+      ``{"mu": "log8"}``, stands for a `Blockwise` of that name, `block_size` and `min_size`.
     block_size: elements a scale; 64 by default. A moment costs `bits` / 8 + 4 / `block_size` bytes.
     min_size: moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a
@@ -80,9 +89,13 @@ def quantized(
 
   Raises:
     ValueError: for bad `bits`, `block_size` or `min_size`; from `init` if `storage` names a field
-      that the state does not have.
-    TypeError: if `bits` is an array.
-    TypeError: from `init`, for parameters that are not floating.
+      that the state does not have, if a function or a tree for `quantize_mask` is False throughout,
+      if `inner`'s state is quantized or paged already, or was given a dtype for what few bits are
+      to hold; from `update`, for gradients of other shapes than the parameters, or a state that is
+      held otherwise than this transformation holds it.
+    TypeError: if `inner` is no transformation, a storage no storage, or `bits`, `block_size`,
+      `min_size` or a bool of `quantize_mask` an array; from `init`, for parameters that are not
+      floating.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
@@ -97,15 +110,19 @@ def quantized(
     Dettmers et al, `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2021
   """
-  if isinstance(bits, jax.Array):
-    raise TypeError(
-      "`bits` must be a Python number, got an array. Under `optax.inject_hyperparams`, name it: "
-      "`static_args=('bits', 'block_size', 'min_size')`."
-    )
+  check_transformation("inner", inner)
+  for name, value in (
+    ("bits", bits),
+    ("block_size", block_size),
+    ("min_size", min_size),
+    ("quantize_mask", quantize_mask),
+  ):
+    check_static(name, value, ("bits", "block_size", "min_size", "quantize_mask"))
   if bits not in _BITS:
     raise ValueError(f"`bits` must be one of {_BITS}, got {bits!r}.")
   check_min_size(min_size)
   block_size = check_block_size(64 if block_size is None else block_size)
+  storage = by_field(storage, block_size, min_size)
   inner = optax.with_extra_args_support(inner)
 
   def init(params):
@@ -113,35 +130,43 @@ def quantized(
     leaves, treedef = jax.tree.flatten(params)
     shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.float32) for p in leaves]
     shaped = jax.eval_shape(inner.init, treedef.unflatten(shapes))
+    check_dense(shaped)
     moments = places(shaped, params)
-    allowed = _broadcast_mask(quantize_mask, params)
-    _check_fields(storage, {field_of(m) for m in moments if m.owner is not None})
+    allowed = broadcast_mask(quantize_mask, params)
+    if bits != 32 or storage:
+      check_mask(quantize_mask, allowed, leaves, min_size)
+    if leaves:  # optax probes transformations with a tree that has none
+      check_fields(storage, {field_of(m) for m in moments if m.owner is not None})
 
-    def storage_of(moment):
-      if moment.owner is None or not allowed[moment.owner]:
-        return None
-      field = field_of(moment)
-      if field and storage and field in storage:
-        return storage[field]
-      kind = kind_of(shaped, moment)
-      if bits == 32 or kind is None:
-        return None
-      return Blockwise(_CODEBOOKS[bits][kind], block_size, min_size)
-
-    storages = [storage_of(m) for m in moments]
+    storages = [
+      storage_of(shaped, m) if m.owner is None or allowed[m.owner] else None for m in moments
+    ]
+    check_dtypes(jax.tree.leaves(shaped), moments, storages)
+    if bits != 32 and not any(storages):
+      warn_if_unknown(shaped, moments, allowed, leaves, min_size)
     return unbox_quantized(_initial(inner.init, leaves, treedef, moments, storages))
 
+  def storage_of(state, moment):
+    """The storage of a moment, if it is to have one."""
+    field = field_of(moment)
+    if moment.owner is None or field is None:
+      return None
+    if storage and field in storage:
+      return storage[field]
+    kind = kind_of(state, moment)
+    if bits == 32 or kind is None:
+      return None
+    return Blockwise(_CODEBOOKS[bits][kind], block_size, min_size)
+
   def update(updates, state, params=None, **extra_args):
-    args = updates, state, params, extra_args
-    if bits == 32 and not storage:
-      return update_dense(inner.update, *args)
-    # Outside `jit`, retracing the rule and recompiling its loops each step would take seconds.
-    return (compiled if _is_concrete(args) else run_update)(*args)
+    return run(updates, state, params, extra_args)
 
-  def run_update(*args):
-    return update_stored(inner.update, *args)
+  def checked(updates, state, params, extra_args):
+    check_forms(unbox(state), unbox(updates), storage_of, masked=quantize_mask is not None)
+    execute = update_dense if bits == 32 and not storage else update_stored
+    return execute(inner.update, updates, state, params, extra_args)
 
-  compiled = jax.jit(run_update)
+  run = checked if bits == 32 and not storage else compiled_outside_jit(checked)
   return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -157,9 +182,6 @@ def _initial(
   def flat_init(*leaves):
     return init(treedef.unflatten(leaves))
 
-  def in_float32(p):
-    return jnp.asarray(p, jnp.float32)
-
   def store(value, storage):
     return value if storage is None else storage.store(value)
 
@@ -167,7 +189,7 @@ def _initial(
   try:
     program = Program(flat_init, shapes, range(len(leaves)))
   except NotElementwise:  # drawn at random, say
-    flat, out_tree = jax.tree.flatten(flat_init(*map(in_float32, leaves)))
+    flat, out_tree = jax.tree.flatten(flat_init(*map(_in_float32, leaves)))
     return out_tree.unflatten(map(store, flat, storages))
   env = program.run_shared(shapes)
   state = []
@@ -190,7 +212,7 @@ def _made_of(
   form = _form(leaf, jnp.float32, storage)
 
   def run(values, shared):
-    dense = {owner: jnp.asarray(values[owner], jnp.float32)}
+    dense = {owner: _in_float32(values[owner])}
     made = program.run_leaf(owner, env | shared, dense, [position])[position]
     if not isinstance(form, QuantizedArray):
       return {-1: made.astype(form.dtype)}
@@ -216,42 +238,28 @@ def _form(leaf: Any, dtype: Any, storage: Storage | None) -> Any:
   return dense if storage is None else jax.eval_shape(storage.store, dense)
 
 
+def _in_float32(p: Any) -> jax.Array:
+  """A parameter whose values are needed."""
+  if isinstance(p, jax.ShapeDtypeStruct):
+    raise TypeError(
+      "this state starts from the values of the parameters, and a `jax.ShapeDtypeStruct` has none. "
+      "For shapes alone, use `jax.eval_shape(tx.init, params)`."
+    )
+  return jnp.asarray(p, jnp.float32)
+
+
 def _check_floating(params: Any) -> None:
   for path, p in jax.tree_util.tree_flatten_with_path(params)[0]:
     dtype = jnp.result_type(p)
-    if not jnp.issubdtype(dtype, jnp.floating):
-      raise TypeError(
-        f"parameter {jax.tree_util.keystr(path) or '()'} has dtype {dtype}, but optimizer state "
-        "needs floating parameters. Leave it out with `optax.masked` or `optax.partition`."
+    if jnp.issubdtype(dtype, jnp.floating):
+      continue
+    needs = "floating parameters. Leave it out with `optax.masked` or `optax.partition`."
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+      needs = (
+        "real parameters. Wrap the whole in `optax.contrib.split_real_and_imaginary(tx)`, which "
+        "updates real and imaginary parts as two arrays."
       )
-
-
-def _broadcast_mask(mask: Any, params: Any) -> list[bool]:
-  """`quantize_mask` for every parameter."""
-  if mask is None:
-    return [True] * len(jax.tree.leaves(params))
-  if callable(mask):
-    mask = mask(params)
-  try:
-    full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), mask, params)
-  except ValueError as error:
-    raise ValueError(
-      "`quantize_mask` must have the structure of the parameters or a prefix of it, got "
-      f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}."
-    ) from error
-  return [bool(m) for m in jax.tree.leaves(full)]
-
-
-def _check_fields(storage: Mapping[str, Storage] | None, fields: set[str | None]) -> None:
-  known = sorted(f for f in fields if f)
-  for name in storage or {}:
-    # A tree without parameters has no fields: optax probes transformations with such a one.
-    if known and name not in known:
-      raise ValueError(f"`storage` names the field {name!r}; this state has {', '.join(known)}.")
-
-
-def _is_concrete(tree: Any) -> bool:
-  return all(
-    isinstance(x, jax.Array | np.ndarray | float | int) and not isinstance(x, Tracer)
-    for x in jax.tree.leaves(tree)
-  )
+    raise TypeError(
+      f"parameter {jax.tree_util.keystr(path) or '()'} has dtype {dtype}, but optimizer state "
+      f"needs {needs}"
+    )

@@ -25,6 +25,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem._layout import Tile, divide, shard_of, sharding_of, trimmed, units_of
+from optax_lowmem._phases import in_a_phase
+from optax_lowmem._tangents import derivative
 
 
 def on_shards(
@@ -44,6 +46,8 @@ def on_shards(
     shared: scalars that every shard needs, which `fn` must not close over.
     results: the form of what `fn` returns, of that same shape: anything with shapes and dtypes.
   """
+  if in_a_phase():  # with reductions over all devices beside it: XLA is to lay out all of it
+    return dict(fn(values, shared))
   task = _Task(fn, values, shared, results)
   meshes = [jax.typeof(x).sharding.mesh for x in task.arrays]
   explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
@@ -85,6 +89,13 @@ def full_on_shards(leaf: Any, form: Tile, scalars: Sequence[jax.Array]) -> Tile:
     jnp.full_like(leaf, v, dtype=x.dtype, shape=x.shape, device=where)
     for x, v in zip(arrays, scalars, strict=True)
   )
+
+
+def zeros_without(x: Any, axis: int) -> jax.Array:
+  """Float32 zeros of the shape of `x` without `axis`, which lie as its other axes do."""
+  if isinstance(x, jax.ShapeDtypeStruct):  # which cannot be summed
+    x = jnp.zeros_like(x)
+  return jnp.zeros_like(x.sum(axis), jnp.float32)
 
 
 def with_automatic_sharding(run: Callable[..., Any], args: Any, like: Any) -> Any:
@@ -231,8 +242,8 @@ def _with_custom_partitioning(task: _Task) -> list[jax.Array]:
   def differentiable(*flat):
     return run(*flat)
 
-  @differentiable.defjvp
-  def _(primals, tangents):
-    return jax.jvp(task.run, primals, tangents)
+  def differentiable_jvp(primals, tangents):
+    return derivative(task.run, primals, tangents)
 
+  differentiable.defjvp(differentiable_jvp, symbolic_zeros=True)
   return differentiable(*task.arrays, *task.shared)

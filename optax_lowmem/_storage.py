@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -74,12 +75,12 @@ class Blockwise:
 
   Examples:
     >>> import jax.numpy as jnp, optax_lowmem as lowmem
-    >>> stored = lowmem.Blockwise("log8", block_size=64).store(jnp.ones((4096, 16)))
+    >>> stored = lowmem.Blockwise("power8", block_size=64).store(jnp.ones((4096, 16)))
     >>> stored.codes.shape, stored.scales.shape, stored.block
     ((4096, 16), (1024, 1), (4, 16))
   """
 
-  codebook: str | Codebook = "log8"
+  codebook: str | Codebook = "power8"
   block_size: int = 64
   min_size: int = 4096
 
@@ -100,6 +101,34 @@ class Blockwise:
     if isinstance(stored, QuantizedArray):
       return stored.dequantize(jnp.float32)
     return stored.astype(jnp.float32)
+
+
+def by_field(
+  storage: Mapping[str, Storage | str] | None, block_size: int, min_size: int
+) -> dict[str, Storage]:
+  """Storages by the field they are for; the name of a codebook stands for a `Blockwise`.
+
+  Raises:
+    TypeError: if `storage` is no mapping, or holds what is no storage.
+  """
+  if storage is not None and not isinstance(storage, Mapping):
+    raise TypeError(
+      f"`storage` must map fields to storages, got {storage!r}: "
+      '`{"mu": Blockwise("power8")}`, say.'
+    )
+  return {k: _storage(k, s, block_size, min_size) for k, s in (storage or {}).items()}
+
+
+def _storage(field: str, value: Any, block_size: int, min_size: int) -> Storage:
+  if isinstance(value, str | Codebook):
+    return Blockwise(value, block_size, min_size)
+  methods = getattr(value, "store", None), getattr(value, "load", None)
+  if isinstance(value, type) or not all(map(callable, methods)):
+    raise TypeError(
+      f"`storage` of {field!r} must be a storage, got {value!r}. `Dense(jnp.bfloat16)` holds a "
+      'dtype, `Blockwise("power8")` or just "power8" holds codes.'
+    )
+  return value
 
 
 def block_shape(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from optax import contrib
 import optax_lowmem as lowmem
 from optax_lowmem import _stream
 from optax_lowmem._moments import is_quantized
+from optax_lowmem._phases import in_phases
 
 LR = 1e-2
 
@@ -63,8 +65,8 @@ class Entry:
     quantized = self.moments * (self.bits / 8 + 4 / 64)
     if not self.factored:
       return quantized
-    if len(shape) < 2:
-      return quantized + 4
+    if len(shape) < 2:  # and a number in the place of each row and column
+      return quantized + 4 + 8 * self.factored / math.prod(shape)
     return quantized + 4 * self.factored * (1 / shape[-1] + 1 / shape[-2])
 
   @property
@@ -120,6 +122,17 @@ every_rule = pytest.mark.parametrize(
   "name", {e.rule: n for n, e in REGISTRY.items() if e.is_optax}.values()
 )
 every_local = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if not e.norms])
+# Some of each kind, for what is compiled once more: the laws of updates in phases.
+PHASED = ["adamw-8", "amsgrad-8", "lion-4", "came-8", "lamb-8", "lars-8", "adafactor-8"]
+
+
+def by_method(names):
+  """Every entry as a whole and by tiles, and some in phases."""
+  cases = [(name, how) for name in names for how in ("whole", "tiles")]
+  cases += [(name, "phases") for name in names if name in PHASED]
+  return pytest.mark.parametrize(("name", "how"), cases)
+
+
 every_normed = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if e.norms])
 adamw = pytest.mark.parametrize("name", ["adamw-8", "adamw-4"])
 
@@ -165,17 +178,37 @@ def small_tiles():
     _stream._WHOLE, _stream._SMALLEST = whole, smallest
 
 
+@contextlib.contextmanager
+def by_rows():
+  """What `offloaded` runs on a GPU, run on a CPU, which else evaluates all at once."""
+  platform_dependent = jax.lax.platform_dependent
+
+  def choose(*args, cpu, **others):
+    if cpu.__name__ == "at_once":
+      return others["default"](*args)
+    return platform_dependent(*args, cpu=cpu, **others)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax.lax, "platform_dependent", choose)
+    yield
+
+
 TRACES = collections.Counter()  # how often the updates of `update_of` were traced
 
 
 @functools.cache
 def update_of(name, how):
-  """The compiled update of an entry, for trees of `SHAPES`: "whole", by "tiles", or "optax"'s."""
+  """The compiled update of an entry, for trees of `SHAPES`.
+
+  "whole"; by "tiles"; in "phases", as a GPU computes it where there is no kernel; or "optax"'s.
+  """
   tx = reference(name) if how == "optax" else make(name)
 
   def update(grads, state, params):
     TRACES[name, how] += 1
     with small_tiles() if how == "tiles" else contextlib.nullcontext():
+      if how == "phases":
+        return in_phases(tx.update, grads, state, params)
       return tx.update(grads, state, params)
 
   return jax.jit(update)

@@ -62,7 +62,7 @@ def test_follows_the_authors(case, param):
   for name, ours in fields.items():
     theirs = FILE.get(f"{case}/{param}/state/{name}")
     if theirs is None:
-      assert not ours.size
+      assert ours.shape == (1,) and not ours.any()
     else:
       assert ours.shape == theirs.shape
       assert distance(ours, theirs) <= 2e-6
@@ -76,6 +76,62 @@ def test_few_bits_stay_close(param, bits, limit):
   exact = trajectory(optimizer("b95", bits=32), param)[0][-1]
   ours = trajectory(optimizer("b95", bits=bits, min_size=0), param)[0][-1]
   assert 0 < jnp.abs(ours - exact).mean() <= limit * jnp.abs(exact - start).mean()
+
+
+def corrected(c, param):
+  """Parameters after every step, each average divided by the part of its size that is there."""
+  (b1, b2, b3), (eps1, eps2) = c["betas"], c["eps"]
+  p = FILE[f"p0/{param}"].astype(np.float64)
+  m, averages = 0.0, [0.0, 0.0, 0.0, 0.0]
+  path = []
+
+  def average(k, x, b, t):
+    averages[k] = b * averages[k] + (1 - b) * x
+    return averages[k] / (1 - b**t)
+
+  for t, g in enumerate(FILE[f"g/{param}"].astype(np.float64), 1):
+    if p.ndim < 2:
+      u = g / np.sqrt(average(0, g**2 + eps1, b2, t))
+    else:
+      col, row = (average(k, (g**2 + eps1).mean(k - 2, keepdims=True), b2, t) for k in (0, 1))
+      u = g / np.sqrt(row * col / row.mean(-2, keepdims=True))
+    u = u / max(1.0, np.sqrt((u**2).mean()) / c["clip_threshold"])
+    m = b1 * m + (1 - b1) * u
+    update = m / (1 - b1**t)
+    if p.ndim >= 2:
+      square = (u - m) ** 2 + eps2
+      col, row = (average(k + 2, square.mean(k - 2, keepdims=True), b3, t) for k in (0, 1))
+      update = update / np.sqrt(row * col / row.mean(-2, keepdims=True))
+    p = p - c["lr"] * (update + c["weight_decay"] * p)
+    path.append(p)
+  return path
+
+
+@pytest.mark.parametrize("param", PARAMS)
+@pytest.mark.parametrize("case", CASES)
+def test_debias_divides_averages_by_the_part_that_is_there(case, param):
+  path, _ = trajectory(optimizer(case, bits=32, debias=True), param)
+  exact = corrected(CASES[case], param)
+  for t in (1, 2, 5, 20):
+    assert distance(path[t - 1], exact[t - 1]) <= 2e-6
+
+
+def test_debias_starts_at_the_size_that_it_keeps():
+  """Of gradients with random signs; the paper's rule has its factor at its place."""
+  p = jnp.zeros((64, 96))
+  signs = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, (400, 64, 96)), 1.0, -1.0)
+
+  def sizes(tx):
+    def step(state, g):
+      updates, state = tx.update(g, state)
+      return state, jnp.sqrt(jnp.square(updates).mean())
+
+    return jax.lax.scan(step, tx.init(p), signs)[1]
+
+  ours, papers = sizes(lowmem.scale_by_came(debias=True)), sizes(lowmem.scale_by_came())
+  assert 0.8 < ours[0] < 1.3 and 0.15 < ours[-1] < 0.3  # sqrt((1 - b1) / (1 + b1)) = 0.23
+  t = np.arange(1, 401)
+  np.testing.assert_allclose(papers / ours, (1 - 0.9**t) / np.sqrt(1 - 0.9999**t), rtol=0.03)
 
 
 def test_a_stack_of_layers_is_its_layers():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import GOLDEN
-from optax_lowmem._blocks import encode
+from optax_lowmem._blocks import encode, encode_finite
 from optax_lowmem._codebooks import _CODEBOOKS, get_codebook
 
 NEAREST = ["dynamic", "dynamic_unsigned", "nf4", "fp4"]
@@ -106,9 +106,102 @@ def test_dithering_keeps_a_slow_average_moving():
   assert ours.std() < 0.25
 
 
-def test_unsigned_log_codes_never_make_zero_of_a_positive_value():
-  book = get_codebook("log8_unsigned")
-  x = np.float32([1e-38, 1e-30, 1e-20, 1e-10, 1e-5, 1.0])
+POWER = ["power8", "power8_unsigned", "power4", "power4_unsigned"]
+
+
+@pytest.mark.parametrize("name", POWER)
+def test_power_codes_are_what_they_say_and_the_nearest(name):
+  book = get_codebook(name)
+  top = 2 ** (book.bits - book.signed) - 1
+  t = np.arange(top + 1) / top
+  values = (1 - book.fourth) * t**2 + book.fourth * t**4
+  np.testing.assert_allclose(book.values[: top + 1], values, rtol=5e-7)
+  x = np.random.default_rng(0).uniform(0, 1, 100_000).astype(np.float32) ** 6
+  below = np.searchsorted(values, x, side="right").clip(1, top) - 1
+  nearest = below + (x - values[below] > np.diff(values)[below] / 2)
+  nearest = nearest if book.signed else np.maximum(nearest, x > 0)
+  found = np.asarray(jax.jit(book.encode)(jnp.asarray(x)))
+  assert np.mean(found != nearest) < 1e-4  # float32's midpoints
+
+
+@pytest.mark.parametrize("name", POWER)
+def test_only_what_hardly_moves_is_rounded_at_random(name):
+  """And then with the right mean; the rest is rounded to the nearest."""
+  book = get_codebook(name)
+  low, high = book.values[5:7]
+  gap = high - low
+  for part in (0.1, 0.5, 0.9):
+    x = jnp.float32(low + gap * (part + np.linspace(-0.05, 0.05, 100_000)))
+    near, far = (
+      (x + sign * 0.99 * book.still * gap for sign in (1, -1)),
+      x + book.still * gap * 1.01,
+    )
+    for old in near:
+      codes = np.asarray(book.encode_blocks(x, jnp.float32(1), old))
+      assert set(codes.tolist()) == {5, 6}
+      np.testing.assert_allclose((codes == 6).mean(), part, atol=0.01)
+    codes = book.encode_blocks(x, jnp.float32(1), far)
+    np.testing.assert_array_equal(codes, book.encode(x))
+
+
+@pytest.mark.parametrize("name", POWER)
+def test_what_is_stored_does_not_move_by_itself(name):
+  """Stored, loaded and stored again: no code is rounded at random, whatever the scale."""
+  book = get_codebook(name)
+  scales = np.exp2(np.random.default_rng(0).uniform(-60, 100, (2000, 1))).astype(np.float32)
+  once = encode_finite(jnp.asarray(book.values * scales), book, (2**book.bits,))
+  x = once.dequantize()
+  again = jax.jit(lambda x: encode_finite(x, book, (2**book.bits,), x))(x)
+  np.testing.assert_array_equal(again.codes, once.codes)
+  np.testing.assert_array_equal(again.scales, scales)
+
+
+@pytest.mark.parametrize("name", POWER)
+@pytest.mark.parametrize("exponent", [-30, 7, 40])
+def test_a_power_of_two_turns_no_code(name, exponent):
+  """Also of those that are rounded at random."""
+  book = get_codebook(name)
+  x = jnp.abs(jax.random.normal(jax.random.key(0), (512, 64)))
+  once = encode_finite(x, book, (64,), x)
+  assert np.mean(once.codes != encode_finite(x, book, (64,)).codes) > 0.1
+  factor = jnp.float32(2.0**exponent)
+  again = encode_finite(x * factor, book, (64,), x * factor)
+  np.testing.assert_array_equal(again.codes, once.codes)
+  np.testing.assert_array_equal(again.scales, once.scales * factor)
+
+
+@pytest.mark.parametrize("name", POWER)
+@pytest.mark.parametrize("decay", [0.9, 0.999])
+def test_a_slow_average_follows(name, decay):
+  """Towards 0.4 of its block's largest, from far below and from above, where nearest stands still.
+
+  What it averages is noisy, as gradients are: of equal values the hash is equal.
+  """
+  book = get_codebook(name)
+  start = jnp.concatenate([jnp.linspace(0.05, 0.2, 32), jnp.linspace(0.6, 0.9, 31), jnp.ones(1)])
+  target = jnp.full(64, 0.4).at[-1].set(1.0)
+  first = encode_finite(jnp.broadcast_to(start, (256, 64)), book, (64,))
+  steps = round(2 / (1 - decay))
+
+  @jax.jit
+  def run():
+    def step(stored, key):
+      old = stored.dequantize()
+      new = target * (1 + 0.3 * jax.random.normal(key, (256, 64)))
+      return encode_finite(decay * old + (1 - decay) * new, book, (64,), old), None
+
+    return jax.lax.scan(step, first, jax.random.split(jax.random.key(0), steps))[0]
+
+  expected = target + (first.dequantize()[0] - target) * decay**steps
+  found = run().dequantize()[:, :-1].mean(0)
+  # Measured: 0.02, 0.15.
+  np.testing.assert_allclose(found, expected[:-1], rtol=0.05 if book.bits == 8 else 0.25)
+
+
+@pytest.mark.parametrize("name", ["power8_unsigned", "power4_unsigned", "log8_unsigned"])
+def test_unsigned_codes_never_make_zero_of_a_positive_value(name):
+  book = get_codebook(name)
+  x = np.float32([2e-38, 1e-30, 1e-20, 1e-10, 1e-5, 1.0])
   assert (np.asarray(book.decode(book.encode(jnp.asarray(x)))) > 0).all()
 
 

@@ -14,7 +14,6 @@ import optax_lowmem as lowmem
 from registry import (
   LR,
   REGISTRY,
-  SHAPES,
   STORED,
   TRACES,
   adamw,
@@ -274,16 +273,3 @@ def test_trains_a_linen_state(name):
   assert losses[-1] < 0.5 * losses[0]
   assert len(quantized_leaves(state.opt_state)) == 2
   assert compiled == 1
-
-
-@adamw
-def test_orbax_saves_and_restores(name, tmp_path):
-  ocp = pytest.importorskip("orbax.checkpoint")
-  shapes = {k: shape for k, shape in SHAPES.items() if 0 not in shape}  # Orbax refuses them
-  tx, params = make(name), tree(0, shapes=shapes)
-  _, state = jax.jit(tx.update)(tree(1, shapes=shapes), tx.init(params), params)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / "state", state)
-    checkpointer.wait_until_finished()
-    restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
-  chex.assert_trees_all_equal(restored, state)

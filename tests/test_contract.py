@@ -4,6 +4,7 @@ Those of plain optax are in test_composition.py, those of sharding in test_shard
 """
 
 import contextlib
+import dataclasses
 import inspect
 
 import chex
@@ -18,13 +19,14 @@ from optax_lowmem._blocks import encode
 from optax_lowmem._moments import is_quantized
 from registry import (
   LR,
+  PHASED,
   REGISTRY,
   SHAPES,
   STORED,
   adamw,
+  by_method,
   every,
   every_local,
-  every_normed,
   every_rule,
   make,
   quantized_leaves,
@@ -82,20 +84,7 @@ def memory_of(name, donated):
   return update.lower(MANY, state, MANY).compile().memory_analysis(), state
 
 
-# Where the law of the peak is broken, and by what: to be seen, not to be forgiven.
-OVER: dict[str, float] = {
-  "amsgrad-8": 0.113,
-  "adopt-8": 0.193,
-}
-
-
-def peak(name):
-  reason = f"{OVER.get(name)} B/param of temporaries"
-  marks = [pytest.mark.xfail(strict=True, reason=reason)] if name in OVER else []
-  return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [peak(name) for name in REGISTRY])
+@every
 def test_peak(name):
   """At most 0.1 B/param beyond gradients and updates, which float32 optax does not keep either."""
   memory, state = memory_of(name, (0, 1))
@@ -123,8 +112,7 @@ def test_init_makes_no_dense_moment(name):
 # What is stored -----------------------------------------------------------------------------------
 
 
-@every
-@pytest.mark.parametrize("how", ["whole", "tiles"])
+@by_method(REGISTRY)
 def test_storing_what_was_loaded_changes_nothing(name, how):
   _, state = run(name, 3, how)
   stored = quantized_leaves(state)
@@ -133,11 +121,13 @@ def test_storing_what_was_loaded_changes_nothing(name, how):
     chex.assert_trees_all_equal(encode(q.dequantize(), q.codebook, q.block), q)
 
 
-@every
-def test_positive_second_moments_stay_positive(name):
+@pytest.mark.parametrize(
+  ("name", "how"), [*((name, "whole") for name in REGISTRY), *((name, "phases") for name in PHASED)]
+)
+def test_positive_second_moments_stay_positive(name, how):
   """Also of gradients that span 40 octaves in every block."""
   wild = jax.tree.map(lambda g: g * jnp.exp2(20 * jax.nn.tanh(g)), tree(1))
-  _, state = run(name, 2, gradients=lambda t: wild)
+  _, state = run(name, 2, how, gradients=lambda t: wild)
   second = [q for q in quantized_leaves(state) if not q.codebook.signed]
   assert len(second) == len(STORED) * REGISTRY[name].second
   for q in second:
@@ -147,7 +137,17 @@ def test_positive_second_moments_stay_positive(name):
 @every
 @pytest.mark.parametrize("scale", [1e-10, 1e-5, 1.0, 1e3, 1e6])
 def test_relative_error_is_the_same_at_every_scale(name, scale):
-  ours, exact = (run(name, 4, how, lambda t: tree(100 + t, scale))[0] for how in ("whole", "optax"))
+  check_error(name, "whole", scale)
+
+
+@pytest.mark.parametrize("name", PHASED)
+@pytest.mark.parametrize("scale", [1e-10, 1e6])
+def test_relative_error_is_the_same_at_every_scale_in_phases(name, scale):
+  check_error(name, "phases", scale)
+
+
+def check_error(name, how, scale):
+  ours, exact = (run(name, 4, h, lambda t: tree(100 + t, scale))[0] for h in (how, "optax"))
   for k in STORED:
     error = np.abs(np.asarray(ours[k]) - np.asarray(exact[k])).mean()
     assert error <= REGISTRY[name].error * np.abs(np.asarray(exact[k])).mean()
@@ -163,15 +163,14 @@ def test_tiles_give_what_whole_arrays_give(name):
   ours, new = update_of(name, "tiles")(tree(9), state, params)
   whole, expected = update_of(name, "whole")(tree(9), state, params)
   # XLA may contract a product and a sum in one of the two programs: an ulp. That turns a code only
-  # where it stands between two, or, dithered, where it changes the hash of the value, in one of 16.
-  # Measured: no code differs, but updates in 0.6 % of the places by a step of 3 %, because XLA
-  # computes the codes twice, once to store and once for the update.
+  # where it stands between two, or where it changes the hash of the value, in one of 16: 0.3 % of
+  # them where a rule takes a norm of the array, else none.
   chex.assert_trees_all_equal_structs(new, expected)
   for a, b in zip(quantized_leaves(new), quantized_leaves(expected), strict=True):
-    assert np.mean(a.codes != b.codes) <= (1e-2 if a.codebook.dithered else 1e-3)
+    assert np.mean(a.codes != b.codes) <= 5e-3
     np.testing.assert_allclose(a.scales, b.scales, rtol=1e-6)
   for k in STORED:
-    assert np.mean(np.abs(ours[k] - whole[k])) <= 5e-4 * np.mean(np.abs(whole[k]))
+    assert np.mean(np.abs(ours[k] - whole[k])) <= 1e-5 * np.mean(np.abs(whole[k]))
 
 
 MATRICES = tuple(k for k, shape in SHAPES.items() if len(shape) == 2 and np.prod(shape))
@@ -206,8 +205,7 @@ def bad_step(name, how, bad, good, names=MATRICES):
   )
 
 
-@every_local
-@pytest.mark.parametrize("how", ["whole", "tiles"])
+@by_method([name for name, e in REGISTRY.items() if not e.norms])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_element_stays_one_bad_element(name, how, bad):
   """Its update shows it where optax's does, its moments are kept, its neighbours see nothing."""
@@ -222,8 +220,7 @@ def test_one_bad_element_stays_one_bad_element(name, how, bad):
     np.testing.assert_array_equal(other(a.dequantize()), other(b.dequantize()))
 
 
-@every_normed
-@pytest.mark.parametrize("how", ["whole", "tiles"])
+@by_method([name for name, e in REGISTRY.items() if e.norms])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_element_stays_in_its_array(name, how, bad):
   """Where updates show it is the reference's; state stays finite, other arrays see nothing."""
@@ -235,6 +232,58 @@ def test_one_bad_element_stays_in_its_array(name, how, bad):
       np.testing.assert_array_equal(updates[k], expected[k])
   assert jax.tree.structure(poisoned) == jax.tree.structure(new)
   for x in jax.tree.leaves(poisoned, is_leaf=is_quantized):
+    assert np.isfinite(x.dequantize() if is_quantized(x) else x).all()
+
+
+@pytest.mark.parametrize(
+  ("name", "how"),
+  [
+    (name, how)
+    for name, e in REGISTRY.items()
+    for how in ("whole", "phases")
+    if e.second and not e.norms and (how == "whole" or name in PHASED)
+  ],
+)
+def test_an_element_whose_square_overflows_is_not_stored_in_part(name, how):
+  """A finite gradient of 3e19: its first moment would be stored, its infinite second one not."""
+  (_, new), (_, spoiled), _ = bad_step(name, how, 3e19, 1e-3)
+  params, state = start(name, "whole")
+  for t in range(2):
+    _, state = update_of(name, how)(spoil(tree(t), 1e-3), state, params)
+  kept = [np.asarray(q.dequantize()) for q in quantized_leaves(state)]
+  clean = [np.asarray(q.dequantize()) for q in quantized_leaves(new)]
+  for q, old, other_one in zip(quantized_leaves(spoiled), kept, clean, strict=True):
+    x = np.asarray(q.dequantize())
+    assert np.isfinite(x).all()
+    if x.ndim == 2:  # all of its moments are the old ones, but for the scale of their block
+      assert x[1, 3] <= 1.5 * max(abs(old[1, 3]), abs(other_one[1, 3])) + 1e-3
+  updates, _ = update_of(name, how)(tree(6), spoiled, params)
+  for k in MATRICES:
+    largest = np.abs(np.delete(np.asarray(updates[k]).ravel(), 3 + updates[k].shape[1])).max()
+    assert abs(float(updates[k][1, 3])) <= 10 * largest
+
+
+@by_method(REGISTRY)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_damaged_scale_starts_its_block_again(name, how, bad):
+  """As from a checkpoint that was tampered with; of all moments, or the updates would explode."""
+  params, state = start(name, "whole")
+  for t in range(2):
+    _, state = update_of(name, "whole")(tree(t), state, params)
+  leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
+  first = next(k for k, x in enumerate(leaves) if is_quantized(x) and x.shape == SHAPES["big"])
+  scales = leaves[first].scales
+  leaves[first] = dataclasses.replace(leaves[first], scales=scales.at[2, 1].set(bad))
+  updates, new = update_of(name, how)(tree(5), treedef.unflatten(leaves), params)
+  expected, _ = update_of(name, how)(tree(5), state, params)
+  for k in SHAPES:
+    assert np.isfinite(updates[k]).all()
+    assert not updates[k].size or np.abs(updates[k]).max() <= 12 * np.abs(expected[k]).max()
+  if not REGISTRY[name].norms:
+    block = np.zeros(SHAPES["big"], bool)
+    block[2, 64:] = True
+    np.testing.assert_array_equal(np.asarray(updates["big"])[~block], expected["big"][~block])
+  for x in jax.tree.leaves(new, is_leaf=is_quantized):
     assert np.isfinite(x.dequantize() if is_quantized(x) else x).all()
 
 

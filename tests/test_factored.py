@@ -101,8 +101,15 @@ def test_what_is_not_factored_is_updated_by_tiles():
   tx = lowmem.adafactor(1e-2, **BARE)
   params = jax.eval_shape(lambda: tree(0, shapes=shapes))
   state = jax.eval_shape(tx.init, params)
-  compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 0.16 * (1 << 20)  # measured: 0.13
+
+  def step(state, params):  # with gradients of its own: an argument would be copied
+    grads = jax.tree.map(jnp.sin, params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(state, params).compile()
+  # The gradient, in whose place the update is made, and little else; measured: 4.22.
+  assert compiled.memory_analysis().temp_size_in_bytes < 4.3 * (1 << 20)
 
 
 HF_STACK = {"min_dim_size_to_factor": 1, "last_two_axes": True, "bits": 32}

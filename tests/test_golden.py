@@ -122,20 +122,11 @@ def test_the_float32_rule_is_the_peers(case, param):
   assert difference <= (1e-4 if decays else 2e-7) * travelled(name, param)
 
 
-# Where we drift more than the peer, and how many times as far: to be seen, not to be forgiven.
-DRIFTS_MORE: dict[tuple[str, str], float] = {
-  ("torchao Adam8bit", "w"): 1.495,
-}
-
-
 def trajectories():
   for case in CASES:
     for param in ("w", "tail"):
       if f"{CASES[case].peer}/{case.split()[-1]}/{param}" in FILE:
-        ratio = DRIFTS_MORE.get((case, param))
-        reason = f"drifts {ratio} times as far as the peer"
-        marks = [pytest.mark.xfail(strict=True, reason=reason)] if ratio else []
-        yield pytest.param(case, param, marks=marks)
+        yield case, param
 
 
 @pytest.mark.parametrize(("case", "param"), list(trajectories()))

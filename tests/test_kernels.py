@@ -1,6 +1,5 @@
 """The Pallas kernel: bits against XLA, lowering for CUDA, refusals, and the setting."""
 
-import inspect
 import json
 import os
 import pathlib
@@ -15,21 +14,20 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem import _engine, kernels
+from cuda_cases import lowered_for_cuda
+from guard_cases import card
+from optax_lowmem import kernels
 from optax_lowmem._blocks import encode, encode_finite
-from optax_lowmem._codebooks import get_codebook
-from optax_lowmem.kernels import _pallas
+from optax_lowmem._codebooks import _CODEBOOKS, get_codebook
+from optax_lowmem.kernels import _guard, _pallas
 from optax_lowmem.kernels._pallas import map_blocks, supports
 
 HERE = pathlib.Path(__file__).parent
 NAME = "optax_lowmem_update"
-LOG8 = get_codebook("log8")
-engine = pytest.mark.skipif(
-  "kernels" not in inspect.getsource(_engine), reason="the engine does not ask for kernels yet"
-)
+POWER8 = get_codebook("power8")
 
 
-def stored(shape, codebook="log8", block=(64,), key=0):
+def stored(shape, codebook="power8", block=(64,), key=0):
   x = jax.random.normal(jax.random.key(key), shape)
   return encode(jnp.abs(x), get_codebook(codebook), block)
 
@@ -44,15 +42,6 @@ def decay(factor):
     return [new, old.astype(grad.dtype)]
 
   return fn
-
-
-def lowered_for_cuda(fn, *args):
-  """The program of `fn` for an H200, which need not be here."""
-  kind = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
-  axis = (jax.sharding.AxisType.Auto,)
-  mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=axis, abstract_device=kind)
-  with jax.sharding.use_abstract_mesh(mesh):
-    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 # ------------------------------------------------------------------------------------- bits
@@ -143,7 +132,7 @@ def test_vmap():
 # --------------------------------------------------------------------------------- lowering
 
 
-@pytest.mark.parametrize("codebook", ["log8", "log8_unsigned", "log4", "log4_unsigned"])
+@pytest.mark.parametrize("codebook", [n for n in _CODEBOOKS if not get_codebook(n).needs_table])
 @pytest.mark.parametrize("rows", [64, 37])
 def test_lowers_for_cuda(codebook, rows):
   moment, grad = stored((rows, 192), codebook), jnp.ones((rows, 192), jnp.bfloat16)
@@ -151,7 +140,7 @@ def test_lowers_for_cuda(codebook, rows):
   def update(grad, moment, factor):
     return map_blocks(decay(factor), [grad], [moment], [grad_form(grad)])
 
-  text = lowered_for_cuda(update, grad, moment, jnp.float32(0.9))
+  text = lowered_for_cuda(update, grad, moment, jnp.float32(0.9)).as_text()
   assert text.count("__gpu$xla.gpu.triton") == 1 and NAME in text
   assert text.count("output_operand_alias<") == 2  # codes and scales in place
 
@@ -167,7 +156,7 @@ def test_lowers_for_cuda(codebook, rows):
     (lambda: stored((4, 64), block=(8,)), "blocks have 8 elements, not a power of two from 16"),
     (lambda: stored((4, 64), "dynamic"), "the codebook 'dynamic' needs a table"),
     (lambda: lowmem.quantize(jnp.ones((4, 256)), "nf4", 64), "the codebook 'nf4' needs a table"),
-    (lambda: lowmem.quantize(jnp.ones((4, 256)), "log8", 64, True), "its scales are quantized"),
+    (lambda: lowmem.quantize(jnp.ones((4, 256)), "power8", 64, True), "its scales are quantized"),
     (lambda: jnp.ones((4, 64)), "nothing of it is quantized"),
     (lambda: stored((0, 64)), "it has 0 elements"),
   ],
@@ -201,7 +190,7 @@ def test_refuses_rules_that_triton_lacks(op, reason):
   moment = stored((4, 64))
 
   def fn(read, write):
-    return [encode_finite(op(write[0].dequantize(jnp.float32)), LOG8, (64,))]
+    return [encode_finite(op(write[0].dequantize(jnp.float32)), POWER8, (64,))]
 
   found = supports([], [moment], (), fn)
   assert found is None if reason is None else reason in found
@@ -228,61 +217,122 @@ def test_without_the_backend(monkeypatch):
 
 def test_setting(monkeypatch):
   monkeypatch.delenv("OPTAX_LOWMEM_KERNELS", raising=False)
-  assert kernels.setting() == "xla"
-  monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "Auto")
   assert kernels.setting() == "auto"
+  monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "XLA")
+  assert kernels.setting() == "xla"
+  with kernels.using("interpret"):
+    assert kernels.setting() == "interpret"
+  assert kernels.setting() == "xla"
+  with pytest.raises(ValueError, match=r"`mode` must be one of .*, got 'triton'"):
+    kernels.using("triton").__enter__()
   monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "cuda")
   with pytest.raises(ValueError, match=r"`OPTAX_LOWMEM_KERNELS` must be one of .*, got 'cuda'"):
     kernels.setting()
 
 
-def chosen(moment):
-  """`kernels.update` of one moment; the kernel doubles it, XLA does not."""
-
-  def on_blocks(tiles):
-    new = encode_finite(2 * tiles[1].dequantize(jnp.float32), LOG8, tiles[1].block)
-    return {1: new, 0: tiles[0].astype(jnp.bfloat16)}
-
-  def otherwise(values):
-    return {1: values[1], 0: values[0].astype(jnp.bfloat16)}
-
-  def update(grad, moment):
-    results = {1: moment, 0: jax.ShapeDtypeStruct(grad.shape, jnp.bfloat16)}
-    return kernels.update(on_blocks, {0: grad, 1: moment}, results, otherwise)
-
-  return update, jnp.ones(moment.shape), moment
+def step_of(shape, tx=None):
+  """An update of one parameter, and its arguments."""
+  tx = lowmem.adamw(1e-3) if tx is None else tx
+  params = jnp.ones(shape)
+  return tx.update, (params, tx.init(params), params)
 
 
-@pytest.mark.parametrize(("mode", "factor"), [("", 1), ("xla", 1), ("auto", 1), ("interpret", 2)])
-def test_choice_on_a_cpu(monkeypatch, mode, factor):
-  monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", mode)
-  update, grad, moment = chosen(stored((4, 64)))
-  new = jax.jit(update)(grad, moment)
-  np.testing.assert_array_equal(new[1].scales, factor * moment.scales)
+def has_kernel(update, args):
+  return NAME in str(jax.jit(lambda *x: update(*x)).trace(*args).jaxpr)
+
+
+@pytest.mark.parametrize(("mode", "uses"), [("xla", False), ("auto", True), ("interpret", True)])
+def test_mode_chooses(mode, uses):
+  with kernels.using(mode):
+    assert has_kernel(*step_of((64, 64))) == uses
+
+
+@pytest.mark.parametrize("mode", ["xla", "auto", "interpret"])
+def test_updates_on_a_cpu_are_alike(mode):
+  update, args = step_of((64, 64))
+  with kernels.using(mode):
+    updates, state = jax.jit(lambda *x: update(*x))(*args)
+  np.testing.assert_allclose(updates, -1e-3 * (1 + 1e-4), rtol=1e-5)
+  np.testing.assert_allclose(optax.tree.get(state, "mu").dequantize(), 0.1, rtol=1e-6)
+
+
+def test_eager_updates_follow_the_mode(monkeypatch):
+  """`update` outside of `jit` is compiled by `quantized`, for each mode apart."""
+  calls = []
+  refusal = kernels.refusal
+  monkeypatch.setattr(kernels, "refusal", lambda *x, **y: calls.append(1) or refusal(*x, **y))
+  update, args = step_of((64, 64))
+  with kernels.using("xla"):
+    update(*args)
+  assert not calls
+  with kernels.using("interpret"):
+    update(*args)
+  assert calls
 
 
 @pytest.mark.parametrize(("mode", "count"), [("xla", 0), ("auto", 1), ("pallas", 1)])
-def test_choice_for_cuda(monkeypatch, mode, count):
-  monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", mode)
-  text = lowered_for_cuda(*chosen(stored((4, 64))))
+def test_choice_for_cuda(mode, count):
+  update, args = step_of((64, 64))
+  with kernels.using(mode):
+    text = lowered_for_cuda(lambda *x: update(*x), *args).as_text()
   assert text.count("__gpu$xla.gpu.triton") == count
 
 
-def test_ragged_rows_are_left_to_xla_or_refused(monkeypatch):
-  update, *args = chosen(stored((4, 65)))
-  monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "auto")
-  assert NAME not in lowered_for_cuda(update, *args)
-  monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "pallas")
-  match = r"a parameter of shape \(4, 65\): rows of 65 .* Set it to 'auto'"
-  with pytest.raises(ValueError, match=match):
-    jax.jit(update).lower(*args)
+def test_ragged_rows_are_left_to_xla_or_refused():
+  update, args = step_of((100, 65))
+  with kernels.using("auto"):
+    assert NAME not in lowered_for_cuda(lambda *x: update(*x), *args).as_text()
+  match = r"a parameter of shape \(100, 65\): blocks have 65 .* Set them to 'auto'"
+  with kernels.using("pallas"), pytest.raises(ValueError, match=match):
+    jax.jit(lambda *x: update(*x)).lower(*args)
 
 
-def test_insisting_on_a_cpu_raises(monkeypatch):
-  monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "pallas")
-  update, *args = chosen(stored((4, 64)))
-  with pytest.raises(ValueError, match="interpret mode"):
-    jax.jit(update).lower(*args)
+def test_insisting_on_a_cpu_raises():
+  update, args = step_of((64, 64))
+  with kernels.using("pallas"), pytest.raises(ValueError, match="interpret mode"):
+    jax.jit(lambda *x: update(*x)).lower(*args)
+
+
+# ----------------------------------------------------------------------------------- the guard
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+  with card(monkeypatch, "gpu"):
+    yield
+
+
+def test_guard_trusts_a_kernel_that_agrees(on_gpu):
+  assert _guard.difference("cuda") is None
+  assert jax.jit(lambda x: x + kernels.trusted())(0) == 1  # asked while an update is traced
+
+
+@pytest.mark.parametrize("fault", ["wrong", "not finite", "raises"])
+def test_guard_switches_off_a_kernel_that_does_not(on_gpu, monkeypatch, fault):
+  right = kernels.map_blocks
+
+  def wrong(*args, **kwargs):
+    if fault == "raises":
+      raise RuntimeError("no such instruction")
+    *moments, update = right(*args, **kwargs)
+    return [*moments, update * (1.01 if fault == "wrong" else jnp.nan)]
+
+  monkeypatch.setattr(kernels, "map_blocks", wrong)
+  with pytest.warns(UserWarning, match=r"switched off: on .* Please report"):
+    assert not kernels.trusted()
+  assert not kernels.trusted()  # known by now: neither compared nor warned of again
+  assert not has_kernel(*step_of((64, 64)))
+
+
+def test_guard_says_nothing_where_there_is_no_kernel(monkeypatch):
+  """On AMD's GPUs, which are "gpu" too."""
+
+  def devices(backend=None):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", devices)
+  assert kernels.trusted()
 
 
 # --------------------------------------------------------------------- through the optimizer
@@ -300,7 +350,6 @@ def compiled_step(tx, mode, monkeypatch):
   return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
-@engine
 def test_a_cpu_program_is_the_same_with_auto(monkeypatch):
   memory = [
     compiled_step(lowmem.adamw(1e-3), mode, monkeypatch).memory_analysis().temp_size_in_bytes
@@ -309,7 +358,6 @@ def test_a_cpu_program_is_the_same_with_auto(monkeypatch):
   assert memory[0] == memory[1]
 
 
-@engine
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("make", [lowmem.adamw, lowmem.lion, lowmem.rmsprop])
 def test_optimizers_lower_for_cuda(monkeypatch, make, bits):
@@ -317,11 +365,10 @@ def test_optimizers_lower_for_cuda(monkeypatch, make, bits):
   params = {"w": jnp.ones((96, 192), jnp.bfloat16), "b": jnp.ones(64), "r": jnp.ones((100, 70))}
   state = tx.init(params)
   monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "auto")
-  text = lowered_for_cuda(tx.update, params, state, params)
+  text = lowered_for_cuda(tx.update, params, state, params).as_text()
   assert text.count("__gpu$xla.gpu.triton") == 1  # "w"; "b" is dense, and "r" ragged
 
 
-@engine
 def test_a_bad_element_stays_one(monkeypatch):
   monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "interpret")
   tx = lowmem.adamw(1e-3)

@@ -219,6 +219,23 @@ def test_train_state_of_adapters_on_a_packed_model_learns_and_leaves_the_base():
   equal(params, before)
 
 
+def test_what_was_found_is_printed_in_a_line():
+  class Deep(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for i in range(40):
+        x = nn.Dense(8, name=f"layer_{i}")(x)
+      for i in range(30):
+        x = nn.Dense(8, name="wide" + "ab"[i % 2] * (i + 1))(x)
+      return x
+
+  x = jnp.ones((1, 8))
+  variables = jax.eval_shape(Deep().init, jax.random.key(0), x)
+  text = repr(linen.find_layers(Deep(), variables, x))
+  assert text.startswith("Layers(70 found: layer_*, widea, widebb,") and len(text) < 300
+  assert text.endswith("…; others: 1)")
+
+
 def test_dropout_is_of_adapters_only_and_is_never_silently_off():
   _, params, _, lora = setup("scanned", dropout=0.5, targets=r"embed|up")
   run = jax.jit(

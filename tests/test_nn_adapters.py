@@ -45,8 +45,67 @@ def moved(model, seed=3):
         if layer.ranks and name in ("lora_a", "lora_b"):
           keep = jnp.arange(layer.rank) < jnp.asarray(layer.ranks)[:, None]
           new = jnp.where(keep[:, None] if name == "lora_a" else keep[..., None], new, 0)
-        v[...] = new
+        v[...] = new.astype(v[...].dtype)
   return model
+
+
+# 16 bits.
+
+
+def half(model, **options):
+  return nn.add_lora(model, 4, 12, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1), **options)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_an_adapter_in_16_bits_computes_what_one_in_32_bits_of_its_values_does(options):
+  model = moved(half(nnx.Sequential(linear(16, 8)), **options))
+  other = nn.add_lora(nnx.Sequential(linear(16, 8)), 4, 12, rngs=nnx.Rngs(2), **options)
+  state = nnx.state(model, nnx.LoRAParam)
+  assert {x.dtype.name for x in jax.tree.leaves(state)} == {"bfloat16"}
+  nnx.update(other, jax.tree.map(lambda v: v.astype(jnp.float32), state))
+  x = normal(3, 16)
+  np.testing.assert_array_equal(model(x), other(x))  # alpha / rank is 3: no power of 2
+  gradients = nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=TRAINED)(model)
+  assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"bfloat16"}
+  merged = [nn.merge_lora(m).layers[0].kernel[...] for m in (model, other)]
+  np.testing.assert_array_equal(*merged)
+
+
+def test_moments_of_an_adapter_in_16_bits_are_not_in_16_bits():
+  params = nnx.state(half(nnx.Sequential(linear(64, 64))), nnx.LoRAParam)
+  for bits, kinds in ((32, {"float32"}), (8, {"float32", "uint8"})):
+    state = lowmem.adamw(1e-3, bits=bits, min_size=64).init(params)
+    assert {x.dtype.name for x in jax.tree.leaves(state)} - {"int32"} == kinds
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_base_makes_room_for_the_factors_as_they_are_rounded(init):
+  base = linear(64, 32)
+  layer = half(nnx.Sequential(nnx.clone(base)), targets=r"layers\.0", init=init).layers[0]
+  np.testing.assert_array_equal(layer.start_a[...], layer.lora_a[...])
+  x = normal(3, 64)
+  if init == "pissa":  # a new adapter changes nothing, but for what float32 rounds
+    np.testing.assert_allclose(layer(x), base(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_in_16_bits_keeps_them_when_it_is_loaded(tmp_path):
+  def model():
+    holder = nnx.Module()
+    holder.layers = nnx.Dict(up=linear(16, 8))
+    return holder
+
+  first = moved(nn.add_lora(model(), 4, 12, rngs=nnx.Rngs(0)))
+  nn.save_peft(first, tmp_path / "adapter")
+  second = nn.load_peft(half(model()), tmp_path / "adapter")
+  got, want = second.layers.up.lora_a[...], first.layers.up.lora_a[...]
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.int8, "float8", jnp.float8_e4m3fn])
+def test_a_dtype_that_adapters_are_not_trained_in_is_refused(param_dtype):
+  with pytest.raises(ValueError, match="`param_dtype` must be float32, bfloat16 or float16"):
+    nn.add_lora(nnx.Sequential(linear(8, 8)), 2, 4, param_dtype=param_dtype, rngs=nnx.Rngs(0))
 
 
 # DoRA.

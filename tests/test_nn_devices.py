@@ -4,9 +4,11 @@ What needs eight devices runs in one process of its own: `python tests/test_nn_d
 """
 
 import os
+import re
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_lowmem import linen, nn
+from optax_lowmem.nn import _multiply
 
 MESHES = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
 ROWS, FEATURES = P("d"), P(None, "d")  # of the input
@@ -155,6 +158,30 @@ def embedded():
     close(placed(lora, spread(ids, mesh, ROWS)), jax.grad(loss)(lora, ids))
 
 
+def as_on_gpus(case):
+  """The case with weights bound to their input as GPUs bind them."""
+  mine = _multiply._with_bits_of
+  _multiply._with_bits_of = _multiply._bound_to
+  try:
+    case()
+  finally:
+    _multiply._with_bits_of = mine
+
+
+def bound_without_sending(spec):
+  """An element of a spread input stays where it is, and so do the codes."""
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+  weight = nn.NF4Linear.from_weight(normal(32, 64)).weight.get_value()
+  codes = spread(weight.codes, mesh, spec)
+  x = spread(normal(8, 64), mesh, ROWS)
+  bind = jax.jit(lambda codes, x: _multiply._bound_to(replace(weight, codes=codes), x).codes)
+  text = bind.lower(codes, x).compile().as_text()
+  assert not re.search("all-|permute", text) and "xor" in text
+  out = bind(codes, x)
+  np.testing.assert_array_equal(out, weight.codes)
+  assert out.sharding.is_equivalent_to(codes.sharding, out.ndim)
+
+
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 CASES = {
   "embedding, explicit": embedded,
@@ -179,6 +206,15 @@ CASES = {
     )
     for layer, checked in (("float", True), ("nf4", True), ("dora", True), ("nf4", False))
   },
+  **{
+    f"bound, codes {spec}": (lambda *a: lambda: bound_without_sending(*a))(spec)
+    for spec in (P(), ROWS, FEATURES)
+  },
+}
+CASES |= {
+  f"as on GPUs: {name}": (lambda case: lambda: as_on_gpus(case))(CASES[name])
+  for name in CASES
+  if name.startswith(("nf4, ", "dora, shard_map"))
 }
 
 

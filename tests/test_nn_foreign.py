@@ -205,6 +205,77 @@ def test_what_computes_something_else_is_refused(kind):
   assert read(module).reason
 
 
+class Sharded(Dense):
+  """Must be told how its output is to lie."""
+
+  def __call__(self, x, *, out_sharding):
+    return jnp.einsum("...i,io->...o", x, self.matrix[...], out_sharding=out_sharding) + self.offset
+
+
+class ShardedInOrder(Dense):
+  def __call__(self, x, out_sharding):
+    return jnp.einsum("...i,io->...o", x, self.matrix[...], out_sharding=out_sharding) + self.offset
+
+
+class Noted(Dense):
+  """Holds arrays that are no Variables, of more axes than its weight, and does not use them."""
+
+  def __init__(self, *args):
+    super().__init__(*args)
+    self.statistics, self.seed = np.arange(24.0).reshape(2, 3, 4), jax.random.key(0)
+
+  def __call__(self, x, out_sharding=None):
+    return self.product(x) + self.offset
+
+
+@pytest.mark.parametrize("kind", [Sharded, ShardedInOrder, Noted])
+def test_a_sharding_that_must_be_given_and_constants_are_no_hindrance(kind):
+  model, x = nnx.Dict(a=kind(64, 32)), normal(2, 5, 64)
+
+  def call(layer, place):
+    return layer(x, place) if kind is ShardedInOrder else layer(x, out_sharding=place)
+
+  y = call(model.a, None)
+  assert bool((call(nn.LoRALinear(nnx.clone(model.a), 4, 8, rngs=nnx.Rngs(1)), None) == y).all())
+  nn.quantize_model(model)
+  packed = call(model.a, None)
+  assert isinstance(model.a, nn.QuantizedModule) and packed.shape == y.shape
+  assert 0 < float(jnp.abs(packed - y).max()) < 0.5 * float(jnp.abs(y).max())
+  nn.add_lora(model, 4, 8, rngs=nnx.Rngs(1))
+  model = nnx.clone(model)
+  assert bool((nnx.jit(call, static_argnums=1)(model.a, None) == packed).all())
+  with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+    np.testing.assert_array_equal(call(model.a, jax.P("data")), packed)
+  model.a.lora_b[...] = normal(*model.a.lora_b.shape, seed=2) / 8
+  adapted, merged = call(model.a, None), nn.merge_lora(model).a
+  assert type(merged) is kind
+  np.testing.assert_allclose(call(merged, None), adapted, rtol=1e-5, atol=1e-5)
+  if kind is Noted:
+    np.testing.assert_array_equal(merged.statistics, np.arange(24.0).reshape(2, 3, 4))
+    assert merged.seed == jax.random.key(0)
+
+
+class NotedAndUsed(Noted):
+  def __call__(self, x):
+    return self.product(x) * self.statistics[0, 1, 2] + self.offset
+
+
+class Training(Dense):
+  def __call__(self, x, *, train):
+    return self.product(x) + self.offset
+
+
+@pytest.mark.parametrize(
+  ("kind", "reason"),
+  [(NotedAndUsed, "`mul` with a constant"), (Training, "its `__call__` needs `train`")],
+)
+def test_a_constant_in_the_product_and_other_arguments_are(kind, reason):
+  with pytest.raises(TypeError, match=reason):
+    nn.QuantizedModule(kind(64, 32))
+  with pytest.warns(UserWarning, match=reason):
+    nn.quantize_model(nnx.Dict(a=kind(64, 32), b=Dense(64, 32)))
+
+
 class ByRank(Dense):
   """A product for matrices; for other inputs, something else."""
 

@@ -83,6 +83,8 @@ def paged(out, files, printed):
     "64",
     "--targets",
     "q_proj",
+    "--adapter-dtype",
+    "bfloat16",
   ]
   halves = out.parent / "halves"
   argv = arguments(files, halves, "--steps", "2", *again, "--stop-after", "1")
@@ -117,7 +119,7 @@ CASES = {
   "numbers": (
     "--rank 4 --alpha 8 --targets q_proj --dropout 0.25 --lr 1e-2 --warmup 1 --schedule linear "
     "--seed 3 --samples 1 --grad-accum 2 --batch-size 2 --max-grad-norm 0.5 --weight-decay 0.1 "
-    "--eval-batches 2 --devices 1 --optim adamw_32bit",
+    "--eval-batches 2 --devices 1 --optim adamw_32bit --attention xla",
     plain,
   ),
   "variants": (
@@ -126,7 +128,10 @@ CASES = {
     "--targets all-linear --quantize fp4 --optim lion_8bit",
     variants,
   ),
-  "paged": ("--optim paged_adamw_8bit --rank 64 --targets q_proj --eval-every 1", paged),
+  "paged": (
+    "--optim paged_adamw_8bit --rank 64 --targets q_proj --eval-every 1 --adapter-dtype bfloat16",
+    paged,
+  ),
   "pissa": ("--init pissa --quantize int8 --targets q_proj --optim adafactor", None),
   "loftq": ("--init loftq --optim came --fsdp", alone),
   "board": (

@@ -92,6 +92,7 @@ def test_saved_settings_give_the_same_run_again(tmp_path):
   ("options", "message"),
   [
     ("--packing --buckets 2", "--packing fills every row"),
+    ("--packing --attention cudnn", "--attention cudnn cannot keep the rows apart"),
     ("--patience 2", "--patience 2 needs --eval-every"),
     ("--neftune-alpha -1", "--neftune-alpha must be 0 or a positive"),
     ("--weight-decay nan", "--weight-decay must be 0 or a positive"),

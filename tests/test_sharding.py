@@ -3,16 +3,19 @@
 What needs eight devices runs in processes of their own, one for each kind of mesh: this file.
 """
 
+import functools
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,6 +24,9 @@ import optax_lowmem as lowmem
 from optax_lowmem import _offloaded, _stream
 from optax_lowmem._layout import divide
 from optax_lowmem._moments import is_quantized
+from optax_lowmem._phases import in_phases
+from optax_lowmem._sharding import with_automatic_sharding
+from registry import REGISTRY, make
 
 RULES = {
   "adamw": lowmem.adamw(1e-2),
@@ -100,6 +106,15 @@ def assert_same_bits(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def known_shardings(tx, state, params):
+  """By `state_shardings`; they are those of the state."""
+  known = lowmem.state_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params))
+  for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(known), strict=True):
+    assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
+    assert x.sharding.memory_kind == sharding.memory_kind
+  return known
+
+
 def arrays(name, shape, dtype):
   """Parameters, a gradient, and where it starts."""
   keys = jax.random.split(jax.random.key(0), 2)
@@ -138,6 +153,10 @@ def check(kind, name, axes, shape, spec, dtype, shards):
   for x in jax.tree.leaves(states[0]):
     if x.ndim:
       assert x.addressable_shards[0].data.size * shards == x.size
+  known = known_shardings(tx, states[0], params)
+  made = jax.jit(tx.init, out_shardings=known)(params)
+  assert shardings(made) == jax.tree.leaves(known)
+  assert_same_bits(made, states[0])
   compiled = update.lower(grads, states[0], params).compile()
   return states[0], params, tx, re.findall(MOVES, compiled.as_text())
 
@@ -182,7 +201,7 @@ def check_memory(kind):
 
 
 def check_transformations(kind):
-  """`vmap`, `scan` and `grad` see through it."""
+  """`vmap`, `scan` and `grad` see through it, the last where nothing stored depends on it."""
   tx, (params, grads) = RULES["adamw"], arrays("", (4, 256, 256), jnp.float32)
 
   def one(p, g):
@@ -198,8 +217,10 @@ def check_transformations(kind):
   mesh = mesh_of(TWO, kind)
   with jax.set_mesh(mesh):
     args = jax.device_put((params, grads), NamedSharding(mesh, P(None, "a", "b")))
-    results = [jax.jit(fn)(*args) for fn in (jax.vmap(one), scan, jax.grad(loss, 1))]
-  expected = [jax.jit(fn)(params, grads) for fn in (jax.vmap(one), scan, jax.grad(loss, 1))]
+    results = [jax.jit(fn)(*args) for fn in (jax.vmap(one), scan, jax.grad(loss))]
+    with pytest.raises(TypeError, match="stored in 8 or 4 bits"):
+      jax.jit(jax.grad(loss, 1))(*args)
+  expected = [jax.jit(fn)(params, grads) for fn in (jax.vmap(one), scan, jax.grad(loss))]
   assert_same_bits(results, expected)
 
 
@@ -227,6 +248,7 @@ def check_norms(kind, every):
       mesh = mesh_of(axes, kind)
       args = jax.device_put((params, grads), NamedSharding(mesh, spec))
       states, updates, update = two_steps(tx, *args)
+      known_shardings(tx, states[0], args[0])
       for ours, exact in zip(updates, expected, strict=True):
         error = np.abs(np.asarray(ours["w"]) - np.asarray(exact["w"])).mean()
         assert error <= 1e-3 * np.abs(np.asarray(exact["w"])).mean(), error
@@ -249,6 +271,61 @@ def check_norms(kind, every):
             assert x.addressable_shards[0].data.size * kept == x.size, (field, x.sharding)
 
 
+def check_phases(kind):
+  """What GPUs compute of rules that take norms, on shards: the same numbers, where they lay."""
+  mesh, spec = mesh_of(TWO, kind), P("a", "b")
+  for name in ("came", "lamb", "adafactor"):
+    print("phases", name, flush=True)
+    tx = NORMED[name]
+
+    @jax.jit
+    def update(grads, state, params, tx=tx):
+      args = grads, state, params
+      return with_automatic_sharding(functools.partial(in_phases, tx.update), args, args[:2])
+
+    params, grads = arrays(name, (128, 512), "float32")
+    expected, new = update(grads, tx.init(params), params)
+    params, grads = jax.device_put((params, grads), NamedSharding(mesh, spec))
+    state = tx.init(params)
+    updates, after = update(grads, state, params)
+    error = np.abs(np.asarray(updates["w"]) - np.asarray(expected["w"])).mean()
+    assert error <= 1e-4 * np.abs(np.asarray(expected["w"])).mean(), error
+    for ours, exact in zip(*map(quantized_in, (after, new)), strict=True):
+      np.testing.assert_array_less(np.mean(ours.codes != exact.codes), 2e-3)
+      assert ours.codes.addressable_shards[0].data.size * 8 == ours.codes.size
+    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+      assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
+
+
+def check_dense(kind):
+  """Below `min_size`: arrays that are not quantized keep their sharding, too."""
+  rules = {name: make(name) for name in REGISTRY}
+  rules["radam"] = lowmem.quantized(optax.radam(1e-2))
+  rules["optimistic"] = lowmem.quantized(optax.optimistic_gradient_descent(1e-2))
+  mesh, plain = mesh_of(ONE, kind), arrays("", (2, 8, 4), "float16")
+  with jax.set_mesh(mesh):
+    params, grads = jax.device_put(plain, NamedSharding(mesh, P(None, "a")))
+    for name, tx in rules.items():
+      print("dense", name, flush=True)
+      state = tx.init(params)
+      new = jax.eval_shape(tx.update, grads, state, params)
+      if kind is AxisType.Explicit:  # of which alone it names the axes
+        before = jax.tree.map(jax.typeof, (grads, state))
+        assert jax.tree.map(_type, new) == jax.tree.map(_type, before)
+  for name in ("adagrad-8", "adan-8", "radam", "optimistic"):
+    expected = two_steps(rules[name], *plain)[1]
+    for ours, exact in zip(two_steps(rules[name], params, grads)[1], expected, strict=True):
+      np.testing.assert_allclose(ours["w"], exact["w"], rtol=2e-3)  # a last bit of a float16
+
+
+def _type(x):
+  return x.shape, x.dtype, tuple(x.sharding.spec if x.sharding else ())
+
+
+def quantized_in(state):
+  return [x for x in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(x)]
+
+
 def check_offloaded(kind):
   """Pages lie as what they hold does, and come back as they were."""
   for name, spec in (("adamw", P("a")), ("adamw_4bit", P("a")), ("lion", P("a"))):
@@ -259,6 +336,7 @@ def check_offloaded(kind):
     states, updates, update = two_steps(
       lowmem.offloaded(RULES[name], min_bytes=64, max_bytes=0), *args
     )
+    known_shardings(lowmem.offloaded(RULES[name]), states[0], args[0])
     assert update._cache_size() == 1
     for ours, exact in zip(updates, expected, strict=True):
       np.testing.assert_array_equal(ours["w"], exact["w"])
@@ -281,6 +359,28 @@ def check_offloaded(kind):
     assert jax.tree.structure(shaped) == jax.tree.structure(tx.init(x))
 
 
+def check_checkpoints(kind):
+  """Saved on one mesh, restored to another one, from device or host memory."""
+  for name in ("adamw", "adamw_4bit", "came", "lamb"):
+    rule = (RULES | NORMED)[name]
+    for tx in (rule, lowmem.offloaded(rule)):
+      states = []
+      for axes, spec in ((ONE, P("a")), (TWO, P("b", "a"))):
+        sharding = NamedSharding(mesh_of(axes, kind), spec)
+        params, grads = jax.device_put(arrays(name, (256, 512), "float32"), sharding)
+        states.append(jax.jit(lambda *x, tx=tx: tx.update(*x))(grads, tx.init(params), params)[1])
+      state, like = states
+      template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+      )
+      with tempfile.TemporaryDirectory() as path, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(f"{path}/state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(f"{path}/state", template)
+      assert shardings(restored) == shardings(like), name
+      assert_same_bits(restored, state)
+
+
 if __name__ == "__main__":
   assert jax.device_count() == 8
   kind, every = AxisType[sys.argv[1]], int(sys.argv[2])
@@ -288,6 +388,9 @@ if __name__ == "__main__":
   _stream._WHOLE, _stream._SMALLEST = 1 << 12, 1 << 11  # small arrays are to be walked in tiles
   check_cases(kind, every)
   check_transformations(kind)
+  check_phases(kind)
   check_rules_on_whole_arrays(kind)
   check_norms(kind, every)
+  check_dense(kind)
   check_offloaded(kind)
+  check_checkpoints(kind)

@@ -24,16 +24,16 @@ def step(reads, writes):
 @pytest.mark.parametrize(
   ("shape", "codebook"),
   [
-    ((64, 128), "log8"),  # one flat run, tiles that divide it
-    ((67, 64), "log8"),  # one flat run, a remainder
+    ((64, 128), "power8"),  # one flat run, tiles that divide it
+    ((67, 64), "power8"),  # one flat run, a remainder
     ((8192,), "nf4"),
-    ((100, 40), "log8"),  # blocks of several rows
-    ((3, 7, 70), "log8"),
-    ((33, 131), "log8"),  # rows with a short last block, several to a tile
+    ((100, 40), "power8"),  # blocks of several rows
+    ((3, 7, 70), "power8"),
+    ((33, 131), "power8"),  # rows with a short last block, several to a tile
     ((33, 131), "nf4"),  # and an odd number of 4-bit codes
-    ((3, 1931), "log8"),  # rows longer than a tile, with a short last block
+    ((3, 1931), "power8"),  # rows longer than a tile, with a short last block
     ((5, 1931), "nf4"),
-    ((1, 1), "log8"),
+    ((1, 1), "power8"),
   ],
 )
 @pytest.mark.parametrize("indexed", ["by position", "by row"])
@@ -54,8 +54,8 @@ def test_tiles_give_what_the_whole_array_gives(shape, codebook, indexed, monkeyp
 
 def test_blocks_of_two_sizes_in_one_loop():
   x = jax.random.normal(jax.random.key(0), (64, 192))
-  a = encode(x, get_codebook("log8"), (64,))
-  b = encode(jnp.abs(x), get_codebook("log8_unsigned"), (96,))
+  a = encode(x, get_codebook("power8"), (64,))
+  b = encode(jnp.abs(x), get_codebook("power8_unsigned"), (96,))
 
   def swap(_, writes):
     return [encode(-q.dequantize(), q.codebook, q.block) for q in writes[:1]] + writes[1:]
@@ -69,7 +69,7 @@ def test_only_a_tile_is_ever_dense():
   """Also where the last axis does not divide and is longer than a tile."""
   for shape in ((4096, 1024), (4_194_304,), (64, 65_537), (4_000_037,)):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    m = jax.eval_shape(lambda x, s=shape: encode(x, get_codebook("log8"), block_shape(s, 64)), x)
+    m = jax.eval_shape(lambda x, s=shape: encode(x, get_codebook("power8"), block_shape(s, 64)), x)
     run = jax.jit(lambda p, g, m: map_tiles(step, [p], [g, m]), donate_argnums=(1, 2))
     temporaries = run.lower(x, x, m).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 0.2 * x.size, (shape, temporaries / x.size)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import jax
 import yaml
 
+from attention import KINDS
 from checks import check
 from runs import resumed
 
@@ -43,11 +44,13 @@ class Settings:
   # base model and adapters
   quantize: str = "nf4"
   dtype: str = "auto"
+  attention: str = "auto"
   rank: int = 16
   alpha: float = 32.0
   dropout: float = 0.0
   targets: str = "[qkvo]_proj|gate_proj|up_proj|down_proj"
   init: str = "default"
+  adapter_dtype: str = "float32"
   rslora: bool = False
   dora: bool = False
   rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -94,12 +97,16 @@ HELP = {
   "quantize": "how the base model's linear layers are held",
   "dtype": "dtype of everything else in the base model, and of its arithmetic; auto is float32 "
   "on a CPU, bfloat16 elsewhere",
+  "attention": "chunked: in memory that grows with --seq-len, not with its square; xla: all scores "
+  "of a layer at once; cudnn: NVIDIA's kernel, without --packing; auto: chunked",
   "rank": "rank of the adapters",
   "alpha": "the adapters are scaled by alpha / rank",
   "dropout": "dropout in the adapters",
   "targets": "layers to adapt, a regular expression for their names or full paths; all-linear is "
   "every linear layer but the head",
   "init": "how adapters start",
+  "adapter_dtype": "dtype of the adapters and their gradients; bfloat16 halves both, and rounds "
+  "away updates of less than 1/512 of a value, so it wants a higher --lr",
   "rslora": "scale the adapters by alpha / sqrt(rank)",
   "dora": "train the magnitude of the weights apart from their direction",
   "rank_pattern": "ranks of some layers, such as q_proj=8,down_proj=32, or JSON",
@@ -128,6 +135,8 @@ CHOICES = {
   "quantize": ("nf4", "fp4", "int8", "none"),
   "init": ("default", "gaussian", "pissa", "loftq"),
   "dtype": ("auto", "float32", "bfloat16"),
+  "attention": KINDS,
+  "adapter_dtype": ("float32", "bfloat16"),
   "schedule": ("constant", "linear", "cosine"),
   "chat_template": ("auto", "chatml", "llama-2", "llama-3", "mistral", "plain"),
 }

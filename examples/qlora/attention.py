@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from chunked_attention import CHUNK, chunked_attention
 from llama_config import LlamaConfig
 from rope import Rope, apply_rope
 
@@ -48,25 +49,68 @@ def windows_of_layers(config: LlamaConfig) -> jax.Array | None:
   return jnp.array([unlimited if w is None else w for w in config.windows], jnp.int32)
 
 
-def attend_within(segments: jax.Array | None, window: jax.Array | None) -> Attend:
-  """Causal attention of whole rows; each token sees its own segment up to itself.
+Kind = Literal["auto", "chunked", "xla", "cudnn"]
+KINDS = ("auto", "chunked", "xla", "cudnn")
 
-  The mask is made of comparisons, which XLA fuses into the softmax; scores and softmax are float32.
+
+def check_kind(kind: str) -> None:
+  """Refuses what is no kind of attention."""
+  if kind not in KINDS:
+    raise ValueError(f"`attention` must be one of {', '.join(KINDS)}, got {kind!r}.")
+
+
+def attend_within(
+  segments: jax.Array | None, window: jax.Array | None, kind: Kind = "auto"
+) -> Attend:
+  """Causal attention of whole rows; each token sees its own segment up to itself.
 
   Args:
     segments: (B, T) int32, or None where each row is one segment.
     window: how many tokens one sees at most, itself among them; None for no limit.
+    kind: `"xla"` holds all scores of a layer at once; `"chunked"` those of two chunks of a row
+      (`chunked_attention`), where a row is longer than a chunk; `"cudnn"` is cuDNN's kernel, which
+      holds none. `"auto"` is `"chunked"`: no card has run cuDNN's against it yet.
+
+  Returns:
+    A function of queries, keys and values. With `"cudnn"` it raises a ValueError for segments, for
+    windows, and for what cuDNN, or a machine without it, does not take.
   """
+  check_kind(kind)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
-    if window is not None:
-      index = jnp.arange(q.shape[1])
-      near = (index[:, None] - index < window)[None, None]
-      mask = near if mask is None else mask & near
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), None
+    if kind == "cudnn":
+      return _cudnn(q, k, v, segments, window), None
+    if kind != "xla" and q.shape[1] > CHUNK:
+      return chunked_attention(q, k, v, segments, window), None
+    return _whole(q, k, v, segments, window), None
 
   return attend
+
+
+def _whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, window: Any) -> jax.Array:
+  # The mask is made of comparisons, which XLA fuses into the softmax; both are float32.
+  mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+  if window is not None:
+    index = jnp.arange(q.shape[1])
+    near = (index[:, None] - index < window)[None, None]
+    mask = near if mask is None else mask & near
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, window: Any) -> jax.Array:
+  # cuDNN has a causal mask, but none of segments, and a window only of a size that is known when
+  # the program is made. A mask given as an array would be as large as the scores.
+  for name, given in (("rows of several segments", segments), ("windows", window)):
+    if given is not None:
+      raise ValueError(f"`attention` 'cudnn' takes no {name}. Choose 'chunked'.")
+  try:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+  except (RuntimeError, NotImplementedError, ValueError) as error:
+    raise ValueError(
+      f"`attention` 'cudnn' cannot take queries of shape {q.shape} in {q.dtype.name} here: "
+      f"{' '.join(str(error).split()).removesuffix('.')}. It needs an NVIDIA GPU, cuDNN and "
+      "bfloat16. Choose 'chunked'."
+    ) from error
 
 
 class Attention(nnx.Module):

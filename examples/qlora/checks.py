@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+
+from attention import attend_within, windows_of_layers
 from evaluation import since_best
 
 if TYPE_CHECKING:
@@ -43,6 +47,11 @@ def check(s: "Settings") -> None:
     raise ValueError(
       f"--packing fills every row, so there is nothing left for --buckets {s.buckets} to save. "
       "Choose one of the two."
+    )
+  if s.packing and s.attention == "cudnn":
+    raise ValueError(
+      "--attention cudnn cannot keep the rows apart that --packing puts into one. "
+      "Choose --attention chunked."
     )
   if s.patience and not s.eval_every:
     raise ValueError(f"--patience {s.patience} needs --eval-every, which says when to measure.")
@@ -90,3 +99,15 @@ def check_length(s: "Settings", config: "LlamaConfig") -> None:
       f"--seq-len {s.seq_len} is more than the {config.max_position_embeddings} positions "
       "this model was made for."
     )
+
+
+def check_attention(s: "Settings", config: "LlamaConfig") -> None:
+  """Raises ValueError where --attention cudnn cannot be had for this model, or on this machine."""
+  if s.attention != "cudnn":
+    return
+  heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+  shapes = [
+    jax.ShapeDtypeStruct((s.batch_size, s.seq_len, n, config.head_dim), jnp.dtype(s.dtype))
+    for n in heads
+  ]
+  jax.eval_shape(attend_within(None, windows_of_layers(config), "cudnn"), *shapes)

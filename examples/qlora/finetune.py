@@ -9,7 +9,7 @@
   python finetune.py merge my-adapter --out my-model      # a model without adapters
 
 The base model is frozen, its linear layers packed in 4 bits (NF4). Beside each stands a trained
-low-rank correction (LoRA), in float32, and only for these does an optimizer state exist, in 8 bits.
+low-rank correction (LoRA), and only for these does an optimizer state exist, in 8 bits.
 Read `finetune` to see how it is put together: the step is in training.py, what is trained in
 recipe.py, the data in data.py and batches.py, what is kept in checkpoints.py.
 """
@@ -32,7 +32,7 @@ from arguments import Settings, parse
 from batches import Batch, Batches
 from chat import ChatTokenizer
 from checkpoints import found, load_state, replacing, save_state
-from checks import check_length, check_vocabulary, only_results_left
+from checks import check_attention, check_length, check_vocabulary, only_results_left
 from data import Dataset, load
 from evaluation import HeldOut, since_best
 from fetch import MODEL_NAME, default_data, default_model, sha256_of
@@ -58,7 +58,7 @@ from terminal import (
   sentences,
 )
 from tracking import Board
-from training import State, Steps, merged, split
+from training import State, Steps, abstract_state, merged, split
 from training import compiled as compiled
 from weights import open_checkpoint
 
@@ -73,9 +73,10 @@ def finetune(s: Settings) -> int:
     model_path = Path(s.model) if s.model else default_model(say)
     config = open_checkpoint(model_path).config
     check_length(s, config)
+    check_attention(s, config)
     shapes = abstract_model(config, s)
     if s.dry_run:
-      return dry_run(s, tx, *split(shapes, partial(jax.eval_shape, tx.init)))
+      return dry_run(s, tx, *split(shapes, partial(abstract_state, tx)))
     out = output_folder(s)
     in_one = nullcontext()
     if s.fsdp and mesh is None:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 import optax_lowmem as lowmem
+from attention import Kind
 from llama_config import LlamaConfig
 from llama_model import Llama as Llama
 from optax_lowmem import nn as lowmem_nn
@@ -33,19 +34,25 @@ LINEARS = (
 Quantize = Literal["nf4", "fp4", "int8"] | None
 
 
-def abstract_llama(config: LlamaConfig, quantize: Quantize = None, dtype: Any = jnp.float32):
+def abstract_llama(
+  config: LlamaConfig,
+  quantize: Quantize = None,
+  dtype: Any = jnp.float32,
+  attention: Kind = "auto",
+) -> Any:
   """The model with shapes and dtypes in place of weights, for a look at its memory.
 
   Args:
     config: the model's configuration.
     quantize: as in `load_llama`.
     dtype: as in `load_llama`.
+    attention: as in `load_llama`.
 
   Returns:
     A `Llama` whose variables hold `jax.ShapeDtypeStruct`.
 
   Raises:
-    ValueError: for an unknown `quantize`.
+    ValueError: for an unknown `quantize` or `attention`.
 
   Example:
     >>> config = LlamaConfig(128, 64, 160, 2, 4, 2, 16)
@@ -56,7 +63,7 @@ def abstract_llama(config: LlamaConfig, quantize: Quantize = None, dtype: Any = 
   _check_arguments(quantize, dtype)
 
   def build():
-    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = Llama(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(0))
     return lowmem_nn.quantize_model(model, codebook=quantize) if quantize else model
 
   return nnx.eval_shape(build)
@@ -67,6 +74,7 @@ def load_llama(
   quantize: Quantize = None,
   *,
   dtype: Any = jnp.float32,
+  attention: Kind = "auto",
 ) -> Llama:
   """Loads a model, quantizing each matrix as it is read.
 
@@ -80,18 +88,19 @@ def load_llama(
       (`optax_lowmem.nn.QuantizedLinear`), as `optax_lowmem.nn.quantize_model` does; biases, the
       embeddings, the norms and the output layer are never quantized. None packs nothing.
     dtype: of the computation and of the weights that are not quantized. Norms are float32.
+    attention: how whole rows attend, as in `attention.attend_within`.
 
   Returns:
     The model; ``model(input_ids)`` gives logits.
 
   Raises:
     FileNotFoundError: if there is nothing at `path`.
-    ValueError: for an unknown `quantize`, an unsupported architecture, a truncated file, or
-      missing, misshapen, unexpected or non-finite tensors.
+    ValueError: for an unknown `quantize` or `attention`, an unsupported architecture, a truncated
+      file, or missing, misshapen, unexpected or non-finite tensors.
   """
   _check_arguments(quantize, dtype)
   checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-  model = abstract_llama(checkpoint.config, None, dtype)
+  model = abstract_llama(checkpoint.config, None, dtype, attention)
   read = functools.partial(_read, checkpoint)
 
   def fill(variable: Any, value: np.ndarray):

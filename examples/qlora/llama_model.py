@@ -18,7 +18,9 @@ from flax import nnx
 from attention import (
   Attend,
   Attention,
+  Kind,
   attend_within,
+  check_kind,
   positions_in_segments,
   segments_of_lengths,
   windows_of_layers,
@@ -65,8 +67,8 @@ class LlamaModel(nnx.Module):
   Invariants: every variable under `layers` has a leading axis of `config.num_hidden_layers`.
   """
 
-  def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-    self.config = config
+  def __init__(self, config: LlamaConfig, *, dtype: Any, attention: Kind, rngs: nnx.Rngs):
+    self.config, self.attention = config, attention
     self.embed_tokens = nnx.Embed(
       config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
     )
@@ -92,7 +94,7 @@ class LlamaModel(nnx.Module):
     def layer(x, inputs):
       state, window = inputs
       block = nnx.merge(graphdef, *state)
-      x, _ = block(x, rope, attend_within(segments, window))
+      x, _ = block(x, rope, attend_within(segments, window, self.attention))
       return x, nnx.state(block, nnx.RngState)
 
     inputs = (random, weights), windows_of_layers(self.config)
@@ -128,12 +130,22 @@ class Llama(nnx.Module):
     config: the model's configuration.
     dtype: of the weights and of the computation. Norms, rotary embeddings and softmax are
       float32 in any case.
+    attention: how whole rows attend, as in `attend_within`; what is read into a cache has its
+      own way.
     rngs: gives random initial weights.
   """
 
-  def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: LlamaConfig,
+    *,
+    dtype: Any = jnp.float32,
+    attention: Kind = "auto",
+    rngs: nnx.Rngs,
+  ):
+    check_kind(attention)
     self.config = config
-    self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
+    self.model = LlamaModel(config, dtype=dtype, attention=attention, rngs=rngs)
     if not config.tie_word_embeddings:
       self.lm_head = nnx.Linear(
         config.hidden_size,

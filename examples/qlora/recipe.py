@@ -11,6 +11,7 @@ from flax import nnx
 
 import optax_lowmem as lowmem
 from arguments import Settings
+from attention import Kind
 from llama import Quantize, abstract_llama, load_llama
 from llama_config import LlamaConfig
 from neftune import with_noise
@@ -62,6 +63,7 @@ def adapted(model: Any, s: Settings) -> Any:
     alpha_pattern=s.alpha_pattern or None,
     modules_to_save=s.modules_to_save or None,
     init=cast(Any, lowmem_nn.LoftQ(codebook=s.quantize) if s.init == "loftq" else s.init),
+    param_dtype=jnp.dtype(s.adapter_dtype),
     rngs=rngs,
   )
   if packed_as_read(s) is None:
@@ -101,13 +103,15 @@ def _dense_linears(model: Any, kept: list[str]) -> list[str]:
 
 def abstract_model(config: LlamaConfig, s: Settings) -> Any:
   """The adapted model's shapes, without its weights."""
-  base = abstract_llama(config, packed_as_read(s), jnp.dtype(s.dtype))
+  kind = cast(Kind, s.attention)
+  base = abstract_llama(config, packed_as_read(s), jnp.dtype(s.dtype), kind)
   return nnx.eval_shape(partial(adapted, s=s), base)
 
 
 def loaded_model(path: Path, s: Settings) -> Any:
   """The adapted model."""
-  base = load_llama(path, packed_as_read(s), dtype=jnp.dtype(s.dtype))
+  kind = cast(Kind, s.attention)
+  base = load_llama(path, packed_as_read(s), dtype=jnp.dtype(s.dtype), attention=kind)
   return adapted(base, s)
 
 

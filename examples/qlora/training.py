@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import optax_lowmem as lowmem
 from batches import Batch
 
 
@@ -32,6 +33,17 @@ def split(model: nnx.Module, init: Any) -> tuple[Any, State, Any]:
   """``(graph, what is trained, what is frozen)``; `merged` puts them together again."""
   graph, lora, rngs, frozen = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
   return graph, State(lora, init(lora), rngs), frozen
+
+
+def abstract_state(tx: Any, lora: Any) -> Any:
+  """The shapes of an optimizer's state; those of pages say that they are in host memory."""
+
+  def is_paged(x):
+    return isinstance(x, lowmem.Paged)
+
+  state = jax.eval_shape(tx.init, lora)
+  pages = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
+  return lowmem.paged(state) if pages else state
 
 
 def merged(graph: Any, state: State, frozen: Any) -> Any:
@@ -162,7 +174,9 @@ def train_step(
   (grads, rngs), losses = jax.lax.scan(accumulate, (zeros, state.rngs), batch)
   updates, opt_state = tx.update(grads, state.opt_state, state.lora)
   lora = optax.apply_updates(state.lora, updates)
-  measured = {"loss": losses.sum(), "grad_norm": optax.tree.norm(grads)}
+  # Of bfloat16 adapters the gradients are bfloat16, and three digits are too few for a norm.
+  norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
+  measured = {"loss": losses.sum(), "grad_norm": norm}
   return State(lora, opt_state, rngs), measured
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 
-from optax_lowmem._blocks import QuantizedArray, in_kernel
-from optax_lowmem._log_codes import Log
+from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem._scales import single_maximum
+from optax_lowmem.kernels._bodies import Body, as_argument, as_constant, traced, unknown
 
 try:
   import jax.experimental.pallas as pl
@@ -52,14 +53,13 @@ _LOWERED = frozenset(
 )
 
 Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales
-_Body = Callable[[list[Any], list[Any]], Sequence[Any]]
 
 
 def supports(
   reads: Sequence[Tile],
   writes: Sequence[Tile],
   fresh: Sequence[jax.ShapeDtypeStruct] = (),
-  fn: _Body | None = None,
+  fn: Body | None = None,
 ) -> str | None:
   """Says why `map_blocks` cannot take these arrays, or None if it can.
 
@@ -82,15 +82,15 @@ def supports(
   for a in arrays:
     if not isinstance(a, QuantizedArray) and a.dtype not in _DTYPES:
       return f"an array has dtype {a.dtype}"
-  return None if fn is None else _unknown(_trace(fn, reads, writes, fresh))
+  return None if fn is None else unknown(_trace(fn, reads, writes, fresh), _LOWERED, "Triton")
 
 
 def _unsupported(q: QuantizedArray) -> str | None:
   n, length = math.prod(q.extent), math.prod(q.block)
   if isinstance(q.scales, QuantizedArray) or q.offset is not None:
     return "its scales are quantized, too"
-  if not isinstance(q.codebook, Log):
-    return f"the codebook {q.codebook.name!r} needs a table; 'log8' and the like do not"
+  if q.codebook.needs_table:
+    return f"the codebook {q.codebook.name!r} needs a table; 'power8' and the like do not"
   if length & (length - 1) or not 16 <= length <= _LONGEST_BLOCK:
     return f"blocks have {length} elements, not a power of two from 16 to {_LONGEST_BLOCK}"
   if n % length:
@@ -98,26 +98,8 @@ def _unsupported(q: QuantizedArray) -> str | None:
   return None
 
 
-def _unknown(closed: Any) -> str | None:
-  """Why Triton cannot lower a traced body, if it cannot."""
-  for name in _primitives(closed.jaxpr):
-    if name not in _LOWERED:
-      return f"Triton does not know {name!r}, which the rule uses"
-  for value in closed.consts:
-    if jnp.ndim(value):
-      return f"the rule reads an array of shape {jnp.shape(value)} beside its arguments"
-  return None
-
-
-def _primitives(jaxpr: Any) -> Iterator[str]:
-  for eqn in jaxpr.eqns:
-    yield eqn.primitive.name
-    for inner in jec.jaxprs_in_params(eqn.params):
-      yield from _primitives(inner)
-
-
 def map_blocks(
-  fn: _Body,
+  fn: Body,
   reads: Sequence[Tile],
   writes: Sequence[Tile],
   fresh: Sequence[jax.ShapeDtypeStruct] = (),
@@ -144,10 +126,10 @@ def map_blocks(
   if reason := supports(reads, writes, fresh):
     raise ValueError(f"the kernel cannot update this array: {reason}.")
   closed = _trace(fn, reads, writes, fresh)
-  if reason := _unknown(closed):
+  if reason := unknown(closed, _LOWERED, "Triton"):
     raise ValueError(f"the kernel cannot run this rule: {reason}.")
   size, tile = math.prod(writes[0].shape), _tile([*reads, *writes])
-  scalars = [_as_argument(c) for c in closed.consts]
+  scalars = [as_argument(c) for c in closed.consts]
   leaves, treedef = jax.tree.flatten([*writes, *fresh])
   replaced = [x.reshape(-1) for x in jax.tree.leaves(writes)]
   arrays = [*(x.reshape(-1) for x in jax.tree.leaves(reads)), *replaced]
@@ -155,7 +137,7 @@ def map_blocks(
 
   def optax_lowmem_update(*refs):
     sources, constants = refs[: len(arrays)], refs[len(arrays) : len(arrays) + len(scalars)]
-    consts = [_as_constant(ref[0], c) for ref, c in zip(constants, closed.consts, strict=True)]
+    consts = [as_constant(ref[0], c) for ref, c in zip(constants, closed.consts, strict=True)]
     body = jec.jaxpr_as_fun(jec.ClosedJaxpr(closed.jaxpr, consts))
     results = body(*(_load(ref, size, tile) for ref in sources))
     for ref, value in zip(refs[-len(outs) :], results, strict=True):
@@ -185,24 +167,12 @@ def _tile(arrays: Sequence[Tile]) -> int:
   return max(*blocks, min(TILE, needed))
 
 
-def _trace(fn: _Body, reads: Sequence[Tile], writes: Sequence[Tile], fresh: Sequence[Any]) -> Any:
+def _trace(fn: Body, reads: Sequence[Tile], writes: Sequence[Tile], fresh: Sequence[Any]) -> Any:
   """The jaxpr of `fn` on flat tiles; what it closes over are its constants."""
   tile = _tile([*reads, *writes])
-  leaves, treedef = jax.tree.flatten([[_cut(a, tile) for a in x] for x in (reads, writes)])
-
-  def flat(*leaves):
-    return jax.tree.leaves(fn(*treedef.unflatten(leaves)))
-
-  with in_kernel():
-    closed = jax.make_jaxpr(flat)(*leaves)
-  expected = jax.tree.leaves([_cut(a, tile) for a in [*writes, *fresh]])
-  for got, like in zip(closed.out_avals, expected, strict=True):
-    got, like = (f"{x.dtype}{list(x.shape)}" for x in (got, like))
-    if got != like:
-      raise TypeError(
-        f"`fn` must return tiles in the form of what they replace, {like}, got {got}."
-      )
-  return closed
+  tiles = [[_cut(a, tile) for a in x] for x in (reads, writes, [*writes, *fresh])]
+  with single_maximum():
+    return traced(fn, *tiles)
 
 
 def _cut(a: Any, tile: int) -> Any:
@@ -217,16 +187,6 @@ def _cut(a: Any, tile: int) -> Any:
     block=(length,),
     extent=(tile,),
   )
-
-
-def _as_argument(scalar: Any) -> jax.Array:
-  """A kernel takes arrays, and of numbers only."""
-  scalar = jnp.asarray(scalar)
-  return (scalar.astype(jnp.int32) if scalar.dtype == jnp.bool_ else scalar).reshape(1)
-
-
-def _as_constant(value: jax.Array, scalar: Any) -> jax.Array:
-  return value != 0 if jnp.result_type(scalar) == jnp.bool_ else value
 
 
 def _load(ref: Any, size: int, tile: int) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,6 +107,12 @@ class Layers(NamedTuple):
   others: tuple[tuple[str, str], ...]
   tied: tuple[str, ...] = ()
 
+  def __repr__(self) -> str:
+    """How many there are, and their names, numbers folded into a star."""
+    folded = dict.fromkeys(re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name) for name in self.names)
+    names = [*list(folded)[:12], *["…"][: len(folded) > 12]]
+    return f"Layers({len(self.layers)} found: {', '.join(names)}; others: {len(self.others)})"
+
   @property
   def names(self) -> list[str]:
     """The dotted paths of the linear layers and embeddings."""
@@ -150,8 +157,10 @@ def find_layers(
   >>> x = jnp.ones((1, 3, 8))
   >>> variables = model.init(jax.random.key(0), x)
   >>> layers = linen.find_layers(model, variables, x)
-  >>> layers.names, layers.layers[3].matrix_shape
-  (['query', 'key', 'value', 'out'], (8, 8))
+  >>> layers
+  Layers(4 found: query, key, value, out; others: 1)
+  >>> layers.layers[3].matrix_shape
+  (8, 8)
   """
   if not isinstance(model, nn.Module):
     raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}.")

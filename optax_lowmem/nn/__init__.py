@@ -13,6 +13,7 @@
 ['lora_a', 'lora_b']
 """
 
+from optax_lowmem import _flax as _flax
 from optax_lowmem.nn._embed import LoRAEmbed as LoRAEmbed
 from optax_lowmem.nn._init import LoftQ as LoftQ
 from optax_lowmem.nn._lora import LoRALinear as LoRALinear

@@ -42,6 +42,19 @@ def check_lora(rank: Any, alpha: Any, dropout: float, rngs: nnx.Rngs) -> None:
       raise ValueError(f"`rngs` has no stream {stream!r}. Pass `nnx.Rngs(0)`, which has every one.")
 
 
+def check_param_dtype(param_dtype: Any) -> None:
+  """Refuses what adapters are not held in."""
+  try:
+    name = jnp.dtype(param_dtype).name
+  except TypeError:
+    name = repr(param_dtype)
+  if name not in ("float32", "bfloat16", "float16"):
+    raise ValueError(
+      f"`param_dtype` must be float32, bfloat16 or float16, got {name}. Adapters are trained in "
+      "one of them."
+    )
+
+
 class Adapter(nnx.Module):
   """The factors of a low-rank correction of `base`, and how they are scaled.
 
@@ -64,10 +77,12 @@ class Adapter(nnx.Module):
     use_rslora: bool,
     use_dora: bool,
     init: Init,
+    param_dtype: Any,
     rngs: nnx.Rngs,
   ):
     check_lora(rank, alpha, dropout, rngs)
     check_init(init)
+    check_param_dtype(param_dtype)
     stack = stack_shape(base)
     self.ranks, self.alphas = _per_layer("rank", rank, stack), _per_layer("alpha", alpha, stack)
     self.rank: int = max(rank) if isinstance(rank, Sequence) else rank
@@ -77,14 +92,16 @@ class Adapter(nnx.Module):
     if self.ranks or self.alphas:
       self.scales = LoRAScale(jnp.asarray(self.layer_scales(stack[0]), jnp.float32))
     scale = self.scale
-    base, a, b, started = initial_factors(base, self.rank, self.ranks, scale, init, rngs)
+    base, a, b, started = initial_factors(
+      base, self.rank, self.ranks, scale, init, param_dtype, rngs
+    )
     self.base = base
     self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
     self.start_a = nnx.data(LoRAStart(jnp.copy(a)) if started else None)
     self.start_b = nnx.data(LoRAStart(jnp.copy(b)) if started else None)
     self.magnitude = nnx.data(None)
     if use_dora:
-      self.magnitude = nnx.LoRAParam(self.weight_norm())
+      self.magnitude = nnx.LoRAParam(self.weight_norm().astype(param_dtype))
     self.dropout = nnx.data(None)
     if dropout > 0:
       self.dropout = nnx.Dropout(dropout, rngs=rngs)
@@ -120,12 +137,14 @@ class Adapter(nnx.Module):
     return scale_of(self.rank, self.alpha, self.use_rslora)
 
   def scaled_b(self) -> jax.Array:
-    b = self.lora_b[...]
+    """s B in float32, so that a scale that is no power of 2 rounds nothing."""
+    b = self.lora_b[...].astype(jnp.float32)
     return b * self._spread_scale(b.ndim)
 
   def delta(self, a: Any = None, b: Any = None) -> jax.Array:
     """The scaled product of A and B as a matrix (..., out, in), in float32."""
     a, b = self.lora_a[...] if a is None else a, self.lora_b[...] if b is None else b
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     product = jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
     return self._spread_scale(product.ndim) * product
 
@@ -146,7 +165,8 @@ class Adapter(nnx.Module):
       w = self.base.dequantize()
     else:
       w = dequantize_stack(wait_for(x, self.base.weight.get_value()))
-    w, a, b = jax.lax.stop_gradient((w, self.lora_a[...], self.scaled_b()))
+    a = self.lora_a[...].astype(jnp.float32)
+    w, a, b = jax.lax.stop_gradient((w, a, self.scaled_b()))
     dot = functools.partial(jnp.matmul, precision="highest")
     a_t = a.swapaxes(-1, -2)
     if packed:

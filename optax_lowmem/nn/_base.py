@@ -11,7 +11,7 @@ from flax import nnx
 from optax_lowmem.nn._contraction import Contraction
 from optax_lowmem.nn._foreign import NOTHING, Foreign, Reading, read
 from optax_lowmem.nn._product import NotAProduct
-from optax_lowmem.nn._quantized import QuantizedLinear, check_weight
+from optax_lowmem.nn._quantized import QuantizedLinear, at_rank, check_weight
 from optax_lowmem.nn._quantized_einsum import QuantizedEinsum
 from optax_lowmem.nn._quantized_module import QuantizedModule
 
@@ -175,7 +175,7 @@ def output_bias(base: Any, y: jax.Array, x: jax.Array) -> jax.Array | None:
   if bias is None:
     return None
   contraction, value = contraction_at(base, x), bias[...].astype(y.dtype)
-  return value if contraction is None else contraction.spread_bias(value, x.ndim)
+  return at_rank(value, y.ndim) if contraction is None else contraction.spread_bias(value, x.ndim)
 
 
 def check_dense(name: str, base: Any) -> None:

@@ -35,6 +35,7 @@ class LoRAEmbed(Adapter):
     alpha: as in `LoRALinear`.
     use_rslora: as in `LoRALinear`.
     use_dora: as in `LoRALinear`.
+    param_dtype: as in `LoRALinear`.
     rngs: gives the key for B (stream `params`).
 
   Raises:
@@ -60,6 +61,7 @@ class LoRAEmbed(Adapter):
     use_rslora: bool = False,
     use_dora: bool = False,
     init: Init = "default",
+    param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
     check_lora(rank, alpha, 0.0, rngs)
@@ -72,6 +74,7 @@ class LoRAEmbed(Adapter):
       use_rslora=use_rslora,
       use_dora=use_dora,
       init=init,
+      param_dtype=param_dtype,
       rngs=rngs,
     )
     self.num_embeddings, self.features = base.num_embeddings, base.features

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._contraction import Contraction
@@ -25,6 +26,7 @@ from optax_lowmem.nn._product import NotAProduct, Product, prove
 
 # What `nnx.Module.train` and `eval` switch: what is proved of one mode is not of the other.
 _MODES = ("deterministic", "training", "use_running_average")
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 _FREE = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # lengths of axes that the weight knows nothing of
 
 
@@ -35,9 +37,10 @@ class Foreign:
   Attributes:
     graphdef: of the module.
     treedef: of its state.
-    fields: the names of its Variables, in the order of the state's leaves.
-    shapes: of its Variables, of one layer, in the same order.
+    fields: the names of its arrays, in the order of the state's leaves.
+    shapes: of its arrays, of one layer, in the same order.
     dtypes: the same.
+    constants: the names of those that are no Variables, and that the product is made without.
     weight: the name of the matrix.
     bias: the name of the bias, or None.
     plain: whether the product accumulates in its own dtype.
@@ -50,6 +53,7 @@ class Foreign:
   fields: tuple[str, ...]
   shapes: tuple[tuple[int, ...], ...]
   dtypes: tuple[Any, ...]
+  constants: tuple[str, ...]
   weight: str
   bias: str | None
   plain: bool = True
@@ -84,12 +88,12 @@ class Foreign:
 
 @functools.lru_cache(maxsize=4096)
 def _prove(foreign: Foreign, shape: tuple[int, ...], dtype: Any, under: Any) -> Product:
-  kinds = {foreign.weight: "w", foreign.bias: "b"}
+  kinds = dict.fromkeys(foreign.constants, "c") | {foreign.weight: "w", foreign.bias: "b"}
 
   def call(arrays: Any, x: jax.Array) -> Any:
     module = foreign.build(**dict(zip(foreign.fields, arrays, strict=True)))
     before = set(vars(module))
-    y = module(x)
+    y = module(x, **placement(module, None))
     if set(vars(module)) != before:
       raise NotAProduct("it changes itself when it is called")
     return y
@@ -124,6 +128,7 @@ def read(module: Any) -> Reading:
   if not isinstance(module, nnx.Module) or not callable(module):
     return NOTHING
   variables = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
+  constants = {k for k, v in vars(module).items() if isinstance(v, _ARRAYS)}
   arrays = {k: v.get_value() for k, v in variables.items()}
   if not all(isinstance(v, jax.Array | jax.ShapeDtypeStruct) for v in arrays.values()):
     return NOTHING
@@ -140,17 +145,39 @@ def read(module: Any) -> Reading:
     return Reading(reason=f"it holds {names}")
   graphdef, state = nnx.split(module)
   leaves, treedef = jax.tree.flatten_with_path(state)
-  if len(leaves) != len(variables):
-    return Reading(reason="it holds arrays that are no Variables")
+  if len(leaves) != len(variables) + len(constants):
+    return Reading(reason="it holds trees of arrays that are no Variables")
+  if more := _more_arguments(module):
+    return Reading(reason=f"its `__call__` needs {more}, on which what it computes may depend")
   order = {str(getattr(path[0], "key", path[0])): leaf for path, leaf in leaves}
   shapes = tuple(tuple(leaf.shape) for leaf in order.values())
   dtypes = tuple(leaf.dtype for leaf in order.values())
   try:
-    return _search(graphdef, treedef, tuple(order), shapes, dtypes)
+    fixed = tuple(name for name in order if name in constants)
+    return _search(graphdef, treedef, tuple(order), shapes, dtypes, fixed)
   except TypeError as error:
     if "unhashable" not in str(error):
       raise
     return Reading(reason="its settings cannot be hashed")
+
+
+def placement(module: Any, out_sharding: Any) -> dict[str, Any]:
+  """`out_sharding` as keyword arguments for a layer: none where it is None and may be left out."""
+  if out_sharding is None and "out_sharding" not in _required(module):
+    return {}
+  return {"out_sharding": out_sharding}
+
+
+def _more_arguments(module: Any) -> str:
+  """The arguments that a module must be given besides an input and an `out_sharding`."""
+  more = [name for name in _required(module)[1:] if name != "out_sharding"]
+  return ", ".join(f"`{name}`" for name in more)
+
+
+def _required(module: Any) -> list[str]:
+  parameters = inspect.signature(module.__call__).parameters.values()
+  several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  return [p.name for p in parameters if p.default is p.empty and p.kind not in several]
 
 
 def _is_matrix(value: Any) -> bool:
@@ -158,19 +185,24 @@ def _is_matrix(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _search(graphdef: Any, treedef: Any, fields: Any, shapes: Any, dtypes: Any) -> Reading:
+def _search(
+  graphdef: Any, treedef: Any, fields: Any, shapes: Any, dtypes: Any, constants: Any
+) -> Reading:
   """Looks for the input that a module takes, and for the axes of its weight that stack layers."""
-  ranks = [len(shape) for shape in shapes]
+  ranks = [
+    0 if name in constants else len(shape) for name, shape in zip(fields, shapes, strict=True)
+  ]
   weight = ranks.index(max(ranks))
-  bias = next((name for i, name in enumerate(fields) if i != weight), None)
+  own = [i for i, name in enumerate(fields) if name not in constants]
+  bias = next((fields[i] for i in own if i != weight), None)
   reason = ""
   for free in (2, 1, 3):
     found: list[Reading] = []
     for lead in range(max(ranks) - 1):
-      if len({shape[:lead] for shape in shapes}) > 1:
+      if len({shapes[i][:lead] for i in own}) > 1:
         continue
-      inner = tuple(shape[lead:] for shape in shapes)
-      foreign = Foreign(graphdef, treedef, fields, inner, dtypes, fields[weight], bias)
+      inner = tuple(shape[lead:] if i in own else shape for i, shape in enumerate(shapes))
+      foreign = Foreign(graphdef, treedef, fields, inner, dtypes, constants, fields[weight], bias)
       for shape in _inputs(inner[weight], free):
         try:
           product = foreign.at(shape, jnp.float32)

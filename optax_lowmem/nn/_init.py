@@ -100,9 +100,19 @@ def quantized(linear: Any, codebook: str, block_size: int | None, double: bool |
 
 
 def initial_factors(
-  base: Any, rank: int, ranks: Any, scale: Any, init: Init, rngs: nnx.Rngs
+  base: Any, rank: int, ranks: Any, scale: Any, init: Init, param_dtype: Any, rngs: nnx.Rngs
 ) -> tuple[Any, jax.Array, jax.Array, bool]:
-  """The base, A (..., in, r) and B (..., r, out), and whether the base was changed for them."""
+  """The base, A (..., in, r) and B (..., r, out), and whether the base was changed for them.
+
+  A and B are in `param_dtype`; the room made in a base is for them as they are rounded.
+  """
+  base, a, b, started = _factors(base, rank, ranks, scale, init, param_dtype, rngs)
+  return base, a.astype(param_dtype), b.astype(param_dtype), started
+
+
+def _factors(
+  base: Any, rank: int, ranks: Any, scale: Any, init: Init, param_dtype: Any, rngs: nnx.Rngs
+) -> tuple[Any, jax.Array, jax.Array, bool]:
   *lead, out, inputs = matrix_shape(base)
   embed = isinstance(base, nnx.Embed)
   if init == "loftq":
@@ -116,7 +126,7 @@ def initial_factors(
     return (*_loftq(base, rank, ranks, scale, init), True)
   if init == "pissa" and not embed:
     w = matrix_of(base)
-    a, b = _svd(w, rank, ranks, scale)
+    a, b = (x.astype(param_dtype) for x in _svd(w, rank, ranks, scale))
     return set_matrix(base, w - _product(a, b, scale)), a, b, True
   key, a_shape = rngs.params(), (*lead, inputs, rank)
   if embed:  # as PEFT: looking up is cheap in A, so A is the factor that starts at zero
@@ -149,6 +159,7 @@ def _spread(scale: Any, like: jax.Array) -> Any:
 
 
 def _product(a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   product = jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
   return _spread(scale, product) * product
 

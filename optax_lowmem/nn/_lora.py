@@ -21,9 +21,10 @@ from optax_lowmem.nn._base import (
   reading,
   with_matrix,
 )
+from optax_lowmem.nn._foreign import placement
 from optax_lowmem.nn._init import Init
 from optax_lowmem.nn._multiply import automatic
-from optax_lowmem.nn._quantized import placed
+from optax_lowmem.nn._quantized import at_rank, placed
 
 
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -62,8 +63,8 @@ class LoRALinear(Adapter):
   .. math:: y = \mathrm{base}(x) + s \, (\mathrm{drop}(x) \, A) \, B, \qquad s = \alpha / r
 
   A starts uniform in :math:`\pm 1/\sqrt{\mathrm{in}}` as in PEFT, and B at zero, so that a new
-  adapter changes nothing. Both are float32 `nnx.LoRAParam`, and are used in the dtype of the
-  base's output. Train them, and nothing else, with `nnx.Optimizer(model, tx,
+  adapter changes nothing. Both are `nnx.LoRAParam` in `param_dtype`, and are used in the dtype of
+  the base's output. Train them, and nothing else, with `nnx.Optimizer(model, tx,
   wrt=nnx.LoRAParam)`.
 
   With `use_dora`, a trainable magnitude :math:`m` (one an output) takes the place of the norm of
@@ -94,12 +95,15 @@ class LoRALinear(Adapter):
     lora_bias: learn a bias after B too, scaled as the product is.
     init: `"default"`; `"gaussian"`, A normal with deviation 1 / r; `"pissa"`, the largest
       singular vectors of the weight, which are taken out of the base; `"loftq"` or a `LoftQ`.
+    param_dtype: what the adapter is held in, and so its gradients. In bfloat16 both are half as
+      large, but an update of less than 1/512 of a value is lost in rounding: prefer float32 where
+      there is room, and a higher learning rate where there is not.
     rngs: gives the key for A (stream `params`) and those of dropout (stream `dropout`).
 
   Raises:
     TypeError: `base` is none of these, or `rngs` no `nnx.Rngs`.
     ValueError: `base` has an adapter already, or holds integers, NaN or Inf; `rank`, `alpha`,
-      `dropout` or `init` is out of range.
+      `dropout`, `init` or `param_dtype` is out of range.
 
   >>> import jax.numpy as jnp
   >>> from flax import nnx
@@ -130,6 +134,7 @@ class LoRALinear(Adapter):
     use_dora: bool = False,
     lora_bias: bool = False,
     init: Init = "default",
+    param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
     check_lora(rank, alpha, dropout, rngs)
@@ -145,15 +150,16 @@ class LoRALinear(Adapter):
       use_rslora=use_rslora,
       use_dora=use_dora,
       init=init,
+      param_dtype=param_dtype,
       rngs=rngs,
     )
     self.lora_bias = nnx.data(None)
     if lora_bias:
-      self.lora_bias = nnx.LoRAParam(jnp.zeros(matrix_shape(base)[:-1], jnp.float32))
+      self.lora_bias = nnx.LoRAParam(jnp.zeros(matrix_shape(base)[:-1], param_dtype))
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     x = inputs
-    sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
+    sharding = placement(self.base, out_sharding)
     y = self.base(x, **sharding)
     dropped = x.astype(y.dtype)
     if self.dropout is not None:
@@ -163,8 +169,7 @@ class LoRALinear(Adapter):
     if self.magnitude is None:
       return y + correction
     factor = self.factor(self.weight_norm(x)).astype(y.dtype)
-    if shape is not None:
-      factor = shape.spread(factor, x.ndim)
+    factor = at_rank(factor, y.ndim) if shape is None else shape.spread(factor, x.ndim)
     bias = output_bias(self.base, y, x)
     plain = y if bias is None else y - bias
     if self.dropout is None or self.dropout.deterministic:
@@ -181,13 +186,13 @@ class LoRALinear(Adapter):
     low: Any = low_rank(flat, a, b) if a.ndim == 2 else jnp.matmul(jnp.matmul(flat, a), b)
     if self.lora_bias is not None:
       bias = self.scaled_bias().astype(low.dtype)
-      low = low + (bias if bias.ndim == 1 else bias[..., None, :])
+      low = low + (at_rank(bias, low.ndim) if bias.ndim == 1 else bias[..., None, :])
     return low if shape is None else shape.unflatten(low, x)
 
   def scaled_bias(self) -> jax.Array:
     """s times the adapter's own bias."""
     bias: Any = self.lora_bias
-    return bias[...] * self._spread_scale(bias[...].ndim)
+    return bias[...].astype(jnp.float32) * self._spread_scale(bias[...].ndim)
 
   def merge(self, original: jax.Array | None = None, dtype: Any = jnp.float32) -> Any:
     """One plain layer that computes what this layer computes without dropout.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,6 @@ from optax_lowmem.nn._shards import (
   write_shard,
 )
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
     ".index.json",
@@ -47,19 +45,6 @@ def float_dtype(dtype: Any) -> np.dtype | None:
   if not jnp.issubdtype(found, jnp.floating):
     raise ValueError(f"`dtype` must be floating point, got {found.name}.")
   dtype_name("dtype", found)
-  return found
-
-
-def size_in_bytes(size: int | str | None) -> int | None:
-  """The bytes of 5_000_000_000, "5GB" or "5GiB"."""
-  found: Any = size
-  if isinstance(size, str):
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)\s*", size.upper())
-    found = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-  if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 1):
-    raise ValueError(
-      f"`max_shard_size` must be a number of bytes, a text like '5GB', or None, got {size!r}."
-    )
   return found
 
 
@@ -114,7 +99,7 @@ def write_merged(
     if len(set(files.values())) == 1:
       files = dict.fromkeys(files, SINGLE)
   else:
-    files = split_shards(kinds, kinds, limit or size_in_bytes("5GB") or 0)
+    files = split_shards(kinds, kinds, limit or 5 * 10**9)
   by_file: dict[str, dict[str, Kind]] = {}
   for name, file in files.items():
     by_file.setdefault(file, {})[name] = kinds[name]

@@ -111,7 +111,7 @@ def load_peft(
   check_replaceable([place for place, lora, _ in ready if lora is not place.module])
   for place, lora, values in ready:
     for variable, value in values:
-      variable[...] = jnp.asarray(value)
+      variable[...] = jnp.asarray(value, variable[...].dtype)
     if lora is not place.module:
       replace(place, lora)
   train_modules(saved)

@@ -60,7 +60,10 @@ class _Value(NamedTuple):
 
 
 def prove(closed: Any, kinds: str) -> Product:
-  """Reads a jaxpr whose inputs are of these kinds, one letter ("x", "w" or "b") for each.
+  """Reads a jaxpr whose inputs are of these kinds, one letter for each.
+
+  They are "x" of the input, "w" of the weight, "b" of the bias, and "c" of constants, which may not
+  meet the others.
 
   Raises:
     NotAProduct: it is something else.
@@ -76,7 +79,10 @@ class _Proof:
 
   def run(self, closed: Any, kinds: str) -> Product:
     jaxpr = closed.jaxpr
-    inputs = [self._new(k, v.aval.shape) for k, v in zip(kinds, jaxpr.invars, strict=True)]
+    inputs: list[Any] = [
+      None if kind == "c" else self._new(kind, var.aval.shape)
+      for kind, var in zip(kinds, jaxpr.invars, strict=True)
+    ]
     outputs = self._walk(jaxpr, inputs)
     if len(outputs) != 1 or outputs[0] is None or outputs[0].kind not in ("xw", "xwb"):
       raise NotAProduct("its result is no product of its input and its weight")

@@ -245,7 +245,7 @@ class QuantizedLinear(nnx.Module):
         f"`inputs` must have {q.shape[1]} features on its last axis, got shape {x.shape}."
       )
     y: Any = multiply(x, q, self.precision)
-    y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    y = y if self.bias is None else y + at_rank(self.bias[...].astype(y.dtype), y.ndim)
     return placed(y, out_sharding)
 
 
@@ -259,6 +259,11 @@ def floating(x: jax.Array, dtype: Any, *operands: Any) -> jax.Array:
   if dtype is None:
     dtype = jnp.result_type(x, *(one.dtype for one in operands if one is not None))
   return x.astype(dtype)
+
+
+def at_rank(values: jax.Array, ndim: int) -> jax.Array:
+  """`values` with axes of 1 before its own: JAX may be told to raise where ranks differ."""
+  return jax.lax.expand_dims(values, range(ndim - values.ndim))
 
 
 def placed(y: jax.Array, out_sharding: Any) -> jax.Array:

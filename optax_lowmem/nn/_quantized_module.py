@@ -18,10 +18,11 @@ class QuantizedModule(QuantizedEinsum):
   """What a linear layer of any class computes, with a frozen weight in 4 or 8 bits.
 
   The layer is an NNX module with one `nnx.Param` that is a matrix (of any number of axes), and
-  perhaps another that is a bias. Its `__call__` is traced, and must be a product of the input and
-  the matrix, plus the bias, and nothing else. That is proved when it is quantized, and again for
-  each shape and dtype of the input that it is called with. Input, weight and output have the
-  dtypes that they have in the float layer.
+  perhaps another that is a bias. Its `__call__` takes an input, and perhaps an `out_sharding`. It
+  is traced, and must be a product of the input and the matrix, plus the bias, and nothing else.
+  Arrays that are no Variables are kept, and may have no part in it. That is proved when it is
+  quantized, and again for each shape and dtype of the input that it is called with. Input, weight
+  and output have the dtypes that they have in the float layer.
 
   Args:
     layer: the float layer.
@@ -63,13 +64,15 @@ class QuantizedModule(QuantizedEinsum):
     self.foreign = foreign = found.foreign
     bias = None if foreign.bias is None else getattr(layer, foreign.bias)
     kernel = getattr(layer, foreign.weight)[...]
+    self.constants = nnx.data({name: getattr(layer, name) for name in foreign.constants})
     self._hold(found.contraction, kernel, bias, codebook, block_size, double_quantize)
 
   def float_layer(self) -> Any:
     """The layer that this was, with a shape in place of its weight."""
     foreign = self.foreign
     values: dict[str, Any] = {
-      foreign.weight: jax.ShapeDtypeStruct(foreign.kernel_shape, jnp.float32)
+      **self.constants,
+      foreign.weight: jax.ShapeDtypeStruct(foreign.kernel_shape, jnp.float32),
     }
     if foreign.bias is not None:
       values[foreign.bias] = None
@@ -83,7 +86,7 @@ class QuantizedModule(QuantizedEinsum):
     ready = "bias" in vars(self) and not name.startswith("_")
     return setting_of(self, self.float_layer() if ready else None, name)
 
-  def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+  def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
     x = floating(x, None)
     try:
       product = self.foreign.at(x.shape, x.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import nnx
 
+from optax_lowmem._sizes import bytes_of
 from optax_lowmem.nn._changes import (
   Changes,
   changes_of_file,
@@ -22,7 +23,6 @@ from optax_lowmem.nn._merged_folder import (
   copy_companions,
   float_dtype,
   new_folder,
-  size_in_bytes,
   write_merged,
 )
 from optax_lowmem.nn._model_weights import model_weights
@@ -172,7 +172,8 @@ def _save(
   max_shard_size: int | str | None,
   head_follows: bool = True,
 ) -> pathlib.Path:
-  as_dtype, limit = float_dtype(dtype), size_in_bytes(max_shard_size)
+  as_dtype, size = float_dtype(dtype), max_shard_size
+  limit = None if size is None else bytes_of("max_shard_size", size, least=1)
   check_changes(weights, changes, source)
   folder = None
   if original is not None and not isinstance(original, Mapping) and os.path.isdir(original):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._adapter import check_lora
+from optax_lowmem.nn._adapter import check_lora, check_param_dtype
 from optax_lowmem.nn._base import check_dense, dense_variable, is_embed, is_linear
 from optax_lowmem.nn._checks import check_model, check_product, check_start, excluded
 from optax_lowmem.nn._embed import LoRAEmbed, check_embed
@@ -120,6 +121,7 @@ def add_lora(
   modules_to_save: str | Sequence[str] | None = None,
   bias: str = "none",
   init: Init = "default",
+  param_dtype: Any = jnp.float32,
   stack: str = "layers",
   rngs: nnx.Rngs,
 ) -> M:
@@ -154,6 +156,8 @@ def add_lora(
     bias: `"lora_only"` also trains the biases of adapted layers, `"all"` those of all layers.
       What is trained by it or by `modules_to_save` must have a name in PEFT's files.
     init: as in `LoRALinear`.
+    param_dtype: as in `LoRALinear`; PEFT with `autocast_adapter_dtype=False` holds adapters in the
+      dtype of their base. Modules and biases that are trained whole keep their own.
     stack: the part of a stacked module's path after which the layer number belongs.
     rngs: as in `LoRALinear`.
 
@@ -176,6 +180,7 @@ def add_lora(
   """
   check_lora(rank, alpha, dropout, rngs)
   check_init(init)
+  check_param_dtype(param_dtype)
   check_bias(bias)
   check_model(model)
   if lora_bias and use_dora:
@@ -211,6 +216,7 @@ def add_lora(
         use_dora=use_dora,
         lora_bias=lora_bias,
         init=init,
+        param_dtype=param_dtype,
         rngs=rngs,
       ),
     )
