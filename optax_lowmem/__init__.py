@@ -7,9 +7,9 @@ NF4 weights and LoRA for Flax are in `optax_lowmem.nn` (NNX) and `optax_lowmem.l
 flax and are imported by themselves.
 """
 
-from optax_lowmem import kernels
+from optax_lowmem import _serialization, kernels
 from optax_lowmem._aliases import adagrad, adam, adamw, ademamix, create, lion, rmsprop, sgd
-from optax_lowmem._blocks import QuantizedArray, quantize
+from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem._came import ScaleByCameState, came, scale_by_came
 from optax_lowmem._explain import Explained, Explanation, explain
 from optax_lowmem._factored import adafactor, relative_step_size
@@ -18,19 +18,14 @@ from optax_lowmem._held import is_stored
 from optax_lowmem._memory import state_bytes
 from optax_lowmem._norms import lamb, lars
 from optax_lowmem._offloaded import offloaded
-from optax_lowmem._pages import Paged, paged, unpaged
+from optax_lowmem._paged_state import paged, unpaged
+from optax_lowmem._pages import Paged
+from optax_lowmem._quantize import quantize
 from optax_lowmem._quantized import quantized
 from optax_lowmem._state_shardings import state_shardings
 from optax_lowmem._storage import Blockwise, Dense, Storage
 
-try:  # flax is no dependency, but saves states that are made here
-  from flax import serialization as _flax_serialization
-except ImportError:
-  pass
-else:
-  from optax_lowmem import _serialization
-
-  _serialization.register(_flax_serialization)
+_serialization.register()
 
 __version__ = "0.1.0"
 

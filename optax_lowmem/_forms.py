@@ -13,7 +13,7 @@ import optax
 from optax_lowmem._blocks import QuantizedArray, encode
 from optax_lowmem._codebooks import get_codebook
 from optax_lowmem._moments import Place, is_quantized, places
-from optax_lowmem._pages import paged, unpaged
+from optax_lowmem._paged_state import paged, unpaged
 from optax_lowmem._storage import Blockwise, Storage, block_shape
 
 

@@ -11,8 +11,12 @@ from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem._pages import Paged
 
 
-def register(serialization: Any) -> None:
-  """Makes the types of this package known to the module `flax.serialization`."""
+def register() -> None:
+  """Makes the types of this package known to flax, if it is there and can be imported."""
+  try:
+    from flax import serialization
+  except Exception:  # it is no dependency, and one that fits another jax raises what it will
+    return
 
   def quantized_to_dict(x):
     arrays = {x.form: x.codes, "scales": x.scales, "offset": x.offset}

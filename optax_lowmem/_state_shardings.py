@@ -9,7 +9,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowmem._layout import trimmed
-from optax_lowmem._pages import Paged, as_page, is_paged, unpaged
+from optax_lowmem._paged_state import unpaged
+from optax_lowmem._pages import Paged, as_page, is_paged
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any) -> Any:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
-from optax_lowmem._blocks import QuantizedArray, quantize
+from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem._quantize import quantize
 from optax_lowmem.nn._multiply import multiply
 
 
