@@ -152,7 +152,7 @@ class TestChat:
       (want,), _ = utils.render_jinja_template(
         [talk], chat_template=own, add_generation_prompt=answer, **tokens
       )
-      assert tokenizer.template.render(talk, *tokens.values(), answer=answer) == want
+      assert tokenizer.template.render(talk, tokens, answer=answer) == want
 
   def test_a_template_that_writes_the_date_is_given_the_day(self, tmp_path):
     own = "{{ strftime_now('%d %b %Y %H:%M') }} {{ messages[0].content }}"
@@ -259,7 +259,9 @@ class TestChat:
   def test_control_tokens_and_roles_are_checked(self, tokenizer):
     with pytest.raises(ValueError, match=r"user's message contains .*'<\|im_end\|>'"):
       tokenizer.encode_chat(chat("hi <|im_end|>", "x"))
-    with pytest.raises(ValueError, match="must be one of system, user, assistant, got 'robot'"):
+    with pytest.raises(
+      ValueError, match="must be one of system, user, assistant, tool, got 'robot'"
+    ):
       tokenizer.encode_chat([{"role": "robot", "content": "x"}])
 
   def test_missing_and_broken_files(self, tmp_path):

@@ -2,15 +2,20 @@
 
 import datetime
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from answers import Span, find
+from learned import tokens_of
 from templates import KNOWN, Message, Template
 from tokenizer_files import from_directory, from_gguf
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+# What changes an answer's meaning if it is left out.
+_NEEDED = ("tool_calls", "function_call", "reasoning_content")
 
 
 class ChatTokenizer:
@@ -23,6 +28,8 @@ class ChatTokenizer:
     writes_bos: whether the template is given `bos`; else it has "" in its place.
     eos_id, pad_id: ids; padding must be masked by length, since often ``pad_id == eos_id``.
     stop_ids: any of these ends an answer.
+    end_of_answer: the id behind an answer, as the template writes it; None if it writes none, and
+      what is trained by it never ends.
 
   Args:
     backend: text to ids.
@@ -32,6 +39,7 @@ class ChatTokenizer:
     template: a name of `KNOWN` to be used instead; "auto" is the model's own, or the one whose
       control tokens the vocabulary holds.
     today: the day, at midnight, for templates that write the date; None is today.
+    tokens: other special tokens that templates may write, such as ``unk_token``, by name.
   """
 
   def __init__(
@@ -45,6 +53,7 @@ class ChatTokenizer:
     chat_template: str = "",
     template: str = "auto",
     today: datetime.date | None = None,
+    tokens: Mapping[str, str] | None = None,
   ):
     self.today = today or datetime.date.today()
     backend.no_truncation()
@@ -69,23 +78,24 @@ class ChatTokenizer:
     self.bos, self.writes_bos = bos, bool(bos and (add_bos or has_place))
     self._bos = bos if bos and self.writes_bos else ""
     self._text_begin = bos if bos and add_bos else ""
+    self._tokens = {**(tokens or {}), "bos_token": self._bos, "eos_token": eos}
+    self._tokens |= {"pad_token": pad} if pad else {}
     # Some models' files do not call their own end token special.
     added = backend.get_added_tokens_decoder().values()
     control = {t.content for t in added if t.special or t.content in (bos, pad)} | {eos}
     longest_first = "|".join(map(re.escape, sorted(control, key=lambda t: (-len(t), t))))
-    self._control, self._end = re.compile(longest_first), re.compile(rf"\s*(?:{longest_first})")
-    self.stop_ids = tuple({self.eos_id, *self._end_of_answer()})
+    self._control = re.compile(longest_first)
+    self.end_of_answer = self._end_of_answer()
+    self.stop_ids = tuple({self.eos_id, self.end_of_answer} - {None})
 
-  def _end_of_answer(self) -> list[int]:
-    """The control token behind an answer, as the template writes it, if there is one."""
+  def _end_of_answer(self) -> int | None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-      said, ((_, (_, stop)),) = self._render(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-      )
+      text, (span,) = self._find(messages, {})
     except ValueError:  # the template wants more, or something else, than two messages
-      return []
-    last = self.encode(said[:stop])[-1]
-    return [last] if self._is_control(last) else []
+      return None
+    last = self.encode(text[: span.stop])[-1]
+    return last if self._is_control(last) else None
 
   def _is_control(self, token: int) -> bool:
     text = self.backend.id_to_token(token)
@@ -123,7 +133,12 @@ class ChatTokenizer:
     return self.backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
   def encode_chat(
-    self, messages: Sequence[Message], silent: Container[int] = (), *, everything: bool = False
+    self,
+    messages: Sequence[Message],
+    silent: Container[int] = (),
+    *,
+    everything: bool = False,
+    **extras: Any,
   ) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and which of them are learned.
 
@@ -132,95 +147,105 @@ class ChatTokenizer:
     answer (" sat" where the prompt ends in a blank) is learned: without it, its word is not.
 
     Args:
-      messages: ``{"role": ..., "content": ...}``, roles system, user, assistant.
+      messages: ``{"role": ..., "content": ...}``, roles system, user, assistant, tool; an
+        assistant's may hold ``reasoning_content`` and ``tool_calls``.
       silent: numbers, from 0, of answers that are not learned.
       everything: whether all that is not a silent answer is learned.
+      **extras: ``tools`` and ``documents``, which some templates write.
 
     Returns:
       ``(ids, learned)``, two lists of one length.
 
     Raises:
-      ValueError: for an unknown role, or a control token written out in a message's text (it
-        would end the message early, or let a data set speak in another role).
+      ValueError: for an unknown role, a control token written out in a message's text (it would
+        end the message early, or let a data set speak in another role), what the template does
+        not write, and where the tokens of an answer are not those of its text.
     """
-    text, spans = self._render(messages)
-    encoding = self.backend.encode(text, add_special_tokens=False)
-    learned = []
-    spans = [span for i, span in spans if (i in silent) == everything]
-    spans = iter([*spans, (len(text) + 1, len(text) + 1)])
-    start, stop = next(spans)
-    for first, last in encoding.offsets:
-      while first >= stop:
-        start, stop = next(spans)
-      inside = (start <= first or start < last) and last <= stop
-      learned.append(inside != everything)
+    self._check(messages, extras)
+    text, spans = self._find(messages, extras)
+    encoding = self._encoding(text)
+    learned = [everything] * len(encoding.ids)
+    for span in spans:
+      for k in tokens_of(span, encoding, text, self.encode, self._raw):
+        learned[k] = span.number not in silent
     return encoding.ids, learned
 
   def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
     """Tokens of a text without a template, and its end; those of `completion` are learned.
 
     The text is encoded whole: of some tokenizers (Llama 2's) a part alone has other tokens. One
-    that begins in the prompt and ends in the completion is learned.
+    that begins in the prompt and ends in the completion is learned. A beginning or an end that the
+    text has already is not written again.
     """
-    before = self._text_begin + prompt
-    encoding = self.backend.encode(before + completion, add_special_tokens=False)
-    border = len(before)
+    begin = "" if (prompt or completion).startswith(self._text_begin) else self._text_begin
+    before = begin + prompt
+    completion = completion.removesuffix(self.eos)
+    encoding = self._encoding(before + completion)
+    border = len(before) if before else self._length_of_begin(completion)
     learned = [border <= first or border < last for first, last in encoding.offsets]
     return [*encoding.ids, self.eos_id], [*learned, True]
 
+  def _length_of_begin(self, text: str) -> int:
+    begin = self._text_begin
+    return len(begin) if begin and text.startswith(begin) else 0
+
   def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation up to where the assistant's next answer starts."""
-    self._check(messages)
+    self._check(messages, {})
     return self.encode(self._write(messages, answer=True))
 
-  def _check(self, messages: Sequence[Message]) -> None:
+  def _encoding(self, text: str) -> Encoding:
+    """Tokens with the characters that each stands for, the blanks among them.
+
+    The post-processor, which also adds special tokens, may take blanks off (`trim_offsets`).
+    """
+    processor = self.backend.post_processor
+    self.backend.post_processor = None
+    try:
+      return self.backend.encode(text, add_special_tokens=False)
+    finally:
+      self.backend.post_processor = processor
+
+  def _check(self, messages: Sequence[Message], extras: Mapping[str, Any]) -> None:
     for message in messages:
-      role, content = message["role"], message["content"]
+      role = message["role"]
       if role not in ROLES:
         raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, got {role!r}")
-      if found := self._control.search(content):
-        raise ValueError(
-          f"the {role}'s message contains the control token {found[0]!r}; remove it, it "
-          "would be read as the end or the start of a message"
-        )
+      for text in _strings(message):
+        if found := self._control.search(text):
+          raise ValueError(
+            f"the {role}'s message contains the control token {found[0]!r}; remove it, it "
+            "would be read as the end or the start of a message"
+          )
+    given = {key for message in messages for key in _NEEDED if message.get(key)}
+    given |= {key for key, value in extras.items() if value}
+    given |= {"tool"} & {message["role"] for message in messages}
+    if lost := sorted(key for key in given if not self.template.writes(key)):
+      raise ValueError(
+        f"the chat template ({self.template.name}) does not write {', '.join(lost)}; choose "
+        "another --chat-template, or take it out of the row"
+      )
 
-  def _write(self, messages: Sequence[Message], *, answer: bool = False) -> str:
-    bos, eos = self._bos, self.eos
-    return self.template.render(messages, bos, eos, answer=answer, today=self.today)
+  def _write(self, messages: Sequence[Message], *, answer: bool = False, **extras: Any) -> str:
+    return self.template.render(messages, self._tokens, answer=answer, today=self.today, **extras)
 
-  def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, tuple[int, int]]]]:
-    """The text of a conversation; the numbers of its answers, and the characters each takes.
+  def _find(self, messages: Sequence[Message], extras: Mapping[str, Any]) -> tuple[str, list[Span]]:
+    def write(messages, answer=False):
+      return self._write(messages, answer=answer, **extras)
 
-    An answer begins where the template, given what came before, says that it begins, and goes up
-    to the control token behind it, with which the model says that it is done; or, where other text
-    follows it, up to its own end.
-    """
-    self._check(messages)
-    whole = self._write(messages)
-    spans = []
-    for i, message in enumerate(messages):
-      if message["role"] != "assistant":
-        continue
-      before = self._write(messages[:i], answer=True)
-      content = message["content"].strip()
-      at = whole.find(content, len(before))
-      if not whole.startswith(before) or at < 0:
-        raise ValueError(
-          f"the chat template ({self.template.name}) {self._what_it_does(messages, i, before)}, so "
-          "what is to be learned cannot be told; choose another --chat-template"
-        )
-      stop = at + len(content)
-      end = self._end.match(whole, stop)
-      spans.append((i, (len(before), end.end() if end else stop)))
-    return whole, spans
+    return find(messages, write, self._control, self.template.name)
 
-  def _what_it_does(self, messages: Sequence[Message], i: int, before: str) -> str:
-    """Why answer `i` is not found behind `before`, the prompt for it."""
-    alone = self._write(messages[: i + 1])
-    if not alone.startswith(before):
-      same = (k for k in range(len(before)) if alone[k : k + 1] != before[k])
-      prompt = before[next(same) :][-40:]
-      return f"asks for an answer with {prompt!r}, which it does not write before message {i + 1}"
-    if messages[i]["content"].strip() in alone[len(before) :]:
-      return f"rewrites message {i + 1} when others follow it"
-    return f"changes the text of message {i + 1}"
+  def _raw(self, ids: Sequence[int]) -> str:
+    return self.backend.decode(list(ids), skip_special_tokens=False)
+
+
+def _strings(x: Any) -> Iterator[str]:
+  """All texts in a message."""
+  if isinstance(x, str):
+    yield x
+  elif isinstance(x, dict):
+    for key, value in x.items():
+      yield from (*_strings(key), *_strings(value))
+  elif isinstance(x, list | tuple):
+    for value in x:
+      yield from _strings(value)

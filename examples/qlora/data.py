@@ -2,7 +2,7 @@
 
 ================================================  =========================================
 ``{"messages": [{"role", "content"}, ...]}``      chat, as OpenAI's; answers are learned, but for
-                                                  those with ``"weight": 0``
+                                                  those with ``"weight": 0`` or ``"train": false``
 ``{"conversations": [{"from", "value"}, ...]}``   ShareGPT; answers are learned
 ``{"instruction", "input" (optional), "output"}`` Alpaca; the output is learned, and the answers
                                                   of an optional ``"history"``
@@ -25,7 +25,7 @@ import numpy as np
 from batches import Batch as Batch
 from batches import Row
 from chat import ChatTokenizer
-from formats import read
+from formats import CONVERSATIONS, read
 from json_files import DataError as DataError
 from json_files import decode, layout_of, lines, listed
 
@@ -66,11 +66,11 @@ def load(
   if not path.is_file():
     raise FileNotFoundError(f"There is no data file at {path}.")
   text = decode(path)
-  layout = layout_of(path, text)
+  layout, unused = layout_of(path, text), set[str]()
   if layout == "text":
     encoded = _pieces(text, tokenizer, seq_len)
   else:
-    encoded = _written(path, text, layout, tokenizer, train_on_prompt)
+    encoded = _written(path, text, layout, tokenizer, train_on_prompt, unused)
   kinds, kept, count, cut = set(), [], 0, 0
   for kind, ids, learned in encoded:
     kinds.add(kind)
@@ -87,6 +87,14 @@ def load(
     notes.append(f"{cut:,} of {count:,} rows were longer than {seq_len} tokens and were cut.")
   if dropped:
     notes.append(f"{dropped:,} rows were dropped: nothing in them was left to learn.")
+  if unused:
+    names = ", ".join(sorted(unused))
+    notes.append(f"The chat template writes nothing of these fields of messages: {names}.")
+  if kinds & CONVERSATIONS and tokenizer.end_of_answer is None:
+    notes.append(
+      f"The {tokenizer.template.name} template writes no control token behind an answer: a model "
+      "trained with it does not learn where to stop. Choose another --chat-template."
+    )
   if len(kept) < 2:
     raise DataError(
       f"{path} gives {len(kept)} usable row{'s' * (len(kept) != 1)} of {count}; at least "
@@ -97,15 +105,24 @@ def load(
 
 
 def _written(
-  path: Path, text: str, layout: str, tokenizer: ChatTokenizer, everything: bool
+  path: Path,
+  text: str,
+  layout: str,
+  tokenizer: ChatTokenizer,
+  everything: bool,
+  unused: set[str],
 ) -> _Encoded:
-  """Each JSON object."""
+  """Each JSON object. What no template has written of its messages' fields goes into `unused`."""
+  used = {"role", "content"}
   for where, raw in (listed if layout == "list" else lines)(path, text):
     example = read(raw, where)
     try:
       if example.messages:
+        fields = {key for message in example.messages for key in message} - used - unused
+        unused |= {key for key in fields if not tokenizer.template.writes(key)}
+        used |= fields - unused
         ids, learned = tokenizer.encode_chat(
-          example.messages, example.silent, everything=everything
+          example.messages, example.silent, everything=everything, **example.extras
         )
       else:
         ids, learned = tokenizer.encode_completion(example.prompt, example.text)
@@ -117,7 +134,8 @@ def _written(
 
 def _pieces(text: str, tokenizer: ChatTokenizer, seq_len: int) -> _Encoded:
   """Plain text, cut at every `seq_len` tokens."""
-  parts = [np.array(tokenizer.encode(part), np.int32) for part in blocks(text.strip(), BLOCK)]
+  text = text.strip().removesuffix(tokenizer.eos)
+  parts = [np.array(tokenizer.encode(part), np.int32) for part in blocks(text, BLOCK)]
   ids = np.concatenate([*parts, np.array([tokenizer.eos_id], np.int32)])
   # Neighbouring pieces share one token, so that each token but the first is a target once.
   for i in range(0, len(ids) - 1, seq_len):

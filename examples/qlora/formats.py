@@ -1,7 +1,9 @@
 """What a row of data says, whatever keys it says it with."""
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from chat import ROLES
@@ -9,6 +11,9 @@ from json_files import DataError
 from templates import Message
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+# What the turns of those who call a tool, and of the tool, are called in ShareGPT's files.
+SHAREGPT_ROLES |= {"tool": "tool", "observation": "tool"}
+CONVERSATIONS = {"chat messages", "ShareGPT conversations", "Alpaca instructions"}  # by template
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -20,6 +25,7 @@ class Example(NamedTuple):
   prompt: str = ""
   text: str = ""
   silent: frozenset[int] = frozenset()  # which messages are never learned
+  extras: Mapping[str, Any] = MappingProxyType({})  # tools, documents: what else a template writes
 
 
 def read(raw: Any, where: str) -> Example:
@@ -32,14 +38,17 @@ def read(raw: Any, where: str) -> Example:
     raise DataError(
       f"{where}: expected a JSON object, found {type(raw).__name__} {str(raw)[:30]!r}."
     )
-  if "messages" in raw:
-    messages, silent = _chat(raw["messages"], where, "messages", "role", "content")
-    return Example("chat messages", messages, silent=silent)
-  if "conversations" in raw:
-    messages, silent = _chat(raw["conversations"], where, "conversations", "from", "value")
-    first = _system(raw, where)
-    silent = frozenset(i + len(first) for i in silent)
-    return Example("ShareGPT conversations", first + messages, silent=silent)
+  for name, who, what, kind in (
+    ("messages", "role", "content", "chat messages"),
+    ("conversations", "from", "value", "ShareGPT conversations"),
+  ):
+    if name in raw:
+      messages, silent = _chat(raw[name], where, name, who, what)
+      first = _system(raw, where)
+      if first and messages[0]["role"] == "system":
+        raise DataError(f"{where}: 'system' and a first message of the system; keep one of them.")
+      silent = frozenset(i + len(first) for i in silent)
+      return Example(kind, first + messages, silent=silent, extras=_extras(raw, where))
   if "instruction" in raw or "output" in raw:
     instruction, output = _texts(raw, where, "an Alpaca row", "instruction", "output")
     extra = _optional(raw, where, "input")
@@ -108,27 +117,56 @@ def _check_whole(text: str, where: str) -> None:
     )
 
 
+def _extras(raw: dict[str, Any], where: str) -> dict[str, Any]:
+  """What a row has for the template beside its messages: lists, or such lists as JSON text."""
+  extras = {}
+  for key in ("tools", "documents"):
+    value = raw.get(key)
+    if isinstance(value, str) and value.strip():
+      try:
+        value = json.loads(value)
+      except ValueError as error:
+        raise DataError(f"{where}: '{key}' is a text that is not JSON ({error}).") from error
+    if not isinstance(value, list | str | None):
+      raise DataError(f"{where}: '{key}' is {type(value).__name__}; expected a list, or nothing.")
+    if value:
+      extras[key] = value
+  return extras
+
+
 def _chat(
   messages: Any, where: str, name: str, who: str, what: str
 ) -> tuple[list[Message], frozenset[int]]:
-  """The messages, and which of them have the weight 0."""
+  """The messages, and which of them are not to be learned: of weight 0, or `train` false."""
   if not isinstance(messages, list) or not messages:
     raise DataError(f"{where}: '{name}' must be a list of at least one message.")
   result, silent = [], set()
+  known = {role: role for role in ROLES} | (SHAREGPT_ROLES if who == "from" else {})
   for i, message in enumerate(messages, 1):
-    if not isinstance(message, dict) or not isinstance(message.get(what), str):
-      raise DataError(f"{where}, message {i}: expected '{who}' and '{what}', both texts.")
-    role = message.get(who)
-    known = {role: role for role in ROLES} | (SHAREGPT_ROLES if who == "from" else {})
+    place = f"{where}, message {i}"
+    if not isinstance(message, dict):
+      raise DataError(f"{place}: expected '{who}' and '{what}', both texts.")
+    role, text = message.get(who), message.get(what)
+    if text is None and (message.get("tool_calls") or message.get("function_call")):
+      text = ""  # an answer that is a call
+    if not isinstance(role, str) or not isinstance(text, str):
+      raise DataError(f"{place}: expected '{who}' and '{what}', both texts.")
     if role not in known:
-      raise DataError(f"{where}, message {i}: '{who}' is {role!r}; expected {', '.join(known)}.")
-    _check_whole(message[what], f"{where}, message {i}: '{what}'")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-      raise DataError(
-        f"{where}, message {i}: 'weight' is {weight!r}; expected 0 (not learned) or 1 (learned)."
-      )
-    if weight == 0:
+      raise DataError(f"{place}: '{who}' is {role!r}; expected {', '.join(known)}.")
+    _check_whole(text, f"{place}: '{what}'")
+    if not _is_learned(message, place):
       silent.add(i - 1)
-    result.append({"role": known[role], "content": message[what]})
+    rest = {k: v for k, v in message.items() if k not in (who, what, "weight", "train")}
+    result.append({"role": known[role], "content": text, **rest})
   return result, frozenset(silent)
+
+
+def _is_learned(message: dict[str, Any], where: str) -> bool:
+  weight, train = message.get("weight"), message.get("train")
+  if weight not in (None, 0, 1):
+    raise DataError(f"{where}: 'weight' is {weight!r}; expected 0 (not learned) or 1 (learned).")
+  if train not in (None, False, True):
+    raise DataError(f"{where}: 'train' is {train!r}; expected true or false.")
+  if train is not None and weight is not None and bool(train) != bool(weight):
+    raise DataError(f"{where}: 'weight' is {weight!r} and 'train' {train!r}; keep one of them.")
+  return weight != 0 and train is not False

@@ -6,7 +6,8 @@ transformers runs it: in a sandbox, for it comes with a model that somebody else
 
 import datetime
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Message = dict[str, Any]  # {"role": text, "content": text}, and what else a template writes
 
 
 class _Generation(jinja2.ext.Extension):
@@ -32,11 +33,22 @@ def _environment() -> ImmutableSandboxedEnvironment:
   environment = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
   )
-  environment.filters["tojson"] = lambda x, indent=None: json.dumps(
-    x, ensure_ascii=False, indent=indent
-  )
+  environment.filters["tojson"] = _to_json
   environment.globals["raise_exception"] = _raise
   return environment
+
+
+def _to_json(
+  x: Any,
+  ensure_ascii: bool = False,
+  indent: int | None = None,
+  separators: tuple[str, str] | None = None,
+  sort_keys: bool = False,
+) -> str:
+  """As transformers' templates are given it: Jinja's own escapes what HTML must not hold."""
+  return json.dumps(
+    x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+  )
 
 
 def _raise(message: str) -> NoReturn:
@@ -49,14 +61,18 @@ class Template:
 
   Attributes:
     name: for people.
-    source: the Jinja program. It sees ``messages``, ``add_generation_prompt``, ``bos_token`` and
-      ``eos_token``.
+    source: the Jinja program. It sees ``messages``, ``add_generation_prompt``, ``tools``,
+      ``documents``, and special tokens such as ``bos_token``.
     needs: tokens by which it is recognised where the model has none of its own.
   """
 
   name: str
   source: str
   needs: tuple[str, ...] = ()
+
+  def writes(self, name: str) -> bool:
+    """Whether the program speaks of a variable or a field of this name at all."""
+    return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
   @cached_property
   def _compiled(self) -> jinja2.Template:
@@ -68,16 +84,21 @@ class Template:
   def render(
     self,
     messages: Sequence[Message],
-    bos: str,
-    eos: str,
+    tokens: Mapping[str, str],
     *,
     answer: bool = False,
     today: datetime.date | None = None,
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
   ) -> str:
     """The text of a conversation; with `answer`, up to where the assistant's next one starts.
 
     Args:
+      messages: the conversation.
+      tokens: special tokens by the names that templates have for them, such as ``bos_token``.
+      answer: see above.
       today: the day, for templates that write it; None is now.
+      tools, documents: what some templates write before the conversation.
 
     Raises:
       ValueError: where the template refuses the conversation.
@@ -86,12 +107,14 @@ class Template:
       return self._compiled.render(
         messages=list(messages),
         add_generation_prompt=answer,
-        bos_token=bos,
-        eos_token=eos,
+        tools=tools,
+        documents=documents,
+        **tokens,
         strftime_now=(today or datetime.datetime.now()).strftime,
       )
-    except (jinja2.TemplateError, TypeError, IndexError) as error:
-      raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    except Exception as error:  # a program of somebody else's: it may fail in any way
+      said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
+      raise ValueError(f"the chat template refuses the conversation: {said}") from error
 
 
 _EACH = "{% for message in messages %}"

@@ -24,6 +24,8 @@ def from_directory(folder: Path) -> dict[str, Any]:
     if (folder / name).is_file():
       config |= json.loads((folder / name).read_text(encoding="utf-8"))
 
+  _declare(backend, config, folder)
+
   def token(kind: str) -> str | None:
     value = config.get(f"{kind}_token")
     if isinstance(value, dict):
@@ -53,7 +55,46 @@ def from_directory(folder: Path) -> dict[str, Any]:
     "pad": token("pad"),
     "add_bos": bos is not None and started == [backend.token_to_id(bos)],
     "chat_template": template,
+    "tokens": {"unk_token": unknown} if (unknown := token("unk")) else {},
   }
+
+
+def _declare(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:
+  """Takes special tokens whole that the configuration names and tokenizer.json does not.
+
+  Raises:
+    ValueError: where the two give a token different numbers.
+  """
+  numbered = {
+    int(number): token for number, token in config.get("added_tokens_decoder", {}).items()
+  }
+  for number, token in sorted(numbered.items()):
+    known = backend.token_to_id(token["content"])
+    if known is not None and known != number:
+      raise ValueError(
+        f"In {folder}, tokenizer_config.json gives {token['content']!r} the number {number} and "
+        f"tokenizer.json {known}. One of them is of another model."
+      )
+  more = config.get("additional_special_tokens") or []
+  extra = config.get("extra_special_tokens") or []
+  named = [value for key, value in config.items() if key.endswith("_token")]
+  for token in (*numbered.values(), *more, *_values(extra), *named):
+    about = {"content": token, "special": True} if isinstance(token, str) else token
+    if not isinstance(about, dict) or not isinstance(about.get("content"), str):
+      continue
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    given = {"normalized": False} | {key: about[key] for key in flags if key in about}
+    if about["content"] in _added(backend) or backend.token_to_id(about["content"]) is None:
+      continue
+    backend.add_tokens([AddedToken(about["content"], **given)])
+
+
+def _values(x: Any) -> list[Any]:
+  return list(x.values()) if isinstance(x, dict) else list(x)
+
+
+def _added(backend: Tokenizer) -> set[str]:
+  return {token.content for token in backend.get_added_tokens_decoder().values()}
 
 
 # How text is cut before the merges are applied, by the name GGUF files give it. All are byte-level.
