@@ -70,6 +70,11 @@ class Template:
   source: str
   needs: tuple[str, ...] = ()
 
+  @property
+  def is_own(self) -> bool:
+    """Whether it came with the model, and is none of `KNOWN`."""
+    return not any(self is known for known in KNOWN.values())
+
   def writes(self, name: str) -> bool:
     """Whether the program speaks of a variable or a field of this name at all."""
     return re.search(rf"\b{re.escape(name)}\b", self.source) is not None

@@ -56,7 +56,18 @@ def from_directory(folder: Path) -> dict[str, Any]:
     "add_bos": bos is not None and started == [backend.token_to_id(bos)],
     "chat_template": template,
     "tokens": {"unk_token": unknown} if (unknown := token("unk")) else {},
+    "ends": _ends(folder, backend),
   }
+
+
+def _ends(folder: Path, backend: Tokenizer) -> list[int]:
+  """The tokens that end an answer by what the model's own files say of generation."""
+  ends: list[int] = []
+  for name in ("config.json", "generation_config.json"):
+    if (folder / name).is_file():
+      given = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+      ends += given if isinstance(given, list) else [given]
+  return [i for i in ends if isinstance(i, int) and backend.id_to_token(i) is not None]
 
 
 def _declare(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:
