@@ -14,12 +14,17 @@ Read `finetune` to see how it is put together: the step is in training.py, what 
 recipe.py, the data in data.py and batches.py, what is kept in checkpoints.py.
 """
 
+import sys
+
+if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
+  print("Starting ...", file=sys.stderr, flush=True)  # JAX takes seconds to import
+
 import datetime
 import math
 import shutil
-import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,17 +37,18 @@ from arguments import Settings, parse
 from batches import Batch, Batches
 from chat import ChatTokenizer
 from checkpoints import found, load_state, replacing, save_state
-from checks import check_attention, check_length, check_vocabulary, only_results_left
+from checks import check, check_attention, check_length, check_vocabulary, only_results_left
 from data import Dataset, load
 from evaluation import HeldOut, since_best
 from fetch import MODEL_NAME, default_data, default_model, sha256_of
+from hub import fetched
 from merging import merge
 from neftune import without_noise
 from optax_lowmem import nn as lowmem_nn
 from recipe import abstract_model, loaded_model
 from recipe import adapted as adapted
 from recipe import optimizer as optimizer
-from report import Metrics, byte_parts, loss_picture, memory_in_use, read_records, running_mean
+from report import Metrics, byte_parts, count, loss_picture, memory_in_use, read_records
 from runs import began, check_same_data, make_folder, output_folder, save_settings
 from sampling import Samples
 from spreading import dealt, devices_in_a_row, everywhere, in_host_memory, in_parts
@@ -55,6 +61,7 @@ from terminal import (
   print_bytes,
   print_shapes,
   say,
+  say_trained,
   sentences,
 )
 from tracking import Board
@@ -70,12 +77,16 @@ def finetune(s: Settings) -> int:
     tx, schedule = optimizer(s)
     mesh = devices_in_a_row(s.devices, s.batch_size)
     shards = 1 if mesh is None else mesh.size
-    model_path = Path(s.model) if s.model else default_model(say)
+    base_name = s.model or MODEL_NAME
+    model_path = fetched(s.model) if s.model else default_model(say)
+    s = replace(s, model=str(model_path)) if s.model else s
     config = open_checkpoint(model_path).config
     check_length(s, config)
     check_attention(s, config)
     shapes = abstract_model(config, s)
     if s.dry_run:
+      if s.data:
+        read_data(s, ChatTokenizer.from_model(model_path, s.chat_template))
       return dry_run(s, tx, *split(shapes, partial(abstract_state, tx)))
     out = output_folder(s)
     in_one = nullcontext()
@@ -93,6 +104,14 @@ def finetune(s: Settings) -> int:
       rows, held_rows = rows + held_rows[most:], held_rows[:most]
     say(f"Model: {model_path.name}, {config.parameter_count():,} parameters.")
     say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
+    batches = Batches(
+      rows, s.batch_size, s.grad_accum, s.seq_len, tokenizer.pad_id, s.seed,
+      packing=s.packing, buckets=s.buckets,
+    )  # fmt: skip
+    if s.epochs:
+      s = replace(s, steps=batches.steps(s.epochs), epochs=0.0)
+      check(s)
+      tx, schedule = optimizer(s)
     make_folder(out)
     with in_one:
       graph, state, frozen = split(loaded_model(model_path, s), tx.init)
@@ -104,10 +123,7 @@ def finetune(s: Settings) -> int:
       ended = only_results_left(s, start, before, records)
     board = Board(out / "tensorboard", start) if s.tensorboard else None
 
-  batches = Batches(
-    rows, s.batch_size, s.grad_accum, s.seq_len, tokenizer.pad_id, s.seed,
-    packing=s.packing, buckets=s.buckets,
-  )  # fmt: skip
+  say_trained(count(state.lora), count(frozen))
   model = merged(graph, state, frozen)
   model.eval()  # no dropout, no noise
   quiet = nnx.graphdef(model)
@@ -120,7 +136,7 @@ def finetune(s: Settings) -> int:
   def save(name: str, step: int | None = None) -> None:
     with replacing(out / name) as folder:
       model = without_noise(merged(graph, state, frozen))
-      lowmem_nn.save_peft(model, folder, base_model=s.model or MODEL_NAME)
+      lowmem_nn.save_peft(model, folder, base_model=base_name)
       if step is not None:
         save_state(folder / "state.safetensors", state, step)
 
@@ -155,11 +171,12 @@ def finetune(s: Settings) -> int:
         )
         return 1
       metrics.add(step=done, **measured, lr=float(schedule(step)), tokens=tokens, seconds=seconds)
-      bar.advance(done, running_mean(metrics.losses())[-1], tokens, seconds, memory_in_use())
+      bar.advance(metrics.records[-1], batches.epochs(done), memory_in_use())
       ended = done == s.steps
       if ended or (s.eval_every and done % s.eval_every == 0):
         now, (best, missed) = measure(state), since_best(metrics.records)
         better = now["held_out_loss"] < best
+        bar.measured(done, **now, best=better)
         ended = ended or bool(s.patience and not better and missed + 1 >= s.patience)
         metrics.add(step=done, **now, **(speak() if ended else {}))
         if better:
