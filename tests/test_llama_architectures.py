@@ -288,7 +288,7 @@ def test_abstract_model_and_count(tmp_path, name):
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def write_gguf(path, config, weights, architecture, factors=None, linear=None):
+def write_gguf(path, config, weights, architecture, factors=None, linear=None, kind=np.float16):
   """As llama.cpp's converter writes it: q and k permuted for "llama" only."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(config.num_hidden_layers)
@@ -313,8 +313,8 @@ def write_gguf(path, config, weights, architecture, factors=None, linear=None):
     if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
       halves = weight.reshape(-1, 2, config.head_dim // 2, *weight.shape[1:])
       weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-    kind = np.float32 if weight.ndim == 1 else np.float16
-    writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.astype(kind))
+    dtype = np.float32 if weight.ndim == 1 else kind
+    writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.astype(dtype))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

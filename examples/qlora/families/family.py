@@ -45,6 +45,9 @@ class Family:
 
   Attributes:
     model_type: its name there.
+    gguf: its name in GGUF files.
+    gguf_adjacent_pairs: whether rows of q_proj and k_proj that are turned together are beside each
+      other there, not half a head apart.
     defaults: the keys that the family reads, beside those that all do, and what Hugging Face takes
       where one is absent. None: from other keys.
     options: gives fields of `LlamaConfig`, of the file's keys and the defaults of those that are
@@ -55,10 +58,12 @@ class Family:
   """
 
   model_type: str
+  gguf: str
   defaults: Keys
   options: Callable[[Keys], dict[str, Any]] = lambda read: {}
   rope: Callable[[Keys], dict[str, Any]] = rope
   supported: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+  gguf_adjacent_pairs: bool = False
 
 
 def biases(read: Keys) -> dict[str, Any]:

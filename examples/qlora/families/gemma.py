@@ -64,6 +64,7 @@ def gemma3_rope(read: Keys) -> dict[str, Any]:
 
 GEMMA2 = Family(
   "gemma2",
+  gguf="gemma2",
   defaults={
     **SHARED,
     "max_position_embeddings": 8192,
@@ -76,6 +77,7 @@ GEMMA2 = Family(
 
 GEMMA3 = Family(
   "gemma3_text",
+  gguf="gemma3",
   defaults={
     **SHARED,
     "max_position_embeddings": 131072,

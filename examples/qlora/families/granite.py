@@ -13,6 +13,8 @@ def granite(read: Keys) -> dict[str, Any]:
 
 GRANITE = Family(
   "granite",
+  gguf="granite",
+  gguf_adjacent_pairs=True,
   defaults={
     "num_key_value_heads": None,
     "head_dim": None,

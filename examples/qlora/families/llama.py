@@ -4,6 +4,8 @@ from families.family import Family, biases, windows
 
 LLAMA = Family(
   "llama",
+  gguf="llama",
+  gguf_adjacent_pairs=True,
   defaults={
     "num_key_value_heads": None,
     "head_dim": None,
@@ -16,6 +18,8 @@ LLAMA = Family(
 
 MISTRAL = Family(
   "mistral",
+  gguf="llama",
+  gguf_adjacent_pairs=True,
   defaults={
     "num_key_value_heads": 8,
     "head_dim": None,

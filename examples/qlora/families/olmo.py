@@ -12,6 +12,7 @@ def olmo2(read: Keys) -> dict[str, Any]:
 
 OLMO2 = Family(
   "olmo2",
+  gguf="olmo2",
   defaults={
     "num_key_value_heads": None,
     "head_dim": None,

@@ -21,6 +21,7 @@ def phi3_rope(read: Keys) -> dict[str, Any]:
 
 PHI3 = Family(
   "phi3",
+  gguf="phi3",
   defaults={
     "num_key_value_heads": None,
     "head_dim": None,

@@ -30,7 +30,10 @@ def qwen3(read: Keys) -> dict[str, Any]:
   return {"windows": windows_above(read), "qk_norm": True, **biases(read)}
 
 
-QWEN2 = Family("qwen2", defaults={**SHARED, "head_dim": None}, options=qwen2)
+QWEN2 = Family("qwen2", gguf="qwen2", defaults={**SHARED, "head_dim": None}, options=qwen2)
 QWEN3 = Family(
-  "qwen3", defaults={**SHARED, "head_dim": 128, "attention_bias": False}, options=qwen3
+  "qwen3",
+  gguf="qwen3",
+  defaults={**SHARED, "head_dim": 128, "attention_bias": False},
+  options=qwen3,
 )

@@ -27,6 +27,8 @@ def smollm3(read: Keys) -> dict[str, Any]:
 
 SMOLLM3 = Family(
   "smollm3",
+  gguf="smollm3",
+  gguf_adjacent_pairs=True,
   defaults={
     "num_key_value_heads": 4,
     "head_dim": None,
