@@ -51,7 +51,7 @@ class Settings:
   rank: int = 16
   alpha: float = 32.0
   dropout: float = 0.0
-  targets: str = "[qkvo]_proj|gate_proj|up_proj|down_proj"
+  targets: str = "([qkvo]|qkv|gate|up|gate_up|down)_proj"
   init: str = "default"
   adapter_dtype: str = "float32"
   rslora: bool = False

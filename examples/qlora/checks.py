@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from attention import attend_within, windows_of_layers
 from evaluation import since_best
 from hub import check_model
+from scores import Scoring
 
 if TYPE_CHECKING:
   from arguments import Settings
@@ -111,4 +112,5 @@ def check_attention(s: "Settings", config: "LlamaConfig") -> None:
     jax.ShapeDtypeStruct((s.batch_size, s.seq_len, n, config.head_dim), jnp.dtype(s.dtype))
     for n in heads
   ]
-  jax.eval_shape(attend_within(None, windows_of_layers(config), "cudnn"), *shapes)
+  scoring = Scoring(config.attention_scale, config.attn_logit_softcapping)
+  jax.eval_shape(attend_within(None, windows_of_layers(config), "cudnn", scoring), *shapes)

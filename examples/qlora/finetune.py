@@ -7,6 +7,7 @@
   python finetune.py plan --model DIR --seq-len 2048      # would it fit?
   python finetune.py chat my-adapter                      # talk to the result
   python finetune.py merge my-adapter --out my-model      # a model without adapters
+  python finetune.py export my-adapter --out my.gguf      # the adapter, for llama.cpp
 
 The base model is frozen, its linear layers packed in 4 bits (NF4). Beside each stands a trained
 low-rank correction (LoRA), and only for these does an optimizer state exist, in 8 bits.
@@ -40,6 +41,7 @@ from checkpoints import found, load_state, replacing, save_state
 from checks import check, check_attention, check_length, check_vocabulary, only_results_left
 from data import Dataset, load
 from evaluation import HeldOut, since_best
+from exporting import export
 from fetch import MODEL_NAME, default_data, default_model, sha256_of
 from hub import fetched
 from merging import merge
@@ -250,7 +252,7 @@ def plan(argv: list[str]) -> int:
   return train([*argv, "--dry-run"])
 
 
-COMMANDS = {"train": train, "plan": plan, "merge": merge, "chat": talk}
+COMMANDS = {"train": train, "plan": plan, "merge": merge, "export": export, "chat": talk}
 
 
 if __name__ == "__main__":

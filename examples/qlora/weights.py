@@ -30,9 +30,10 @@ class Checkpoint:
   """A model on disk.
 
   Invariants: every name of `expected_shapes(config)` is in `shapes`, with that shape, and
-  ``read(name)`` returns a float array of shape ``shapes[name]``.
+  ``read(name)`` returns a float array of shape ``shapes[name]``. `model_type` is one of `FAMILIES`.
   """
 
+  model_type: str
   config: LlamaConfig
   shapes: dict[str, Shape]
   read: Callable[[str], np.ndarray]
@@ -104,7 +105,8 @@ def _open_directory(path: pathlib.Path) -> Checkpoint:
   config_file = path / "config.json"
   if not config_file.exists():
     raise ValueError("the directory has no config.json.")
-  config = config_from_hf(_read_json(config_file))
+  said = _read_json(config_file)
+  config = config_from_hf(said)
 
   single, index = path / "model.safetensors", path / "model.safetensors.index.json"
   if single.exists():
@@ -149,7 +151,7 @@ def _open_directory(path: pathlib.Path) -> Checkpoint:
           "BF16. Save the model unquantized."
         )
       where[name], shapes[name] = tensors, tuple(part.get_shape())
-  return Checkpoint(config, shapes, lambda name: where[name].get_tensor(name))
+  return Checkpoint(said["model_type"], config, shapes, lambda name: where[name].get_tensor(name))
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
