@@ -14,7 +14,6 @@ anything that is not JSON                         all of it is learned, cut at e
 The rows may stand in a JSON list or one a line: the content decides, not the file's name.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +25,11 @@ from batches import Batch as Batch
 from batches import Row
 from chat import ChatTokenizer
 from formats import CONVERSATIONS, read
+from json_files import DEEP, decode, layout_of, lines, listed
 from json_files import DataError as DataError
-from json_files import decode, layout_of, lines, listed
+from text_blocks import BLOCK as BLOCK
+from text_blocks import blocks
 
-# Characters that are encoded at once: a tokenizer needs 176 bytes for each while it works.
-BLOCK = 1 << 20
-_NEWLINES, _BLANK = re.compile(r"\n+(?=\S)"), re.compile(r"(?<=\S)(?=\s\S)")
 _Encoded = Iterator[tuple[str, Any, Any]]  # kind, tokens, which of them are learned
 
 
@@ -70,7 +68,7 @@ def load(
   if layout == "text":
     encoded = _pieces(text, tokenizer, seq_len)
   else:
-    encoded = _written(path, text, layout, tokenizer, train_on_prompt, unused)
+    encoded = _written(path, text, layout, tokenizer, seq_len, train_on_prompt, unused)
   kinds, kept, count, cut = set(), [], 0, 0
   for kind, ids, learned in encoded:
     kinds.add(kind)
@@ -109,6 +107,7 @@ def _written(
   text: str,
   layout: str,
   tokenizer: ChatTokenizer,
+  seq_len: int,
   everything: bool,
   unused: set[str],
 ) -> _Encoded:
@@ -125,10 +124,12 @@ def _written(
           example.messages, example.silent, everything=everything, **example.extras
         )
       else:
-        ids, learned = tokenizer.encode_completion(example.prompt, example.text)
+        ids, learned = tokenizer.encode_completion(example.prompt, example.text, seq_len + 1)
         learned = [True] * len(ids) if everything else learned
     except ValueError as error:
-      raise DataError(f"{where}: {error}.") from error
+      raise DataError(f"{where}: {str(error).rstrip('.')}.") from error
+    except RecursionError as error:
+      raise DataError(f"{where}: {DEEP}") from error
     yield example.kind, ids, learned
 
 
@@ -141,19 +142,3 @@ def _pieces(text: str, tokenizer: ChatTokenizer, seq_len: int) -> _Encoded:
   for i in range(0, len(ids) - 1, seq_len):
     piece = ids[i : i + seq_len + 1]
     yield "plain text", piece, np.ones(len(piece), bool)
-
-
-def blocks(text: str, size: int) -> Iterator[str]:
-  """Parts of a text, of `size` to ``2 * size`` characters, the last of at most `size`.
-
-  Each but the last ends behind line breaks, where most tokenizers end a token anyway; where there
-  are none, before a blank; where there is neither, anywhere.
-  """
-  start = 0
-  while len(text) - start > size:
-    first, last = start + size, start + 2 * size
-    if found := _NEWLINES.search(text, first - 1, last) or _BLANK.search(text, first, last):
-      first = found.end()
-    yield text[start:first]
-    start = first
-  yield text[start:]
