@@ -5,6 +5,7 @@ import hashlib
 import json
 import tracemalloc
 import zipfile
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fetch
+import locks
 from batches import Batches, pad
 from chat import ChatTokenizer
 from data import DataError, blocks, load
@@ -700,6 +702,30 @@ class TestFetch:
     with pytest.raises(KeyboardInterrupt):
       fetch.fetch(replace(source, convert=interrupt))
     assert self.cache() == []
+
+  def test_what_a_killed_fetch_has_left_is_cleared_away(self, source):
+    for _ in range(2):  # when something is fetched, and when it is there already
+      left = fetch.cache_dir() / ".fetching-abc"
+      left.mkdir(parents=True)
+      (left / "half.whl").write_text("half")
+      fetch.fetch(source, lambda _: None)
+      assert self.cache() == ["file.upper"]
+
+  def test_what_another_process_fetches_is_waited_for(self, source):
+    fetch.cache_dir().mkdir()
+    said = []
+    with ExitStack() as stack:
+      stack.enter_context(locks.held(fetch.cache_dir()))
+      (fetch.cache_dir() / ".fetching-abc").mkdir()
+
+      def say(sentence):
+        said.append(sentence)
+        (fetch.cache_dir() / ".fetching-abc").rmdir()
+        (fetch.cache_dir() / "file.upper").write_bytes(b"CONTENT")
+        stack.close()  # the other process is done
+
+      assert fetch.fetch(source, say).read_bytes() == b"CONTENT"
+    assert len(said) == 1 and "is fetching into" in said[0]
 
   def test_cache_that_cannot_be_made(self, source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import yaml
 
 from attention import KINDS
 from checks import check
 from runs import resumed
 from spellings import instead, known_as, translated
+from yaml_files import read_yaml
 
 
 @dataclass
@@ -169,7 +169,10 @@ def parse(description: str, argv: Sequence[str] | None = None, prog: str | None 
     given = from_yaml(Path(given["config"])) | given
   if given.get("dtype") == "auto":
     given["dtype"] = _automatic_dtype()
-  saved = resumed(Path(given["resume"]), given, set(HELP)) if given.get("resume") else {}
+  saved = {}
+  if given.get("resume"):
+    folder = Path(given["resume"])
+    saved = of_record(resumed(folder, given, set(HELP)), folder / "run.json")
   settings = Settings(**saved | given)
   check(settings)
   if settings.dtype == "auto":
@@ -184,17 +187,6 @@ class _Parser(argparse.ArgumentParser):
     self.exit(2, f"error: {message}. --help lists the settings.\n")
 
 
-class _Loader(yaml.SafeLoader):
-  """Refuses a key that is there twice, of which YAML would take the last."""
-
-  def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-    keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-    if twice:
-      raise yaml.YAMLError(f"{twice[0]!r} is there twice")
-    return super().construct_mapping(node, deep)
-
-
 def _automatic_dtype() -> str:
   return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
@@ -206,12 +198,10 @@ def from_yaml(path: Path) -> dict[str, Any]:
     FileNotFoundError: where there is none.
     ValueError: for a file that is not a mapping of known names to values that fit them.
   """
-  if not path.is_file():
-    raise FileNotFoundError(f"--config {path}: there is no such file.")
   try:
-    content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    content = read_yaml(path)
+  except (ValueError, OSError) as error:
+    raise type(error)(f"--config {error}") from error
   if not isinstance(content, dict):
     raise ValueError(f"--config {path} must hold lines such as `rank: 16`.")
   known, settings = {each.name: each for each in fields(Settings)}, {}
@@ -226,14 +216,31 @@ def from_yaml(path: Path) -> dict[str, Any]:
     if name not in known or name == "config":
       near = difflib.get_close_matches(name, known, n=1)
       hint = f" Did you mean {near[0]!r}?" if near else ""
-      raise ValueError(f"--config {path}: there is no setting {key!r}.{hint}")
+      raise ValueError(f"--config {path}: there is no setting {key!r:.100}.{hint}")
     try:
       settings[name] = _converted(known[name], value)
     except (ValueError, TypeError) as error:
-      raise ValueError(f"--config {path}: {key}: {value!r} {error}.") from error
+      raise ValueError(f"--config {path}: {key}: {value!r:.200} {error}.") from error
     if name in CHOICES and settings[name] not in CHOICES[name]:
       raise ValueError(f"--config {path}: {key} must be one of {', '.join(CHOICES[name])}.")
   return settings
+
+
+def of_record(settings: Mapping[str, Any], file: Path) -> dict[str, Any]:
+  """The settings in a run's record, those that there still are.
+
+  Raises:
+    ValueError: where one is of another kind than its setting.
+  """
+  kinds = {each.name: each for each in fields(Settings)}
+  converted = {}
+  for name, value in settings.items():
+    if name in kinds:
+      try:
+        converted[name] = _converted(kinds[name], value)
+      except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {name} {value!r:.100} {error}.") from error
+  return converted
 
 
 def flag_of(name: str) -> str:
@@ -301,5 +308,5 @@ def _number(kind: Any, value: Any) -> Any:
     raise ValueError(text)
   try:
     return kind(value)
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, OverflowError) as error:
     raise ValueError(text) from error

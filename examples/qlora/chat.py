@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer
 from answers import Span, find
 from learned import tokens_of
 from templates import KNOWN, Message, Template
+from text_blocks import BLOCK, blocks
 from tokenizer_files import from_directory, from_gguf
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -41,6 +42,7 @@ class ChatTokenizer:
     today: the day, at midnight, for templates that write the date; None is today.
     tokens: other special tokens that templates may write, such as ``unk_token``, by name.
     ends: ids of other tokens that end an answer.
+    origin: the file that the model's own template is in.
   """
 
   def __init__(
@@ -56,6 +58,7 @@ class ChatTokenizer:
     today: datetime.date | None = None,
     tokens: Mapping[str, str] | None = None,
     ends: Iterable[int] = (),
+    origin: str = "",
   ):
     self.today = today or datetime.date.today()
     backend.no_truncation()
@@ -72,7 +75,7 @@ class ChatTokenizer:
           "was not made with."
         )
     elif chat_template:
-      self.template = Template("the model's own", chat_template)
+      self.template = Template("the model's own", chat_template, origin=origin)
     else:
       fits = (t for t in KNOWN.values() if t.needs and all(n in vocabulary for n in t.needs))
       self.template = next(fits, KNOWN["plain"])
@@ -172,20 +175,31 @@ class ChatTokenizer:
         learned[k] = span.number not in silent
     return encoding.ids, learned
 
-  def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+  def encode_completion(
+    self, prompt: str, completion: str, most: int | None = None
+  ) -> tuple[list[int], list[bool]]:
     """Tokens of a text without a template, and its end; those of `completion` are learned.
 
     The text is encoded whole: of some tokenizers (Llama 2's) a part alone has other tokens. One
     that begins in the prompt and ends in the completion is learned. A beginning or an end that the
-    text has already is not written again.
+    text has already is not written again. Of a text that is longer than a block, no more blocks
+    are encoded than have `most` tokens, and one more; the others would be cut off.
     """
     begin = "" if (prompt or completion).startswith(self._text_begin) else self._text_begin
     before = begin + prompt
     completion = completion.removesuffix(self.eos)
-    encoding = self._encoding(before + completion)
     border = len(before) if before else self._length_of_begin(completion)
-    learned = [border <= first or border < last for first, last in encoding.offsets]
-    return [*encoding.ids, self.eos_id], [*learned, True]
+    ids: list[int] = []
+    learned: list[bool] = []
+    start = 0
+    for part in blocks(before + completion, BLOCK):
+      encoding = self._encoding(part)
+      ids += encoding.ids
+      learned += [border <= start + a or border < start + b for a, b in encoding.offsets]
+      start += len(part)
+      if most is not None and len(ids) > most:
+        return ids, learned
+    return [*ids, self.eos_id], [*learned, True]
 
   def _length_of_begin(self, text: str) -> int:
     begin = self._text_begin
@@ -209,6 +223,12 @@ class ChatTokenizer:
       self.backend.post_processor = processor
 
   def _check(self, messages: Sequence[Message], extras: Mapping[str, Any]) -> None:
+    length = sum(len(text) for text in _strings([*messages, *extras.values()]))
+    if length > BLOCK:
+      raise ValueError(
+        f"the conversation has {length:,} characters; at most {BLOCK:,} are encoded as one. Split "
+        "it into several"
+      )
     for message in messages:
       role = message["role"]
       if role not in ROLES:

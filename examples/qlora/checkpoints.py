@@ -2,9 +2,11 @@
 
 ``last/`` holds the newest adapter in PEFT's format and, in ``state.safetensors``, what else a run
 needs to go on: the optimizer's state, the random state and the number of steps done, from which
-the position in the data follows. ``best/`` holds the adapter that had the lowest held-out loss.
+the position in the data follows, and the metrics up to there. ``best/`` holds the adapter that had
+the lowest held-out loss. Each folder has the checksums of its files: what is damaged is refused.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from disk import flush, sha256_of
+
+STATE, SUMS = "state.safetensors", "checksums.json"
 T = TypeVar("T")
 
 
@@ -46,11 +51,11 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     raise
   for path in [*new.iterdir(), new]:
-    _flush(path)
+    flush(path)
   if folder.exists():
     os.replace(folder, old)
   os.replace(new, folder)
-  _flush(folder.parent)
+  flush(folder.parent)
   shutil.rmtree(old, ignore_errors=True)
 
 
@@ -64,16 +69,30 @@ def _beside(folder: Path, what: str) -> Path:
   return folder.with_name(f"{folder.name}.{what}")
 
 
-def _flush(path: Path) -> None:
-  """Waits until a file, or the list of a folder's files, is on the disk."""
-  try:
-    descriptor = os.open(path, os.O_RDONLY)
-  except PermissionError:  # Windows opens no folders
+def seal(folder: Path) -> None:
+  """Writes the SHA-256 of every file in a folder into one more file."""
+  sums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+  (folder / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def check_sealed(folder: Path) -> None:
+  """Raises ValueError where a file is not the one that `seal` saw; folders without it pass."""
+  file = folder / SUMS
+  if not file.exists():
     return
+  remedy = "Copy the folder again from where it is whole, or start a new run."
   try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+    sums = dict(json.loads(file.read_text("utf-8")))
+    for name, sum in sums.items():
+      if not (folder / name).is_file():
+        raise ValueError(f"{folder / name} is missing, which {SUMS} names. {remedy}")
+      if sha256_of(folder / name) != sum:
+        what = "a complete training state" if name == STATE else "as it was written"
+        raise ValueError(
+          f"{folder / name} is not {what}: its SHA-256 is not the one in {SUMS}. {remedy}"
+        )
+  except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+    raise ValueError(f"{file} is damaged ({error}). {remedy}") from error
 
 
 def save_state(path: Path, tree: object, step: int) -> None:
@@ -114,6 +133,6 @@ def load_state(path: Path, like: T) -> tuple[T, int]:
         if _is_key(wanted):
           found = jax.random.wrap_key_data(found, impl=jax.random.key_impl(wanted))
         leaves.append(jax.device_put(found, wanted.sharding))
-  except (SafetensorError, KeyError) as error:
+  except (SafetensorError, KeyError, OverflowError) as error:
     raise ValueError(f"{path} is not a complete training state: {error}") from error
   return jax.tree.unflatten(jax.tree.structure(like), leaves), step

@@ -1,6 +1,8 @@
 """What no run can have is refused before anything slow begins."""
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from attention import attend_within, windows_of_layers
+from confined import TooMuchError, elsewhere
 from evaluation import since_best
 from hub import check_model
 from scores import Scoring
+from weights import expected_shapes
 
 if TYPE_CHECKING:
   from arguments import Settings
@@ -22,6 +26,10 @@ LEAST = {"steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "rank": 1, 
 LEAST |= dict.fromkeys(
   ("eval_every", "save_every", "stop_after", "seed", "buckets", "patience", "devices", "samples"), 0
 )
+# More than any machine holds, or than the system counts: of a file that somebody else wrote.
+MOST = dict.fromkeys(("batch_size", "grad_accum", "rank", "buckets", "devices"), 1 << 16)
+MOST |= dict.fromkeys(("seq_len", "samples", "eval_batches"), 1 << 24) | {"seed": 2**32 - 2}
+MOST |= dict.fromkeys(("steps", "eval_every", "save_every", "stop_after", "patience"), 10**9)
 
 
 def check(s: "Settings") -> None:
@@ -29,6 +37,14 @@ def check(s: "Settings") -> None:
   for name, low in LEAST.items():
     if (value := getattr(s, name)) < low:
       raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
+  for name, most in MOST.items():
+    if (value := getattr(s, name)) > most:
+      raise ValueError(f"--{name.replace('_', '-')} must be at most {most:,}, got {value!r:.50}.")
+  for name, value in s.rank_pattern.items():
+    if not 1 <= value <= MOST["rank"]:
+      raise ValueError(
+        f"--rank-pattern {name!r:.100} must be from 1 to {MOST['rank']:,}, got {value!r:.50}."
+      )
   for name in ("alpha", "lr"):
     if not (math.isfinite(value := getattr(s, name)) and value > 0):
       raise ValueError(f"--{name} must be a positive number, got {value}.")
@@ -71,8 +87,6 @@ def only_results_left(
   Raises:
     ValueError: where there is nothing left to do.
   """
-  if start and not records:
-    raise ValueError(f"--resume {folder}: there is no metrics.jsonl, which a run begins with.")
   patient = bool(s.patience) and since_best(records)[1] >= s.patience
   whole = (folder / "summary.json").exists()
   measured = any(r["step"] == start and "samples" in r for r in records)  # as at the end of a run
@@ -101,6 +115,30 @@ def check_length(s: "Settings", config: "LlamaConfig") -> None:
       f"--seq-len {s.seq_len} is more than the {config.max_position_embeddings} positions "
       "this model was made for."
     )
+
+
+def check_rank(s: "Settings", config: "LlamaConfig") -> None:
+  """Raises ValueError where adapters would be larger than the layers that they adapt."""
+  most = max(config.hidden_size, config.intermediate_size)
+  for name, rank in (("--rank", s.rank), *(("--rank-pattern", r) for r in s.rank_pattern.values())):
+    if rank > most:
+      raise ValueError(f"{name} must be at most {most:,} for this model, got {rank:,}.")
+
+
+def check_patterns(s: "Settings", config: "LlamaConfig") -> None:
+  """Raises ValueError where a setting's regular expression takes too long for the layers' names."""
+  names = [name.rpartition(".")[0] for name in expected_shapes(config)]
+  names += [re.sub(r"\.\d+\.", ".", name) for name in names]  # the layers as one stack
+  names = list(dict.fromkeys([*names, *(name.rpartition(".")[2] for name in names)]))
+  patterns = {"--targets": [s.targets], "--modules-to-save": s.modules_to_save}
+  patterns |= {"--rank-pattern": s.rank_pattern, "--alpha-pattern": s.alpha_pattern}
+  for flag, each in patterns.items():
+    for pattern in each:
+      form = f"(.*\\.)?({pattern})$" if flag.endswith("-pattern") else pattern
+      try:
+        elsewhere(json.dumps({"pattern": form, "names": names}))
+      except TooMuchError as error:
+        raise ValueError(f"{flag} {pattern!r:.200} cannot be matched: {error}.") from error
 
 
 def check_attention(s: "Settings", config: "LlamaConfig") -> None:

@@ -15,7 +15,6 @@ The rows may stand in a JSON list or one a line, or in a Parquet file: the conte
 file's name. Files named .csv and .tsv are tables with these names in the first line, lists as JSON.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +26,12 @@ from batches import Batch as Batch
 from batches import Row
 from chat import ChatTokenizer
 from formats import CONVERSATIONS, read
+from json_files import DEEP, decode, layout_of, lines, listed
 from json_files import DataError as DataError
-from json_files import decode, layout_of, lines, listed
 from tables import SEPARATORS, is_parquet, parquet, separated
+from text_blocks import BLOCK as BLOCK
+from text_blocks import blocks
 
-# Characters that are encoded at once: a tokenizer needs 176 bytes for each while it works.
-BLOCK = 1 << 20
-_NEWLINES, _BLANK = re.compile(r"\n+(?=\S)"), re.compile(r"(?<=\S)(?=\s\S)")
 _Encoded = Iterator[tuple[str, Any, Any]]  # kind, tokens, which of them are learned
 
 
@@ -69,7 +67,7 @@ def load(
     raise FileNotFoundError(f"There is no data file at {path}.")
   unused: set[str] = set()
   if (rows := _rows(path)) is not None:
-    encoded = _written(rows, tokenizer, train_on_prompt, unused)
+    encoded = _written(rows, tokenizer, seq_len, train_on_prompt, unused)
   else:
     encoded = _pieces(decode(path), tokenizer, seq_len)
   kinds, kept, count, cut = set(), [], 0, 0
@@ -117,7 +115,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]] | None:
 
 
 def _written(
-  rows: Iterator[tuple[str, Any]], tokenizer: ChatTokenizer, everything: bool, unused: set[str]
+  rows: Iterator[tuple[str, Any]],
+  tokenizer: ChatTokenizer,
+  seq_len: int,
+  everything: bool,
+  unused: set[str],
 ) -> _Encoded:
   """Each row. What no template has written of its messages' fields goes into `unused`."""
   used = {"role", "content"}
@@ -132,10 +134,12 @@ def _written(
           example.messages, example.silent, everything=everything, **example.extras
         )
       else:
-        ids, learned = tokenizer.encode_completion(example.prompt, example.text)
+        ids, learned = tokenizer.encode_completion(example.prompt, example.text, seq_len + 1)
         learned = [True] * len(ids) if everything else learned
     except ValueError as error:
-      raise DataError(f"{where}: {error}.") from error
+      raise DataError(f"{where}: {str(error).rstrip('.')}.") from error
+    except RecursionError as error:
+      raise DataError(f"{where}: {DEEP}") from error
     yield example.kind, ids, learned
 
 
@@ -148,19 +152,3 @@ def _pieces(text: str, tokenizer: ChatTokenizer, seq_len: int) -> _Encoded:
   for i in range(0, len(ids) - 1, seq_len):
     piece = ids[i : i + seq_len + 1]
     yield "plain text", piece, np.ones(len(piece), bool)
-
-
-def blocks(text: str, size: int) -> Iterator[str]:
-  """Parts of a text, of `size` to ``2 * size`` characters, the last of at most `size`.
-
-  Each but the last ends behind line breaks, where most tokenizers end a token anyway; where there
-  are none, before a blank; where there is neither, anywhere.
-  """
-  start = 0
-  while len(text) - start > size:
-    first, last = start + size, start + 2 * size
-    if found := _NEWLINES.search(text, first - 1, last) or _BLANK.search(text, first, last):
-      first = found.end()
-    yield text[start:first]
-    start = first
-  yield text[start:]

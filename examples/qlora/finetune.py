@@ -21,10 +21,11 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
   print("Starting ...", file=sys.stderr, flush=True)  # JAX takes seconds to import
 
 import datetime
+import json
 import math
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,12 +38,22 @@ from flax import nnx
 from arguments import Settings, parse
 from batches import Batch, Batches
 from chat import ChatTokenizer
-from checkpoints import found, load_state, replacing, save_state
-from checks import check, check_attention, check_length, check_vocabulary, only_results_left
+from checkpoints import STATE, check_sealed, found, load_state, replacing, save_state, seal
+from checks import (
+  check,
+  check_attention,
+  check_length,
+  check_patterns,
+  check_rank,
+  check_vocabulary,
+  only_results_left,
+)
 from data import Dataset, load
+from disk import DiskError, sha256_of, written_to
 from evaluation import HeldOut, since_best
 from exporting import export
-from fetch import MODEL_NAME, default_data, default_model, sha256_of
+from fetch import MODEL_NAME, default_data, default_model
+from fingerprints import check_same_base, of_model
 from hub import fetched
 from merging import merge
 from neftune import without_noise
@@ -51,7 +62,8 @@ from recipe import abstract_model, loaded_model
 from recipe import adapted as adapted
 from recipe import optimizer as optimizer
 from report import Metrics, byte_parts, count, loss_picture, memory_in_use, read_records
-from runs import began, check_same_data, make_folder, output_folder, save_settings
+from run_folder import output_folder
+from runs import began, check_same_data, read_run, save_settings
 from sampling import Samples
 from spreading import dealt, devices_in_a_row, everywhere, in_host_memory, in_parts
 from talking import talk
@@ -74,6 +86,15 @@ from weights import open_checkpoint
 
 def finetune(s: Settings) -> int:
   """Runs one fine-tuning; returns the process's exit status."""
+  try:
+    with ExitStack() as locks:
+      return _finetune(s, locks)
+  except DiskError as error:
+    complain(str(error))
+    return 1
+
+
+def _finetune(s: Settings, locks: ExitStack) -> int:
   begun = time.perf_counter()
   with sentences():  # what can be refused is refused here, before anything slow begins
     tx, schedule = optimizer(s)
@@ -84,18 +105,23 @@ def finetune(s: Settings) -> int:
     s = replace(s, model=str(model_path)) if s.model else s
     config = open_checkpoint(model_path).config
     check_length(s, config)
+    check_rank(s, config)
+    check_patterns(s, config)
     check_attention(s, config)
     shapes = abstract_model(config, s)
     if s.dry_run:
       if s.data:
         read_data(s, ChatTokenizer.from_model(model_path, s.chat_template))
       return dry_run(s, tx, *split(shapes, partial(abstract_state, tx)))
-    out = output_folder(s)
+    out = output_folder(s, locks)
     in_one = nullcontext()
     if s.fsdp and mesh is None:
       say("--fsdp: there is only one device, which holds the whole base model.")
     elif s.fsdp:
       in_one = in_host_memory()
+    base = read_run(Path(s.resume))["base"] if s.resume else of_model(model_path)
+    if s.resume:
+      check_same_base(base, model_path, Path(s.resume))
     today = (began(Path(s.resume)) if s.resume else None) or datetime.date.today()
     tokenizer = ChatTokenizer.from_model(model_path, s.chat_template, today)
     check_vocabulary(tokenizer, config)
@@ -114,14 +140,16 @@ def finetune(s: Settings) -> int:
       s = replace(s, steps=batches.steps(s.epochs), epochs=0.0)
       check(s)
       tx, schedule = optimizer(s)
-    make_folder(out)
     with in_one:
       graph, state, frozen = split(loaded_model(model_path, s), tx.init)
     state, frozen = everywhere(state, mesh), (in_parts if s.fsdp else everywhere)(frozen, mesh)
     start, records, ended, before = 0, [], False, Path(s.resume or out)
     if s.resume:
-      state, start = load_state(found(before / "last") / "state.safetensors", state)
-      records = read_records(before / "metrics.jsonl", until=start)
+      last = found(before / "last")
+      check_sealed(last)
+      state, start = load_state(last / STATE, state)
+      kept = last / "metrics.jsonl"  # those beside it decide nothing: they may be damaged
+      records = read_records(kept if kept.is_file() else before / "metrics.jsonl", until=start)
       ended = only_results_left(s, start, before, records)
     board = Board(out / "tensorboard", start) if s.tensorboard else None
 
@@ -140,8 +168,15 @@ def finetune(s: Settings) -> int:
       model = without_noise(merged(graph, state, frozen))
       lowmem_nn.save_peft(model, folder, base_model=base_name)
       if step is not None:
-        save_state(folder / "state.safetensors", state, step)
+        save_state(folder / STATE, state, step)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+      seal(folder)
 
+  locks.enter_context(written_to(out, _go_on(out)))
+  if start and not any("held_out_loss" in record for record in records):
+    say("The run's metrics are lost; the held-out loss is measured again.")
+    records = [*records, {"step": start, **measure(state), **speak()}]
   if start == 0:
     say(f"Held-out loss{' and samples' * bool(s.samples)} before training ...")
     records = [{"step": 0, **measure(state), **speak()}]
@@ -151,9 +186,11 @@ def finetune(s: Settings) -> int:
   elif out.resolve() != before.resolve():
     for name in ("last", "best"):
       if found(before / name).exists():
-        shutil.copytree(found(before / name), out / name)
+        with replacing(out / name) as folder:
+          shutil.copytree(found(before / name), folder, dirs_exist_ok=True)
   metrics = Metrics(out / "metrics.jsonl", records, board)
-  save_settings(s, out, data_sha256, today)
+  records = metrics.records
+  save_settings(s, out, data_sha256, today, base)
   steps, done = Steps(graph, tx, shards=shards), start
 
   with CtrlC() as ctrl_c, StepBar(start, s.steps) as bar:
@@ -204,6 +241,13 @@ def finetune(s: Settings) -> int:
   print_bytes(parts, steps.temporaries())
   conclude(out, metrics, parts, seconds=time.perf_counter() - begun)
   return 0
+
+
+def _go_on(out: Path) -> str:
+  return (
+    f"Free some space, then go on from the last save with --resume {out}; where nothing was saved "
+    "yet, begin again with the same --out."
+  )
 
 
 def dry_run(s: Settings, tx: Any, graph: Any, state: State, frozen: Any) -> int:

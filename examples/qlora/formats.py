@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def read(raw: Any, where: str) -> Example:
   """
   if not isinstance(raw, dict):
     raise DataError(
-      f"{where}: expected a JSON object, found {type(raw).__name__} {str(raw)[:30]!r}."
+      f"{where}: expected a JSON object, found {type(raw).__name__} {reprlib.repr(raw)[:60]}."
     )
   for name, who, what, kind in (
     ("messages", "role", "content", "chat messages"),
@@ -125,7 +126,7 @@ def _extras(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(value, str) and value.strip():
       try:
         value = json.loads(value)
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: '{key}' is a text that is not JSON ({error}).") from error
     if not isinstance(value, list | str | None):
       raise DataError(f"{where}: '{key}' is {type(value).__name__}; expected a list, or nothing.")
@@ -152,14 +153,29 @@ def _chat(
     if not isinstance(role, str) or not isinstance(text, str):
       raise DataError(f"{place}: expected '{who}' and '{what}', both texts.")
     if role not in known:
-      raise DataError(f"{place}: '{who}' is {role!r}; expected {', '.join(known)}.")
+      raise DataError(f"{place}: '{who}' is {role!r:.100}; expected {', '.join(known)}.")
     _check_whole(text, f"{place}: '{what}'")
+    _check_fields(message, place)
     if not _is_learned(message, place):
       silent.add(i - 1)
     own = (who, what, "weight", "train")  # and where rows are a table, all fields are in each
     rest = {k: v for k, v in message.items() if k not in own and v is not None}
     result.append({"role": known[role], "content": text, **rest})
   return result, frozenset(silent)
+
+
+def _check_fields(message: dict[str, Any], where: str) -> None:
+  """What templates read of a message beside its text must be of the kind that they expect."""
+  calls, thought = message.get("tool_calls"), message.get("reasoning_content")
+  if not isinstance(thought, str | None):
+    raise DataError(f"{where}: 'reasoning_content' is {type(thought).__name__}; expected a text.")
+  if not isinstance(calls, list | None) or not all(isinstance(call, dict) for call in calls or []):
+    raise DataError(f"{where}: 'tool_calls' must be a list of objects.")
+  for call in calls or []:
+    function = call.get("function") or call
+    name = function.get("name") if isinstance(function, dict) else function
+    if not isinstance(name, str | None):
+      raise DataError(f"{where}: 'tool_calls' must hold a 'function' with a 'name' each.")
 
 
 def _is_learned(message: dict[str, Any], where: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from config_files import config_from_hf
 from families import FAMILIES
+from gguf_header import Header
 from llama_config import LlamaConfig
 from rope_scaling import Divided, Linear
 from weights import Checkpoint
@@ -39,23 +40,16 @@ def open_gguf(path: pathlib.Path) -> Checkpoint:
   """Opens a GGUF file; see `weights.open_checkpoint`, which checks its tensors too."""
   import gguf
 
-  try:
-    reader = gguf.GGUFReader(path)
-  except Exception as error:  # the reader trusts the file: any numpy error may come out of it
-    raise ValueError(
-      f"truncated or not a GGUF file ({error}); it has {path.stat().st_size} bytes. "
-      "(Of a Hugging Face model, give the directory.)"
-    ) from error
-  named = reader.fields.get("general.architecture")
-  architecture = named.contents() if named else None
+  header = Header(path)
+  architecture = header.value("general.architecture")
   metadata = {
-    key: field.contents()
-    for key, field in reader.fields.items()
+    key: header.value(key)
+    for key in header.keys()
     if key.startswith(("general.architecture", f"{architecture}."))
   }
-  tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+  tensors = {_hf_name(name): name for name in header.tensors}
   factors = tensors.pop("rope_freqs.weight", None)
-  shapes = {n: tuple(int(s) for s in reversed(t.shape)) for n, t in tensors.items()}
+  shapes = {n: header.tensors[name].shape[::-1] for n, name in tensors.items()}
   # The table says how many tokens there are; metadata need not. Its absence is reported later.
   table = shapes.get("model.embed_tokens.weight", (metadata.get(f"{architecture}.vocab_size", 1),))
   config = config_from_gguf(
@@ -66,17 +60,17 @@ def open_gguf(path: pathlib.Path) -> Checkpoint:
       "attention_bias": "model.layers.0.self_attn.q_proj.bias" in tensors,
       "mlp_bias": "model.layers.0.mlp.up_proj.bias" in tensors,
     },
-    rope_factors=None if factors is None else tuple(map(float, np.ravel(factors.data))),
+    rope_factors=None if factors is None else tuple(map(float, np.ravel(header.array(factors)))),
   )
   model_type = str(architecture)  # a Mistral's file says "llama", and that it is one
 
   def read(name: str) -> np.ndarray:
-    tensor = tensors[name]
+    kind = header.tensors[tensors[name]].type
     try:
-      array = gguf.dequantize(tensor.data, tensor.tensor_type)
+      array = gguf.dequantize(header.array(tensors[name]), kind)
     except NotImplementedError as error:
       raise ValueError(
-        f"{path}: {name} is stored as {tensor.tensor_type.name}, which `gguf` cannot decode."
+        f"{path}: {name} is stored as {kind.name}, which `gguf` cannot decode."
       ) from error
     array = array.reshape(shapes[name])
     if FAMILIES[model_type].gguf_adjacent_pairs and (".q_proj." in name or ".k_proj." in name):
@@ -164,7 +158,8 @@ def config_from_gguf(
   # llama.cpp's defaults, where Hugging Face's are others.
   if (heads := values.get("num_attention_heads")) is not None:
     values.setdefault("num_key_value_heads", heads)
-    if isinstance(hidden := values.get("hidden_size"), int) and hidden % heads == 0:
+    hidden = values.get("hidden_size")
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
       values.setdefault("head_dim", hidden // heads)
   if kind == "llama":
     values |= biases or {}

@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# An empty list takes 3 characters and 64 bytes of memory: a row is counted before it is read.
+MOST_VALUES = 1 << 20
+
+
+DEEP = "the row is nested too deeply; a row is an object of texts and lists."
+
 
 class DataError(ValueError):
   """A data file that cannot be used; the message names file and line, and what was expected."""
@@ -47,13 +53,19 @@ def lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
   for number, line in enumerate(text.split("\n"), 1):
     if line.strip():
       where = f"{path}, line {number}"
+      if len(line) > MOST_VALUES and sum(map(line.count, "[{,")) > MOST_VALUES:
+        raise DataError(f"{where}: the row has more than {MOST_VALUES:,} values. Split it.")
       try:
         yield where, json.loads(line)
+      except RecursionError as error:
+        raise DataError(f"{where}: {DEEP}") from error
       except json.JSONDecodeError as error:
         raise DataError(
           f"{where}, column {error.colno}: {error.msg}; expected one complete JSON "
           "object a line (or a JSON list of objects)."
         ) from error
+      except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{where}: {error}.") from error
 
 
 def listed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -72,13 +84,19 @@ def listed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     row, start = row + 1, skip(position)
     line += text.count("\n", position, start)
     where = f"{path}, row {row} (line {line})"
+    if text[start : start + 1] == "[":  # of any length
+      raise DataError(f"{where}: expected a JSON object, found a list.")
     try:
       value, stop = decoder.raw_decode(text, start)
+    except RecursionError as error:
+      raise DataError(f"{where}: {DEEP}") from error
     except json.JSONDecodeError as error:
       raise DataError(
         f"{where}: {error.msg} at line {error.lineno}, column {error.colno}; expected a "
         "JSON object."
       ) from error
+    except ValueError as error:  # a number of more digits than Python reads
+      raise DataError(f"{where}: {error}.") from error
     yield where, value
     position = skip(stop)
     line += text.count("\n", start, position)

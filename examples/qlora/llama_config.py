@@ -110,8 +110,8 @@ class LlamaConfig:
         continue
       if field.type == "int":
         check_size(field.name, value)
-      if "float" in str(field.type) and not (_is_number(value) and 0 < value < float("inf")):
-        raise ValueError(f"`{field.name}` must be a positive number, got {value!r}.")
+      if "float" in str(field.type) and not (_is_number(value) and 0 < value < 1e300):
+        raise ValueError(f"`{field.name}` must be a positive number, got {value!r:.100}.")
       if field.type == "bool" and type(value) is not bool:
         raise ValueError(f"`{field.name}` must be true or false, got {value!r}.")
     if self.num_attention_heads % self.num_key_value_heads:
@@ -206,10 +206,15 @@ def expected_shapes(config: LlamaConfig) -> dict[str, Shape]:
   return shapes
 
 
+MOST = {"num_hidden_layers": 10_000}  # each of the layers has a part in many lists
+
+
 def check_size(name: str, value: Any) -> None:
-  """Refuses what is no positive integer."""
+  """Refuses what is no positive integer, or more than any model has."""
   if type(value) is not int or value < 1:
-    raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    raise ValueError(f"`{name}` must be a positive integer, got {value!r:.100}.")
+  if value > (most := MOST.get(name, 2**31 - 1)):
+    raise ValueError(f"`{name}` must be at most {most:,}, got {value!r:.100}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 from chat import ChatTokenizer
 from checkpoints import replacing
 from config_files import config_to_hf
+from disk import written_to
 from llama_config import expected_shapes
 from optax_lowmem import nn as lowmem_nn
+from run_folder import new_folder
 from talking import of_run
 from terminal import say, sentences
 from weights import Checkpoint, open_checkpoint
@@ -32,10 +35,10 @@ def merge(argv: Sequence[str]) -> int:
   parser.add_argument("--model", type=Path, help="the base model, if it is not where it was")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
   given = parser.parse_args(argv)
-  with sentences():
+  with sentences(), ExitStack() as locks:
     s, path, adapter = of_run(given.run, best=given.best, model=given.model)
-    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
-      raise FileExistsError(f"--out {given.out} exists and is not empty. Choose another folder.")
+    new_folder(given.out, locks)
+    locks.enter_context(written_to(given.out, "Free some space, then merge again."))
     checkpoint = open_checkpoint(path)
     tokenizer = ChatTokenizer.from_model(path, s.chat_template)
     lone = not path.is_dir()  # a GGUF file: configuration and tokenizer are in it

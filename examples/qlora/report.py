@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_lowmem as lowmem
-from runs import write_whole
+from disk import write_whole
 
 
 class Part(NamedTuple):
@@ -162,9 +162,13 @@ class Metrics:
 
   def __init__(self, path: Path, records: Sequence[dict[str, Any]] = (), board: Any = None):
     self.path, self.records, self.board = path, list(records), board
-    write_whole(path, "".join(json.dumps(r) + "\n" for r in self.records))
+    write_whole(path, self.text())
     if board and len(self.records) == 1:
       board.add(self.records[0])
+
+  def text(self) -> str:
+    """All records, a line each."""
+    return "".join(json.dumps(r) + "\n" for r in self.records)
 
   def add(self, **record: Any) -> None:
     self.records.append(record)
@@ -183,7 +187,22 @@ class Metrics:
 
 
 def read_records(path: Path, until: int) -> list[dict[str, Any]]:
-  """An earlier run's records, without those after step `until`, which will be done again."""
-  lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+  """An earlier run's records, without those after step `until`, which will be done again.
+
+  Lines that are no records are passed over: a run goes on without them.
+  """
+  lines = path.read_bytes().split(b"\n") if path.is_file() else []
   # What follows the last line break is empty, or was cut off when the process was killed.
-  return [r for r in map(json.loads, lines[:-1]) if r["step"] <= until]
+  return [r for r in map(_record, lines[:-1]) if r is not None and r["step"] <= until]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  numbers = ("step", "loss", "held_out_loss", "perplexity", "tokens", "seconds")
+  if not isinstance(record, dict) or type(record.get("step")) is not int:
+    return None
+  numeric = all(isinstance(record.get(name, 0), (int, float)) for name in numbers)
+  return record if numeric and isinstance(record.get("samples", []), list) else None

@@ -1,10 +1,10 @@
-"""The folder of a run: where it is, what stands in it, and how it is found again.
+"""What stands in the folder of a run, and how a run is found again.
 
 ::
 
-    run.json       the settings, and the SHA-256 of the data; --resume reads it
+    run.json       the settings, and checksums of data and base model; --resume reads it
     config.yaml    the settings, for people and for --config
-    metrics.jsonl  what was measured, a line each time
+    metrics.jsonl  what was measured, a line each time; nothing depends on it
     adapter/       the adapter at the end of the run, in PEFT's format
     last/          the newest adapter, and what --resume needs beside it
     best/          the adapter with the lowest held-out loss
@@ -12,13 +12,16 @@
 """
 
 import datetime
+import hashlib
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from disk import write_whole
+from run_folder import is_unfinished
 
 if TYPE_CHECKING:
   from arguments import Settings
@@ -36,6 +39,7 @@ CHANGEABLE = {
   "stop_after",
 }
 CHANGEABLE |= {"dry_run", "tensorboard"}
+_KEYS = ("data_sha256", "today", "base")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -47,13 +51,27 @@ def read_run(folder: Path) -> dict[str, Any]:
   """
   file = folder / "run.json"
   if not file.is_file():
-    raise FileNotFoundError(f"{folder}: there is no run in that folder (no run.json).")
+    hint = ""
+    if folder.is_dir() and is_unfinished(folder):
+      hint = " It was stopped before its first save; begin it again with the same --out."
+    raise FileNotFoundError(f"{folder}: there is no run in that folder (no run.json).{hint}")
   try:
     content = json.loads(file.read_text("utf-8"))
-    known = {name: content.get(name) for name in ("data_sha256", "today")}
-    return known | {"settings": dict(content["settings"])}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{folder}: run.json is damaged ({error}).") from error
+    if content.keys() - {*_KEYS, "settings", "sha256"}:
+      raise ValueError("it holds a key that no run writes")
+    if "sha256" in content and _sum(content) != content["sha256"]:
+      raise ValueError("its content does not give the SHA-256 that stands in it")
+    return {name: content.get(name) for name in _KEYS} | {"settings": dict(content["settings"])}
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(
+      f"{file} is damaged ({error}). Copy it from where it is whole, or start a new run with "
+      "--config config.yaml of that folder."
+    ) from error
+
+
+def _sum(record: dict[str, Any]) -> str:
+  rest = {name: value for name, value in record.items() if name != "sha256"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def resumed(folder: Path, given: dict[str, Any], known: set[str]) -> dict[str, Any]:
@@ -72,42 +90,6 @@ def resumed(folder: Path, given: dict[str, Any], known: set[str]) -> dict[str, A
   return saved | {"out": str(folder), "stop_after": 0, "dry_run": False}
 
 
-def output_folder(s: "Settings") -> Path:
-  """The folder to write to. A run never writes into a folder that holds something else.
-
-  Raises:
-    FileExistsError: where `--out` is a file or a folder with something in it.
-  """
-  if s.out is None:
-    names = ["qlora-out"] + [f"qlora-out-{i}" for i in range(2, 1000)]
-    return next(Path(name) for name in names if not _occupied(Path(name)))
-  out = Path(s.out)
-  if _occupied(out) and not (s.resume and out.resolve() == Path(s.resume).resolve()):
-    hint = f", or continue that run with --resume {out}" if (out / "run.json").exists() else ""
-    raise FileExistsError(f"--out {out} exists and is not empty. Choose another folder{hint}.")
-  return out
-
-
-def make_folder(out: Path) -> None:
-  """Makes the folder and tries to write to it.
-
-  Raises:
-    OSError: where that cannot be.
-  """
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-      pass
-  except OSError as error:
-    raise OSError(
-      f"--out {out}: nothing can be written there ({error.strerror}). Choose another folder."
-    ) from error
-
-
-def _occupied(path: Path) -> bool:
-  return path.exists() and not (path.is_dir() and not any(path.iterdir()))
-
-
 def began(folder: Path) -> datetime.date | None:
   """The day on which a run began, which Llama 3's template writes; None where it was not kept.
 
@@ -119,11 +101,15 @@ def began(folder: Path) -> datetime.date | None:
   try:
     return None if day is None else datetime.date.fromisoformat(day)
   except (ValueError, TypeError) as error:
-    raise ValueError(f"{folder}: run.json is damaged ({error}).") from error
+    raise ValueError(f"{folder / 'run.json'} is damaged ({error}).") from error
 
 
 def save_settings(
-  s: "Settings", out: Path, data_sha256: str, today: datetime.date | None = None
+  s: "Settings",
+  out: Path,
+  data_sha256: str,
+  today: datetime.date | None = None,
+  base: dict[str, str] | None = None,
 ) -> None:
   """Writes run.json and config.yaml, from which the run can be resumed and repeated."""
   settings = asdict(s) | {"resume": None, "config": None}
@@ -131,6 +117,9 @@ def save_settings(
     settings[name] = str(Path(path).resolve()) if (path := settings[name]) else None
   record = {"settings": settings, "data_sha256": data_sha256}
   record["today"] = (today or datetime.date.today()).isoformat()
+  if base is not None:
+    record["base"] = base
+  record["sha256"] = _sum(record)
   write_whole(out / "run.json", json.dumps(record, indent=2) + "\n")
   once = {"config", "resume", "out", "stop_after", "dry_run"}
   repeatable = {name: value for name, value in settings.items() if name not in once}
@@ -144,10 +133,3 @@ def check_same_data(folder: Path, data_sha256: str, data: Path) -> None:
       f"{data} is not the data of the run in {folder} (another SHA-256). Name the same file "
       "with --data, or start a new run."
     )
-
-
-def write_whole(path: Path, text: str) -> None:
-  """Writes a file in one step: it is the old one or the new one, never half of it."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(path)

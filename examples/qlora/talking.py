@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arguments import Settings
+from arguments import Settings, of_record
 from chat import ChatTokenizer
-from checkpoints import found
+from checkpoints import check_sealed, found
 from fetch import default_model
 from generation import padded, read
 from recipe import trained_model
@@ -96,8 +96,7 @@ def of_run(
     FileNotFoundError, ValueError: where there is no run, its model has moved, or it has left no
       adapter yet.
   """
-  settings = read_run(run)["settings"]
-  s = Settings(**{k: v for k, v in settings.items() if k in Settings.__dataclass_fields__})
+  s = Settings(**of_record(read_run(run)["settings"], run / "run.json"))
   path = model or (Path(s.model) if s.model else default_model(say))
   if model is None and not path.exists():
     raise FileNotFoundError(
@@ -108,6 +107,7 @@ def of_run(
   if not adapter.is_dir():
     hint = " It is made by --eval-every, and at the end of a run." if best else ""
     raise FileNotFoundError(f"There is no {adapter.name}/ in {run}.{hint}")
+  check_sealed(adapter)
   return s, path, adapter
 
 

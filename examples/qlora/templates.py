@@ -1,7 +1,8 @@
 """How a model writes a conversation: its own chat template, or a well-known one.
 
 A template is a Jinja program, as in Hugging Face's ``tokenizer_config.json``, and is run as
-transformers runs it: in a sandbox, for it comes with a model that somebody else made.
+transformers runs it, in a sandbox, for it comes with a model that somebody else made. A sandbox
+does not keep it from running for ever: that is why it is run in another process.
 """
 
 import datetime
@@ -9,50 +10,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from confined import MEMORY, TooMuchError, elsewhere
+from rendering import complaint, render
 
 Message = dict[str, Any]  # {"role": text, "content": text}, and what else a template writes
 
-
-class _Generation(jinja2.ext.Extension):
-  """``{% generation %}``, by which some templates mark the answers; what is in it is kept."""
-
-  tags = {"generation"}  # noqa: RUF012
-
-  def parse(self, parser: Any) -> Any:
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-  )
-  environment.filters["tojson"] = _to_json
-  environment.globals["raise_exception"] = _raise
-  return environment
-
-
-def _to_json(
-  x: Any,
-  ensure_ascii: bool = False,
-  indent: int | None = None,
-  separators: tuple[str, str] | None = None,
-  sort_keys: bool = False,
-) -> str:
-  """As transformers' templates are given it: Jinja's own escapes what HTML must not hold."""
-  return json.dumps(
-    x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-  )
-
-
-def _raise(message: str) -> NoReturn:
-  raise jinja2.TemplateError(message)
+# A template writes some words of its own, and each message once, or a few times.
+MOST_WRITTEN, TIMES = 1 << 20, 10
 
 
 @dataclass(frozen=True)
@@ -64,11 +30,13 @@ class Template:
     source: the Jinja program. It sees ``messages``, ``add_generation_prompt``, ``tools``,
       ``documents``, and special tokens such as ``bos_token``.
     needs: tokens by which it is recognised where the model has none of its own.
+    origin: the file it comes from; "" for those in this one, which are trusted.
   """
 
   name: str
   source: str
   needs: tuple[str, ...] = ()
+  origin: str = ""
 
   @property
   def is_own(self) -> bool:
@@ -78,13 +46,6 @@ class Template:
   def writes(self, name: str) -> bool:
     """Whether the program speaks of a variable or a field of this name at all."""
     return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
-
-  @cached_property
-  def _compiled(self) -> jinja2.Template:
-    try:
-      return _environment().from_string(self.source)
-    except jinja2.TemplateError as error:
-      raise ValueError(f"the model's chat template cannot be read ({error})") from error
 
   def render(
     self,
@@ -106,20 +67,38 @@ class Template:
       tools, documents: what some templates write before the conversation.
 
     Raises:
-      ValueError: where the template refuses the conversation.
+      ValueError: where the template refuses the conversation, or takes too long or too much memory.
     """
+    values = {
+      "messages": list(messages),
+      "add_generation_prompt": answer,
+      "tools": tools,
+      "documents": documents,
+      **tokens,
+    }
+    day = (today or datetime.datetime.now()).isoformat()
+    if self in KNOWN.values():
+      try:
+        return render(self.source, values, day)
+      except Exception as error:
+        raise self._refusal(complaint(error)) from error
     try:
-      return self._compiled.render(
-        messages=list(messages),
-        add_generation_prompt=answer,
-        tools=tools,
-        documents=documents,
-        **tokens,
-        strftime_now=(today or datetime.datetime.now()).strftime,
-      )
-    except Exception as error:  # a program of somebody else's: it may fail in any way
-      said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
-      raise ValueError(f"the chat template refuses the conversation: {said}") from error
+      given = json.dumps(values)
+      rest = {"source": self.source, "today": day, "most": MOST_WRITTEN + TIMES * len(given)}
+      reply = elsewhere(f'{{"values": {given}, {json.dumps(rest)[1:]}')
+    except TooMuchError as error:
+      raise self._refusal(str(error)) from error
+    except (TypeError, RecursionError) as error:
+      raise self._refusal(f"the conversation is nested too deeply ({error})") from error
+    if "text" in reply:
+      return reply["text"]
+    if reply["error"] == "memory":
+      raise self._refusal(f"it takes more than {MEMORY >> 20} MiB of memory")
+    raise self._refusal(reply["error"])
+
+  def _refusal(self, why: str) -> ValueError:
+    place = f" of {self.origin}" if self.origin else ""
+    return ValueError(f"the chat template{place} refuses the conversation: {why}")
 
 
 _EACH = "{% for message in messages %}"

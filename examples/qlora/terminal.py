@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from disk import write_whole
 from report import Metrics, Part, human, peak_memory
 
 console = Console(highlight=False)
@@ -36,25 +37,34 @@ def sentences() -> Iterator[None]:
 
 def say(sentence: str) -> None:
   """Prints a sentence as it is, neither wrapped nor read as markup, so that paths stay whole."""
-  console.print(escape(sentence), soft_wrap=True)
+  _print(console, escape(sentence))
 
 
 def complain(sentence: str) -> None:
   """Prints an error on stderr."""
-  console = Console(stderr=True, highlight=False)
-  console.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
+  _print(Console(stderr=True, highlight=False), f"[bold red]error:[/] {escape(sentence)}")
+
+
+def _print(console: Console, text: str) -> None:
+  try:
+    console.print(text, soft_wrap=True)
+  except OSError:  # the terminal is gone (SIGHUP), or the disk that a log goes to is full
+    pass
 
 
 class CtrlC:
   """Lets the step in progress end before it stops. A second Ctrl-C stops at once.
 
-  SIGTERM, which batch systems send before they kill, is treated the same.
+  SIGTERM, which batch systems send before they kill, and SIGHUP, of a terminal that is closed, are
+  treated the same. A signal that is ignored, as `nohup` does it with SIGHUP, stays so.
   """
 
   asked = False
 
   def __enter__(self) -> "CtrlC":
-    self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    stopping = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    numbers = [n for n in stopping if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+    self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
     return self
 
   def __exit__(
@@ -92,7 +102,10 @@ class StepBar:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self.progress.stop()
+    try:
+      self.progress.stop()
+    except OSError:  # the terminal is gone
+      pass
 
   def advance(self, record: Mapping[str, float], epoch: float, memory: int) -> None:
     """Shows the step that just ended: its own loss, not a mean that lags behind."""
@@ -176,9 +189,11 @@ def conclude(out: Path, metrics: Metrics, parts: list[Part], seconds: float) -> 
   """Prints the samples and the held-out loss, before and after, and writes summary.json."""
   measured = metrics.having("held_out_loss")
   before, after = measured[0], measured[-1]
+  # Of records that were damaged, samples may be missing.
+  pairs = zip(before.get("samples", ()), after.get("samples", ()), strict=False)
   samples = [
     {"prompt": a["prompt"], "before": b["model"], "after": a["model"], "data": a["data"]}
-    for b, a in zip(before["samples"], after["samples"], strict=True)
+    for b, a in pairs
   ]
   print_samples(samples)
   change = after["held_out_loss"] / before["held_out_loss"] - 1
@@ -205,6 +220,4 @@ def conclude(out: Path, metrics: Metrics, parts: list[Part], seconds: float) -> 
     "bytes": [part._asdict() for part in parts],
     "samples": samples,
   }
-  (out / "summary.json").write_text(
-    json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8"
-  )
+  write_whole(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

@@ -1,39 +1,64 @@
 """Tokenizers from files: of a Hugging Face directory, or rebuilt from what a GGUF file says."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from gguf_header import Header
+from model_files import damage_of, member, read_json, read_text
+
+MOST_TEMPLATE = 1 << 20  # characters; the longest that are known have 20,000
+MOST_TOKENIZER = 256 << 20  # bytes
+
 
 def from_directory(folder: Path) -> dict[str, Any]:
   """Arguments of `ChatTokenizer` from the files Hugging Face tokenizers are saved in."""
-  file = folder / "tokenizer.json"
+  with damage_of(folder):
+    return _from_directory(folder)
+
+
+def _from_directory(folder: Path) -> dict[str, Any]:
+  file = member(folder, "tokenizer.json")
   if not file.is_file():
     raise FileNotFoundError(
       f"There is no tokenizer.json in {folder}. It is one of the files a Hugging Face model "
       "consists of: save the model's tokenizer into the same directory."
     )
+  if (size := file.stat().st_size) > MOST_TOKENIZER:
+    raise ValueError(f"{file} has {size:,} bytes; at most {MOST_TOKENIZER:,} are read.")
   try:
     backend = Tokenizer.from_file(str(file))
   except Exception as error:  # tokenizers raises bare Exception
     raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
   config: dict[str, Any] = {}
+  about = folder  # the file that what is asked of `config` came from
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
-    if (folder / name).is_file():
-      config |= json.loads((folder / name).read_text(encoding="utf-8"))
+    if member(folder, name).exists():
+      about = member(folder, name)
+      config |= read_json(about)
+  model = member(folder, "config.json")
+  numbers = read_json(model) if model.exists() else {}
+  with damage_of(about):
+    return _from_config(folder, backend, config, numbers, about)
 
+
+def _from_config(
+  folder: Path, backend: Tokenizer, config: dict[str, Any], numbers: dict[str, Any], about: Path
+) -> dict[str, Any]:
   _declare(backend, config, folder)
 
   def token(kind: str) -> str | None:
     value = config.get(f"{kind}_token")
     if isinstance(value, dict):
       value = value.get("content")
-    if value is None and (folder / "config.json").is_file():
-      number = json.loads((folder / "config.json").read_text("utf-8")).get(f"{kind}_token_id")
-      number = number[0] if isinstance(number, list) else number
-      value = backend.id_to_token(number) if isinstance(number, int) else None
+    if value is None:
+      number = numbers.get(f"{kind}_token_id")
+      number = number[0] if isinstance(number, list) and number else number
+      known = isinstance(number, int) and 0 <= number < 1 << 32  # what an id can be
+      value = backend.id_to_token(number) if known else None
+    if value is not None and not isinstance(value, str):
+      raise ValueError(f"`{kind}_token` is {value!r:.100}, which is no text.")
     return value if value is not None and backend.token_to_id(value) is not None else None
 
   bos, eos = token("bos"), token("eos")
@@ -42,11 +67,12 @@ def from_directory(folder: Path) -> dict[str, Any]:
       f"The end-of-text token of {folder} is unknown: neither tokenizer_config.json nor "
       "config.json names an `eos_token` that tokenizer.json holds."
     )
-  template = config.get("chat_template") or ""
+  template, origin = config.get("chat_template") or "", about
   if isinstance(template, list):  # several, by name
     template = {each["name"]: each["template"] for each in template}.get("default", "")
-  if (folder / "chat_template.jinja").is_file():
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+  if member(folder, "chat_template.jinja").exists():
+    origin = member(folder, "chat_template.jinja")
+    template = read_text(origin, 4 * MOST_TEMPLATE)
   started = backend.encode("a").ids[:1]
   return {
     "backend": backend,
@@ -54,7 +80,8 @@ def from_directory(folder: Path) -> dict[str, Any]:
     "eos": eos,
     "pad": token("pad"),
     "add_bos": bos is not None and started == [backend.token_to_id(bos)],
-    "chat_template": template,
+    "chat_template": _template(template, origin),
+    "origin": str(origin),
     "tokens": {"unk_token": unknown} if (unknown := token("unk")) else {},
     "ends": _ends(folder, backend),
   }
@@ -64,8 +91,8 @@ def _ends(folder: Path, backend: Tokenizer) -> list[int]:
   """The tokens that end an answer by what the model's own files say of generation."""
   ends: list[int] = []
   for name in ("config.json", "generation_config.json"):
-    if (folder / name).is_file():
-      given = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+    if (file := member(folder, name)).exists():
+      given = read_json(file).get("eos_token_id")
       ends += given if isinstance(given, list) else [given]
   return [i for i in ends if isinstance(i, int) and backend.id_to_token(i) is not None]
 
@@ -124,16 +151,17 @@ _CONTROL, _USER_DEFINED = 3, 4  # token types in GGUF
 
 def from_gguf(path: Path) -> dict[str, Any]:
   """Arguments of `ChatTokenizer` from the metadata of a GGUF file."""
-  import gguf
-
   try:
-    fields = gguf.GGUFReader(path).fields
-  except (ValueError, IndexError, OSError) as error:
+    header = Header(path)
+  except ValueError as error:
     raise ValueError(f"{path} cannot be read as a GGUF file: {error}") from error
+  with damage_of(path):
+    return _from_header(path, header)
 
+
+def _from_header(path: Path, header: Header) -> dict[str, Any]:
   def value(key: str, default: Any = None) -> Any:
-    field = fields.get(f"tokenizer.{key}")
-    return default if field is None else field.contents()
+    return header.value(f"tokenizer.{key}", default)
 
   kind, split = value("ggml.model"), value("ggml.pre", "gpt-2")
   if kind != "gpt2" or split not in _SPLITS:
@@ -142,22 +170,27 @@ def from_gguf(path: Path) -> dict[str, Any]:
       f"only 'gpt2' with {', '.join(map(repr, _SPLITS))} can be rebuilt. Use the model's "
       "Hugging Face directory, whose tokenizer.json is read as it is."
     )
-  tokens: list[str] = value("ggml.tokens")
-  merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges")]
+  tokens: list[str] = _listed(value("ggml.tokens"), "tokens", str)
+  merges = [tuple(merge.split(" ", 1)) for merge in _listed(value("ggml.merges"), "merges", str)]
+  if wrong := next((merge for merge in merges if len(merge) != 2), None):
+    raise ValueError(f"{path}: the merge {wrong[0]!r:.100} is not of two tokens.")
   llama_3 = split == "llama-bpe"  # a word of its vocabulary is taken whole, whatever the merges
   vocabulary = {t: i for i, t in enumerate(tokens)}
-  backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama_3))
+  try:
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama_3))
+  except Exception as error:  # tokenizers raises bare Exception
+    raise ValueError(f"{path} holds no tokenizer that can be made: {error}") from error
   bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in ("gpt-2", "smollm"))
   backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[split], bytes_])
   backend.decoder = decoders.ByteLevel()
-  types = value("ggml.token_type", [])
+  types = _listed(value("ggml.token_type", []), "token_type", int)
   for type_, special in ((_CONTROL, True), (_USER_DEFINED, False)):
     added = [t for t, kind in zip(tokens, types, strict=False) if kind == type_]
     backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in added])
 
   def token(kind: str) -> str | None:
     number = value(f"ggml.{kind}_token_id")
-    return tokens[number] if number is not None and number < len(tokens) else None
+    return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
 
   eos = token("eos")
   if eos is None:
@@ -175,5 +208,24 @@ def from_gguf(path: Path) -> dict[str, Any]:
     "eos": eos,
     "pad": token("padding"),
     "add_bos": add_bos,
-    "chat_template": value("chat_template", ""),
+    "chat_template": _template(value("chat_template", ""), path),
+    "origin": str(path),
   }
+
+
+def _listed(values: Any, key: str, kind: type) -> list[Any]:
+  if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+    raise ValueError(f"`tokenizer.ggml.{key}` is missing, or no list of {kind.__name__}.")
+  return values
+
+
+def _template(source: Any, where: Path) -> str:
+  """A chat template, which must be a text of a size that one can have."""
+  if not isinstance(source, str):
+    raise ValueError(f"{where}: the chat template is no text, but a {type(source).__name__}.")
+  if len(source) > MOST_TEMPLATE:
+    raise ValueError(
+      f"{where}: the chat template has {len(source):,} characters; at most {MOST_TEMPLATE:,} are "
+      "read."
+    )
+  return source

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import numpy as np
 from config_files import config_from_hf
 from llama_config import LlamaConfig, Shape
 from llama_config import expected_shapes as expected_shapes
+from model_files import check_regular, damage_of, member, read_json
 
 # Buffers that old checkpoints carry and that follow from the configuration.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -59,16 +59,21 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
   path = pathlib.Path(path)
   if not path.exists():
     raise FileNotFoundError(f"There is no model at {path}.")
-  try:
+  with damage_of(path):
+    if not path.is_dir():
+      check_regular(path)
     checkpoint = _open_directory(path) if path.is_dir() else open_gguf(path)
     _check_tensors(checkpoint)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
   return checkpoint
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-  expected, found = expected_shapes(checkpoint.config), checkpoint.shapes
+  found, layers = checkpoint.shapes, checkpoint.config.num_hidden_layers
+  if layers > len(found):  # before anything is made for each of them
+    raise ValueError(
+      f"the configuration says {layers:,} layers, and there are {len(found)} tensors."
+    )
+  expected = expected_shapes(checkpoint.config)
   missing = [name for name in expected if name not in found]
   extra = [n for n in found if n not in expected and not n.endswith(IGNORED_SUFFIXES)]
   if checkpoint.config.tie_word_embeddings and "lm_head.weight" in extra:
@@ -81,7 +86,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         "model.embed_tokens.weight; set it to false to use both."
       )
   if missing:
-    near = difflib.get_close_matches(missing[0], extra, n=1)
+    near = difflib.get_close_matches(missing[0], extra[:1000], n=1)
     hint = f" (it has {near[0]})" if near else ""
     raise ValueError(f"missing {_listing(missing)}{hint}.")
   wrong = [f"{n} {found[n]}, expected {s}" for n, s in expected.items() if found[n] != s]
@@ -99,32 +104,42 @@ def _listing(names: list[str], limit: int = 20) -> str:
   return f"{len(names)} tensor{'s' * (len(names) > 1)}: " + "; ".join(names[:limit]) + more
 
 
-def _open_directory(path: pathlib.Path) -> Checkpoint:
-  from safetensors import SafetensorError, safe_open
+def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """The safetensors files of a directory, those that Hugging Face would load.
 
-  config_file = path / "config.json"
-  if not config_file.exists():
-    raise ValueError("the directory has no config.json.")
-  said = _read_json(config_file)
-  config = config_from_hf(said)
-
-  single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+  Raises:
+    ValueError: where there are none, or the index names what is not a file in the directory.
+  """
+  single, index = (member(path, f"model.safetensors{end}") for end in ("", ".index.json"))
   if single.exists():
-    files = [single]
-  elif index.exists():
-    weight_map = _read_json(index).get("weight_map")
-    if not (isinstance(weight_map, dict) and weight_map):
-      raise ValueError(f"{index.name} has no `weight_map` of tensor names to file names.")
-    files = [path / name for name in sorted(set(map(str, weight_map.values())))]
-    absent = [file.name for file in files if not file.exists()]
-    if absent:
-      raise ValueError(f"{index.name} names files that are not there: {', '.join(absent)}.")
-  else:
+    return [single]
+  if not index.exists():
     raise ValueError(
       "the directory has neither model.safetensors nor "
       "model.safetensors.index.json. Save the model as safetensors first "
       "(`save_pretrained(..., safe_serialization=True)`)."
     )
+  weight_map = read_json(index).get("weight_map")
+  if not (isinstance(weight_map, dict) and weight_map):
+    raise ValueError(f"{index.name} has no `weight_map` of tensor names to file names.")
+  names = dict.fromkeys(str(name) for name in weight_map.values())
+  files = [member(path, name) for name in sorted(names)]
+  absent = [file.name for file in files if not file.exists()]
+  if absent:
+    raise ValueError(f"{index.name} names files that are not there: {', '.join(absent[:20])}.")
+  return files
+
+
+def _open_directory(path: pathlib.Path) -> Checkpoint:
+  from safetensors import SafetensorError, safe_open
+
+  config_file = member(path, "config.json")
+  if not config_file.exists():
+    raise ValueError("the directory has no config.json.")
+  with damage_of(config_file):
+    said = read_json(config_file)
+    config = config_from_hf(said)
+  files = weight_files(path)
 
   shapes: dict[str, Shape] = {}
   where: dict[str, Any] = {}
@@ -152,13 +167,3 @@ def _open_directory(path: pathlib.Path) -> Checkpoint:
         )
       where[name], shapes[name] = tensors, tuple(part.get_shape())
   return Checkpoint(said["model_type"], config, shapes, lambda name: where[name].get_tensor(name))
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
-    raise ValueError(f"{file.name} is not valid JSON: {error}") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{file.name} must hold a JSON object.")
-  return content

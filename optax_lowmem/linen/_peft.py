@@ -23,6 +23,7 @@ from optax_lowmem.nn._peft_files import (
   read_tensors,
   write_adapter,
 )
+from optax_lowmem.nn._peft_plain import check_patterns_of
 from optax_lowmem.nn._places import listing, names_in_stack, nearest
 from optax_lowmem.nn._settings import scale_of
 from optax_lowmem.nn._targets import pattern_value
@@ -127,6 +128,7 @@ def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers")
   """
   dir = pathlib.Path(dir)
   config, file = read_config(dir / CONFIG), read_tensors(dir / WEIGHTS)
+  check_patterns_of(str(dir / CONFIG), config, list(file.layers))
   names = [name for target in lora.chosen for name in _names(target.layer, stack)]
   for name in file.layers:
     if name not in names:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowmem.nn._changes import Changes
+from optax_lowmem.nn._foreign_files import leads_out
 from optax_lowmem.nn._shards import (
   INDEX,
   SINGLE,
@@ -71,10 +72,25 @@ def new_folder(dir: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   partial.mkdir(parents=True)
   try:
     yield partial
+    for path in [*partial.iterdir(), partial]:
+      _sync(path)
     os.rename(partial, final)
+    _sync(final.parent)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Waits until a file, or the list of a folder's files, is on the disk."""
+  try:
+    descriptor = os.open(path, os.O_RDONLY)
+  except PermissionError:  # Windows opens no folders
+    return
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def write_merged(
@@ -138,10 +154,14 @@ def _value(name: str, kind: Kind, weights: Weights, changes: Changes) -> np.ndar
 def copy_companions(source: pathlib.Path, folder: pathlib.Path, dtype: np.dtype | None) -> None:
   """Copies what lies beside the weights: configuration, tokenizer, licence.
 
+  Links out of the folder are left out, as what is no regular file.
+
   The configuration's dtype becomes `dtype`, unless that is None.
   """
   for path in sorted(source.iterdir()):
     hidden = path.name.startswith((".", "adapter_"))
+    if path.is_symlink() and leads_out(path):
+      continue  # to a file of this machine, which is nobody else's business
     if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS):
       shutil.copyfile(path, folder / path.name)
   config = read_json(source / "config.json")

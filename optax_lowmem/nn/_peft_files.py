@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowmem.nn._foreign_files import check_name, member, read_object
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
@@ -30,6 +32,9 @@ _HARMLESS = {
 }  # fmt: skip
 # These start an adapter in another way and leave the base as it was.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+_TEXTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+MOST_RANK = 1 << 16
 
 _COPY, _BEFORE = ".modules_to_save.bias", ".original_module.bias"
 _NAMES = {
@@ -91,25 +96,25 @@ def write_adapter(
     (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
   ):
     partial = dir / f".{name}.partial"
-    partial.write_bytes(content)
+    with open(partial, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())  # a rename alone may be on the disk before what it names
     os.replace(partial, dir / name)
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
+  if not os.path.lexists(path):
     raise FileNotFoundError(
       f"there is no {CONFIG} in {str(path.parent)!r}. Pass the directory that PEFT's "
       "`save_pretrained` or `save_peft` wrote."
-    ) from None
-  except ValueError as error:
-    raise ValueError(f"{str(path)!r} is not a JSON file: {error}.") from error
+    )
+  config = read_object(member(path.parent, path.name))
 
   def refuse(key: str, why: str) -> None:
-    raise ValueError(f"{str(path)!r} sets {key} to {config.get(key)!r}: {why}")
+    raise ValueError(f"{str(path)!r} sets {key} to {config.get(key)!r:.200}: {why}")
 
-  if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+  if config.get("peft_type") != "LORA":
     raise ValueError(f"{str(path)!r} does not describe a LoRA adapter (`peft_type` 'LORA').")
   if config.get("bias", "none") not in ("none", "all", "lora_only"):
     refuse("bias", "only 'none', 'all' and 'lora_only' are known.")
@@ -127,14 +132,36 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
         "the merged model, or train it without.",
       )
   rank, alpha = config.get("r"), config.get("lora_alpha")
-  if not isinstance(rank, int) or rank < 1:
-    refuse("r", "the rank must be a positive integer.")
-  if not isinstance(alpha, (int, float)) or not alpha > 0:
+  if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+    refuse("r", f"the rank must be a positive integer, at most {MOST_RANK:,}.")
+  if not _is_positive(alpha):
     refuse("lora_alpha", "it must be a positive number.")
   for key in ("rank_pattern", "alpha_pattern"):
-    if not all(isinstance(v, (int, float)) and v > 0 for v in (config.get(key) or {}).values()):
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
       refuse(key, "its values must be positive numbers.")
+    if key == "rank_pattern" and any(value > MOST_RANK for value in pattern.values()):
+      refuse(key, f"a rank must be at most {MOST_RANK:,}.")
+  dropout = config.get("lora_dropout") or 0.0
+  if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+    refuse("lora_dropout", "it must be a number from 0 to 1.")
+  for key in _TEXTS:
+    if not _are_texts(config.get(key)):
+      refuse(key, "it must be a text or a list of texts.")
+  indices = config.get("layers_to_transform")
+  listed = [indices] if isinstance(indices, int) else indices or []
+  if not isinstance(listed, list) or not all(type(index) is int for index in listed):
+    refuse("layers_to_transform", "it must be a number or a list of numbers.")
   return config
+
+
+def _is_positive(value: Any) -> bool:
+  return isinstance(value, (int, float)) and type(value) is not bool and 0 < value < 1e30
+
+
+def _are_texts(value: Any) -> bool:
+  texts = value if isinstance(value, list) else [] if value is None else [value]
+  return all(isinstance(text, str) for text in texts)
 
 
 def read_tensors(path: pathlib.Path) -> AdapterFile:
@@ -143,7 +170,7 @@ def read_tensors(path: pathlib.Path) -> AdapterFile:
       f"there is no {WEIGHTS} in {str(path.parent)!r}. Adapters saved as .bin are not read; "
       "save them with safetensors."
     )
-  safetensors = import_safetensors()
+  path, safetensors = member(path.parent, path.name), import_safetensors()
   try:
     with safetensors.safe_open(path, framework="np") as file:
       tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -182,6 +209,7 @@ def _drop_copies(path: pathlib.Path, plain: dict[str, np.ndarray]) -> None:
 
 
 def _sort(path: pathlib.Path, name: str, value: np.ndarray, found: AdapterFile) -> None:
+  check_name(path, name)
   inner = name.removeprefix(PREFIX)
   for pattern, part in _NAMES.items():
     match = re.fullmatch(pattern, inner)

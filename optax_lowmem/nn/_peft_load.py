@@ -16,10 +16,12 @@ from optax_lowmem.nn._base import is_embed, matrix_shape, stack_shape
 from optax_lowmem.nn._peft import check_matrix
 from optax_lowmem.nn._peft_files import CONFIG, WEIGHTS, AdapterFile, read_config, read_tensors
 from optax_lowmem.nn._peft_plain import (
+  check_patterns_of,
   check_tying,
   expected,
   plain_tensors,
   saved_modules,
+  saved_names,
   tied_once,
 )
 from optax_lowmem.nn._places import (
@@ -92,18 +94,20 @@ def load_peft(
   config = read_config(dir / CONFIG)
   file = tied_once(str(dir), config, read_tensors(dir / WEIGHTS))
   everything = places(model)
-  saved = saved_modules(everything, config.get("modules_to_save") or (), file, stack)
+  saved = saved_modules(everything, saved_names(config), file, stack)
   check_saved(saved)
   skip = {id(place.module) for place in below(saved, everything)}
   layers = [place for place in adaptable(everything) if id(place.module) not in skip]
   known = [name for place in layers for name in layer_names(place, stack)]
-  unknown = [name for name in file.layers if name not in set(known)]
+  have = set(known)
+  unknown = [name for name in file.layers if name not in have]
   if unknown:
     raise ValueError(
       f"the adapter in {str(dir)!r} is for `{unknown[0]}`, which `model` does not have."
       f"{nearest(unknown[0], known)} Available modules: {listing(known)}."
     )
   check_tying(model, config, saved, file)
+  check_patterns_of(str(dir / CONFIG), config, known)
   expects = expected(config, everything, stack)
   plan = _Plan(str(dir), config, file, stack, rngs)
   ready = [r for place in layers if (r := plan.layer(place, expects)) is not None]
@@ -152,8 +156,8 @@ class _Plan:
       for n, have in zip(names, there, strict=True)
     )
     alphas = tuple(self.setting("alpha_pattern", self.config["lora_alpha"], n) for n in names)
+    self.check_shapes(place, names, ranks)  # before an adapter of that rank is made
     lora = place.module if adapted else self.new(place, names, ranks, alphas)
-    self.check_shapes(place, lora, names, ranks)
     if adapted:
       self.check_settings(place, names, ranks, alphas)
     return place, lora, self.values(lora, names, ranks)
@@ -173,7 +177,7 @@ class _Plan:
       rngs=self.rngs or nnx.Rngs(0),
     )
 
-  def check_shapes(self, place: Place, lora: Any, names: Sequence[str], ranks: Any) -> None:
+  def check_shapes(self, place: Place, names: Sequence[str], ranks: Any) -> None:
     base = base_of(place.module)
     out, inputs = matrix_shape(base)[len(stack_shape(base)) :]
     for name, rank in zip(names, ranks, strict=True):

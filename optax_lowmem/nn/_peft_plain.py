@@ -11,9 +11,10 @@ from flax import nnx
 
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._base import is_embed
+from optax_lowmem.nn._foreign_patterns import check_pattern
 from optax_lowmem.nn._names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem.nn._peft import is_tied
-from optax_lowmem.nn._peft_files import AdapterFile
+from optax_lowmem.nn._peft_files import CONFIG, AdapterFile
 from optax_lowmem.nn._places import Place, base_of, layer_names, names_in_stack, nearest
 from optax_lowmem.nn._targets import all_linear
 from optax_lowmem.nn._trainable import Tensor, below, find_saved, tensors_of
@@ -47,6 +48,25 @@ def expected(
     return found is not None and int(found[1]) in wanted
 
   return expects
+
+
+def saved_names(config: Mapping[str, Any]) -> list[str]:
+  """The names in `modules_to_save`, of which a single one may be a text."""
+  names = config.get("modules_to_save") or []
+  return [names] if isinstance(names, str) else names
+
+
+def check_patterns_of(file: str, config: Mapping[str, Any], names: Sequence[str]) -> None:
+  """Refuses regular expressions that are none, or take too long for these names of layers."""
+  for key in ("target_modules", "exclude_modules"):
+    if isinstance(config.get(key), str):
+      check_pattern(f"{file!r} {key}", config[key], names)
+  for key in ("rank_pattern", "alpha_pattern"):
+    for pattern in config.get(key) or {}:
+      check_pattern(f"{file!r} {key}", pattern, names, r"(.*\.)?({})$")
+  below_ = config.get("layers_pattern") or []
+  for pattern in [below_] if isinstance(below_, str) else below_:
+    check_pattern(f"{file!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
 
 
 def saved_modules(
@@ -169,7 +189,9 @@ def check_whole(
 
   `shapes` are those of the tensors of the model.
   """
-  saved = tuple(config.get("modules_to_save") or ())
+  saved = tuple(saved_names(config))
+  names = [tensor.rpartition(".")[0] for tensor in shapes]
+  check_patterns_of(f"{dir}/{CONFIG}", config, names)
   expects = expected(config, (), "")
 
   def whole(tensor: str) -> bool:

@@ -28,7 +28,7 @@ from optax_lowmem.nn._merged_folder import (
 from optax_lowmem.nn._model_weights import model_weights
 from optax_lowmem.nn._peft import is_tied
 from optax_lowmem.nn._peft_files import CONFIG, WEIGHTS, read_config, read_tensors
-from optax_lowmem.nn._peft_plain import check_whole, tied_once
+from optax_lowmem.nn._peft_plain import check_patterns_of, check_whole, tied_once
 from optax_lowmem.nn._shards import Weights, open_weights, read_index, read_json
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -154,6 +154,7 @@ def merge_peft(
   path = pathlib.Path(adapter)
   config = read_config(path / CONFIG)
   file = tied_once(str(path), config, read_tensors(path / WEIGHTS))
+  check_patterns_of(str(path / CONFIG), config, list(file.layers))
   changes = changes_of_file(str(path), config, file)
   follows = bool(config.get("ensure_weight_tying"))
   weights, output = open_weights(original), (dir, dtype, max_shard_size)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowmem.nn._foreign_files import check_name, check_regular, member, read_object
 from optax_lowmem.nn._peft_files import WEIGHTS, import_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,19 +51,22 @@ class Weights(NamedTuple):
 
 def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a model, the ones that Hugging Face would load."""
-  if path.is_file():
+  if path.exists() and not path.is_dir():
+    check_regular(path)
     return [path]
-  if (path / SINGLE).exists():
-    return [path / SINGLE]
-  if (path / INDEX).exists():
-    names = dict.fromkeys(read_index(path)["weight_map"].values())
-    absent = [name for name in names if not (path / name).exists()]
+  if (single := member(path, SINGLE)).exists():
+    return [single]
+  if member(path, INDEX).exists():
+    names = dict.fromkeys(str(name) for name in read_index(path)["weight_map"].values())
+    files = [member(path, name) for name in names]
+    absent = [file.name for file in files if not file.exists()]
     if absent:
       raise FileNotFoundError(
-        f"{str(path / INDEX)!r} names files that are not there: {', '.join(absent)}."
+        f"{str(path / INDEX)!r} names files that are not there: {', '.join(absent[:20])}."
       )
-    return [path / name for name in names]
-  found = sorted(file for file in path.glob("*.safetensors") if file.name != WEIGHTS)
+    return files
+  found = sorted(member(path, file.name) for file in path.glob("*.safetensors"))
+  found = [file for file in found if file.name != WEIGHTS]
   if not found:
     raise FileNotFoundError(
       f"there are no safetensors in {str(path)!r}. Pass the directory of the original model."
@@ -80,15 +84,7 @@ def read_index(path: pathlib.Path) -> dict[str, Any]:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object; {} if there is no such file."""
-  if not path.is_file():
-    return {}
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{str(path)!r} is not a JSON file: {error}.") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{str(path)!r} must hold a JSON object.")
-  return content
+  return read_object(path) if member(path.parent, path.name).exists() else {}
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -110,6 +106,7 @@ def open_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
     try:
       with safetensors.safe_open(path, framework="np") as file:
         for name in file.keys():
+          check_name(path, name)
           part = file.get_slice(name)
           if name in where:
             raise ValueError(
