@@ -116,7 +116,8 @@ def test_a_base_file_and_what_the_adapter_says_is_the_adapted_model(tmp_path, na
   assert not tensors
   file.data.flush()
   got = logits_of(load_llama(whole), measured["ids"])
-  np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
+  # A sum of products in another order: as merged weights are, everywhere.
+  np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
   assert np.abs(before - wanted).max() > 0.1
 
 
