@@ -41,7 +41,7 @@ def whole(segments, window, scoring=PLAIN):
 
 @pytest.mark.parametrize(
   ("window", "scoring"),
-  [(None, PLAIN), (5, PLAIN), (5, Scoring(0.7, 1.5)), (None, Scoring(0.5, None))],
+  [(None, PLAIN), (5, PLAIN), (5, Scoring(0.7, 1.5))],
 )
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ READ_KEYS = (*REQUIRED_KEYS, *ROPE_KEYS, *DEFAULTS, "model_type")
 
 # What follows does not change what the model computes: names and versions; which tokens are
 # special; how weights were made, and dropout, which acts in training only (here only the adapters
-# have one); how Hugging Face computes and returns it; and generation's settings, which old files
-# keep here. Keys that begin with an underscore are ignored too.
+# have one); how Hugging Face computes and returns it; generation's settings, which old files keep
+# here; and what SmolLM3's and Gemma 2's files hold and Hugging Face does not read. Keys that begin
+# with an underscore are ignored too, unless a family reads them.
 HARMLESS_KEYS = frozenset(
   "architectures auto_map dtype torch_dtype transformers_version transformers.js_config "
   "unsloth_version unsloth_fixed is_llama_config tokenizer_class name_or_path "
@@ -63,7 +64,8 @@ HARMLESS_KEYS = frozenset(
   "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
   "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
   "return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values "
-  "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens".split()
+  "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+  "max_window_layers sliding_window_size".split()
 )
 
 

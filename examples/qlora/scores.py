@@ -29,9 +29,9 @@ class Scoring(NamedTuple):
 
   def slope(self, scores: jax.Array, head_dim: int) -> jax.Array:
     """How much a score grows with its product; 0 where a mask has put a score out of reach."""
-    factor = self.factor(head_dim)
+    factor = jnp.asarray(self.factor(head_dim))
     if self.cap is None:
-      return jnp.full_like(scores, factor)
+      return factor
     return factor * (1 - jnp.square(jnp.clip(scores / self.cap, -1, 1)))
 
 

@@ -33,4 +33,6 @@ PHI3 = Family(
   },
   options=phi3,
   rope=phi3_rope,
+  # Phi-4 mini's files say so.
+  supported={"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)},
 )
