@@ -355,6 +355,13 @@ def test_gguf_of_qwen2_has_biases_and_is_not_permuted(tmp_path):
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
+def test_gguf_of_other_families_is_refused_and_their_directory_is_asked_for():
+  for kind in ("gemma2", "phi3", "granite"):
+    metadata = {"general.architecture": kind}
+    with pytest.raises(ValueError, match=f"is '{kind}'.*Give the Hugging Face directory"):
+      gguf_files.config_from_gguf(metadata, tied=True, vocab_size=8)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 LLAMA3_ROPE = {

@@ -14,18 +14,21 @@ from safetensors.numpy import load_file
 
 import finetune
 from arguments import Settings
+from chat import ChatTokenizer
 from conftest import GOLDEN
 from exporting import read_factors, write_factors
 from gguf_files import by_adjacent_pairs, by_halves
 from llama import load_llama
 from llama_config import linear_shapes
 from optax_lowmem import nn
+from qlora_cases import save_model
 from weights import open_checkpoint
 
 sys.path.insert(0, str(GOLDEN))
 import make_llama
 
 from test_llama_architectures import write_gguf
+from test_llama_files import write_gguf as write_whole_gguf
 
 FAMILIES = {"mistral": "llama", "qwen2": "qwen2", "gemma2": "gemma2", "gemma3": "gemma3"}
 FAMILIES |= {"phi3": "phi3", "smollm3": "smollm3", "olmo2": "olmo2", "granite": "granite"}
@@ -119,6 +122,50 @@ def test_a_base_file_and_what_the_adapter_says_is_the_adapted_model(tmp_path, na
   # A sum of products in another order: as merged weights are, everywhere.
   np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
   assert np.abs(before - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_llama_cpp_itself(tmp_path, dtype):
+  xllamacpp = pytest.importorskip("xllamacpp", reason="runs llama.cpp, which xllamacpp brings")
+  base = save_model(tmp_path / "base", tied=False)
+  adapter = saved(
+    base, tmp_path / "adapter", rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}
+  )
+  checkpoint = open_checkpoint(base)
+  backend = ChatTokenizer.from_model(base).backend
+
+  def tokenizer(writer):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([backend.id_to_token(i) for i in range(backend.get_vocab_size())])
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(2)
+
+  weights = load_file(base / "model.safetensors")
+  write_whole_gguf(tmp_path / "base.gguf", weights, checkpoint.config, add=tokenizer)
+  write_factors(tmp_path / "a.gguf", read_factors(adapter), checkpoint, dtype)
+  ids = np.arange(5, 29)[None] * 11 % 270
+
+  def probabilities(*adapters):
+    """The logarithms of what llama.cpp says of the next token."""
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_gpu_layers = str(tmp_path / "base.gguf"), 64, 0
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(a), 1.0) for a in adapters]
+    asked = {"prompt": ids[0].tolist(), "n_predict": 1, "temperature": 0, "n_probs": 300}
+    answer = xllamacpp.Server(params).handle_completions(asked)
+    answer = answer if isinstance(answer, dict) else json.loads(answer)
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return np.array([each["logprob"] for each in sorted(found, key=lambda each: each["id"])])
+
+  plain = load_llama(base)
+  adapted = nn.load_peft(load_llama(base), adapter)
+  want = [jax.nn.log_softmax(logits_of(model, ids)[0, -1]) for model in (plain, adapted)]
+  assert np.abs(want[0] - want[1]).max() > 1
+  assert all(each.argmax() > 2 for each in want)  # of tokens that end a text it says nothing
+  # Its cache of keys and values is float16, with an adapter and without.
+  np.testing.assert_allclose(probabilities(), want[0], rtol=0, atol=0.02)
+  np.testing.assert_allclose(probabilities(tmp_path / "a.gguf"), want[1], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -137,7 +137,11 @@ def config_from_gguf(
   """
   kind = metadata.get("general.architecture")
   if kind not in ("llama", "qwen2", "qwen3"):  # Mistral's files say "llama"
-    raise ValueError(f"`general.architecture` is {kind!r}; supported: 'llama', 'qwen2', 'qwen3'.")
+    known = any(kind == family.gguf for family in FAMILIES.values())
+    hint = " Give the Hugging Face directory of this model." * known
+    raise ValueError(
+      f"`general.architecture` is {kind!r}; supported: 'llama', 'qwen2', 'qwen3'.{hint}"
+    )
   values: dict[str, Any] = {}
   for key, field in {
     "embedding_length": "hidden_size",
