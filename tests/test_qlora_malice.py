@@ -311,7 +311,23 @@ def test_a_limit_holds_in_every_thread(monkeypatch):
   thread = threading.Thread(target=run)
   thread.start()
   thread.join(10)
-  assert len(found) == 1 and ("1 seconds" in found[0] or "256 MiB" in found[0])
+  assert len(found) == 1 and ("1 seconds" in found[0] or "160 MiB" in found[0])
+
+
+def test_a_slow_template_does_not_take_its_limit_again_and_again(model, tmp_path, monkeypatch):
+  monkeypatch.setattr("confined.SECONDS", 1.0)
+  copy = save_model(tmp_path / "model")
+  # Half a second or so, each time it is run.
+  slow = "{% for i in range(700) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
+  own = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+  (copy / "chat_template.jinja").write_text(f"{slow}{own}")
+  begun = time.monotonic()
+  tokenizer = ChatTokenizer.from_model(copy)
+  for _ in range(9):
+    with pytest.raises(ValueError, match="more than 1 seconds"):
+      for _ in range(9):
+        tokenizer.encode_chat(TALK)
+  assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(
@@ -461,6 +477,12 @@ def test_bad_rows_name_file_and_line(tmp_path, tokenizer, number, within):
   with pytest.raises(DataError) as error:
     load(file, tokenizer, 32)
   assert f"{file}, row 2" in str(error.value)
+
+
+def test_a_long_answer_is_found_in_time(tmp_path, tokenizer, within):
+  talk = {"messages": [{"role": "user", "content": "a"}, SAT | {"content": "x" * 150_000}]}
+  with within:
+    load(rows(tmp_path / "rows.jsonl", GOOD, talk), tokenizer, 32)
 
 
 @pytest.mark.parametrize("key", ["text", "completion"])

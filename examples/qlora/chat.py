@@ -242,7 +242,7 @@ class ChatTokenizer:
     given |= {"tool"} & {message["role"] for message in messages}
     if lost := sorted(key for key in given if not self.template.writes(key)):
       raise ValueError(
-        f"the chat template ({self.template.name}) does not write {', '.join(lost)}; choose "
+        f"the chat template ({self.template.title}) does not write {', '.join(lost)}; choose "
         "another --chat-template, or take it out of the row"
       )
 
@@ -253,7 +253,7 @@ class ChatTokenizer:
     def write(messages, answer=False):
       return self._write(messages, answer=answer, **extras)
 
-    return find(messages, write, self._control, self.template.name)
+    return find(messages, write, self._control, self.template.title)
 
   def _raw(self, ids: Sequence[int]) -> str:
     return self.backend.decode(list(ids), skip_special_tokens=False)

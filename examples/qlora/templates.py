@@ -38,6 +38,11 @@ class Template:
   needs: tuple[str, ...] = ()
   origin: str = ""
 
+  @property
+  def title(self) -> str:
+    """The name, and the file."""
+    return f"{self.name}, {self.origin}" if self.origin else self.name
+
   def writes(self, name: str) -> bool:
     """Whether the program speaks of a variable or a field of this name at all."""
     return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
@@ -80,7 +85,7 @@ class Template:
     try:
       given = json.dumps(values)
       rest = {"source": self.source, "today": day, "most": MOST_WRITTEN + TIMES * len(given)}
-      reply = elsewhere(f'{{"values": {given}, {json.dumps(rest)[1:]}')
+      reply = elsewhere(f'{{"values": {given}, {json.dumps(rest)[1:]}', self.source)
     except TooMuchError as error:
       raise self._refusal(str(error)) from error
     except (TypeError, RecursionError) as error:

@@ -159,6 +159,10 @@ def merge_peft(
   follows = bool(config.get("ensure_weight_tying"))
   weights, output = open_weights(original), (dir, dtype, max_shard_size)
   check_whole(str(path), config, file, weights.shapes)
+  try:
+    check_changes(weights, changes, "`original`")
+  except ValueError as error:
+    raise ValueError(f"the adapter in {str(path)!r} does not fit: {error}") from error
   return _save("`original`", weights, changes, original, tied, *output, follows)
 
 
