@@ -373,6 +373,18 @@ def test_a_tokenizers_files_are_named(tmp_path, about, word):
       ChatTokenizer.from_model(copy)
 
 
+def test_an_expression_of_a_tokenizer_that_gives_up_is_a_sentence(tmp_path):
+  copy = save_model(tmp_path / "model")
+  content = json.loads((copy / "tokenizer.json").read_text())
+  split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+  content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split]}
+  (copy / "tokenizer.json").write_text(json.dumps(content))
+  tokenizer = ChatTokenizer.from_model(copy)
+  file = rows(tmp_path / "rows.jsonl", GOOD, {"text": "a" * 60 + "c"})
+  with pytest.raises(DataError, match=r"rows.jsonl, line 2: the model's tokenizer.json cannot be"):
+    load(file, tokenizer, 32)
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -450,6 +462,7 @@ BAD_ROWS = [
   {"messages": [{"role": "user", "content": "a"}, SAT | {"tool_calls": ["x"]}]},
   {"messages": [{"role": "user", "content": "a"}, SAT | {"tool_calls": [{"function": 5}]}]},
   {"messages": [{"role": "user", "content": "a"}, SAT | {"reasoning_content": [1]}]},
+  {"messages": [{"role": "user", "content": "a"}, SAT], "tools": [{"name": "\ud800"}]},
   {"messages": {}},
   {"conversations": [{"from": [], "value": "a"}]},
   {"instruction": [], "output": "a"},

@@ -12,7 +12,7 @@ from answers import Span, find
 from learned import tokens_of
 from templates import KNOWN, Message, Template
 from text_blocks import BLOCK, blocks
-from tokenizer_files import from_directory, from_gguf
+from tokenizer_files import encoded, from_directory, from_gguf
 
 ROLES = ("system", "user", "assistant", "tool")
 # What changes an answer's meaning if it is left out.
@@ -129,7 +129,7 @@ class ChatTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Tokens of plain text; control tokens are not added."""
-    return self.backend.encode(text, add_special_tokens=False).ids
+    return encoded(self.backend, text).ids
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of tokens, without control tokens."""
@@ -216,7 +216,7 @@ class ChatTokenizer:
     processor = self.backend.post_processor
     self.backend.post_processor = None
     try:
-      return self.backend.encode(text, add_special_tokens=False)
+      return encoded(self.backend, text)
     finally:
       self.backend.post_processor = processor
 

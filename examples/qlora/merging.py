@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import glob
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +45,9 @@ def merge(argv: Sequence[str]) -> int:
     tokenizer = ChatTokenizer.from_model(path, s.chat_template)
     lone = not path.is_dir()  # a GGUF file: configuration and tokenizer are in it
     config = config_to_hf(checkpoint.config) if lone else {}
+    # What a merge has left that was killed; no other one writes to --out now.
+    for left in given.out.parent.glob(f".{glob.escape(given.out.name)}.partial.*.partial"):
+      shutil.rmtree(left)
     with replacing(given.out) as folder:
       lowmem_nn.merge_peft(
         lazily(checkpoint) if lone else path,

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+  AddedToken,
+  Encoding,
+  Regex,
+  Tokenizer,
+  decoders,
+  models,
+  pre_tokenizers,
+  processors,
+)
 
 from gguf_header import Header
 from model_files import damage_of, member, read_json, read_text
@@ -73,7 +82,7 @@ def _from_config(
   if member(folder, "chat_template.jinja").exists():
     origin = member(folder, "chat_template.jinja")
     template = read_text(origin, 4 * MOST_TEMPLATE)
-  started = backend.encode("a").ids[:1]
+  started = encoded(backend, "a", special=True).ids[:1]
   return {
     "backend": backend,
     "bos": bos,
@@ -84,6 +93,22 @@ def _from_config(
     "origin": str(origin),
     "tokens": {"unk_token": unknown} if (unknown := token("unk")) else {},
   }
+
+
+def encoded(backend: Tokenizer, text: str, *, special: bool = False) -> Encoding:
+  """The tokens of a text; `special` adds what the tokenizer puts around it.
+
+  Raises:
+    ValueError: where an expression in tokenizer.json gives up on the text, after ten million steps.
+  """
+  try:
+    return backend.encode(text, add_special_tokens=special)
+  except BaseException as error:  # Rust's panics are no Exceptions
+    if type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(
+      f"the model's tokenizer.json cannot be used for the text {text[:40]!r}: {error!s:.200}"
+    ) from error
 
 
 def _declare(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:
