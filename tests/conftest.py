@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -30,8 +31,24 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 LONG = ("test_sharding", "test_composition", "test_qlora_options", "test_offloaded")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+  parser.addoption(
+    "--few", action="store_true", help="of laws over all transformations, ask representatives only"
+  )
+
+
+def pytest_collection_modifyitems(config, items):
   items.sort(key=lambda item: item.path.stem not in LONG)
+  if config.getoption("--few"):
+    from registry import REGISTRY, REPRESENTATIVES
+
+    others = {*REGISTRY} - {*REPRESENTATIVES}
+
+    def is_left_out(item):
+      return hasattr(item, "callspec") and item.callspec.params.get("name") in others
+
+    config.hook.pytest_deselected(items=list(filter(is_left_out, items)))
+    items[:] = itertools.filterfalse(is_left_out, items)
 
 
 def pytest_unconfigure(config):

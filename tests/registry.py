@@ -124,6 +124,8 @@ every_rule = pytest.mark.parametrize(
 every_local = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if not e.norms])
 # Some of each kind, for what is compiled once more: the laws of updates in phases.
 PHASED = ["adamw-8", "amsgrad-8", "lion-4", "came-8", "lamb-8", "lars-8", "adafactor-8"]
+# And one for each kind of state: where a law is asked of every wrapper, and in runs with `--few`.
+REPRESENTATIVES = [*PHASED, "adamw-4"]
 
 
 def by_method(names):

@@ -14,6 +14,7 @@ import optax_lowmem as lowmem
 from registry import (
   LR,
   REGISTRY,
+  REPRESENTATIVES,
   STORED,
   TRACES,
   adamw,
@@ -122,8 +123,10 @@ def assert_near(ours, exact, start, error):
     assert np.abs(ours[k] - exact[k]).mean() <= error * travelled
 
 
-@every
-@every_kind
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [(n, k) for n in REGISTRY for k in KINDS if n in REPRESENTATIVES or k == "partition"],
+)
 def test_wrappers_keep_the_state(name, kind):
   tx, params = KINDS[kind](make(name)), jax.eval_shape(lambda: tree(0, shapes=FEW))
   state = jax.eval_shape(tx.init, params)

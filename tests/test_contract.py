@@ -21,6 +21,7 @@ from registry import (
   LR,
   PHASED,
   REGISTRY,
+  REPRESENTATIVES,
   SHAPES,
   STORED,
   adamw,
@@ -410,8 +411,10 @@ def test_integer_parameters_are_refused_by_name(name):
     make(name).init({"w": jnp.ones((4, 4)), "table": jnp.arange(4)})
 
 
-@every
-@pytest.mark.parametrize("how", ["whole", "tiles"])
+@pytest.mark.parametrize(
+  ("name", "how"),
+  [*((name, "whole") for name in REGISTRY), *((name, "tiles") for name in REPRESENTATIVES)],
+)
 def test_state_is_the_same_where_jax_has_64_bits(name, how):
   """With `jax_enable_x64` no state is wider, and no program fails; see the next test for bits."""
   shapes = jax.eval_shape(lambda: tree(0))

@@ -499,3 +499,20 @@ def test_layers_whose_weights_are_normalized_are_left_alone():
   assert layers.names == ["b"]
   with pytest.raises(ValueError, match="`a` is a Dense in a WeightNorm"):
     linen.LoRA(Normed(), layers, 2, 4, "a")
+
+
+def test_the_head_is_found_by_its_sizes_and_not_packed():
+  class Untied(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+      x = nn.Embed(VOCABULARY, WIDTH, name="table")(ids)
+      return nn.Dense(VOCABULARY, name="out")(nn.Dense(WIDTH, name="inner")(x))
+
+  ids = jnp.arange(6)[None]
+  variables = Untied().init(jax.random.key(0), ids)
+  layers = linen.find_layers(Untied(), variables, ids)
+  packed = linen.quantize_params(variables["params"], layers)
+  assert isinstance(packed["out"]["kernel"], jax.Array)
+  assert not isinstance(packed["inner"]["kernel"], jax.Array)
+  packed = linen.quantize_params(variables["params"], layers, exclude=None)
+  assert not isinstance(packed["out"]["kernel"], jax.Array)

@@ -18,8 +18,8 @@ import llama
 import llama_config
 import optax_lowmem as lowmem
 from conftest import GOLDEN
-from llama import LINEARS, abstract_llama, load_llama
-from llama_config import LlamaConfig
+from llama import abstract_llama, load_llama
+from llama_config import LlamaConfig, linear_shapes
 from optax_lowmem import nn
 from weights import expected_shapes, open_checkpoint
 
@@ -95,7 +95,7 @@ def test_packed_bits_are_those_of_each_layer_alone():
   weights = load_file(BASE / "model.safetensors")
   # Compiled: op by op, the mean of the scales may differ in its last bit.
   quantize = jax.jit(lambda w: lowmem.quantize(w, "nf4", 64, double_quantize=True))
-  for name in LINEARS:
+  for name in linear_shapes(model.config):
     holder, child = name.split(".")
     linear = getattr(getattr(model.model.layers, holder), child)
     assert isinstance(linear, nn.NF4Linear)

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, Mistral, Qwen 2 and 3: the example's model against that of transformers."""
+"""Each family of models: the example's model against that of transformers."""
 
 import dataclasses
 import doctest
@@ -12,21 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
 
 import config_files
 import gguf_files
 import optax_lowmem as lowmem
 import rope_scaling
+import scores
 from config_files import config_from_hf, config_to_hf
 from conftest import GOLDEN
-from llama import LINEARS, abstract_llama, load_llama
+from llama import abstract_llama, load_llama
+from llama_config import linear_shapes
 from optax_lowmem import nn
 from weights import expected_shapes, open_checkpoint
 
 sys.path.insert(0, str(GOLDEN))
 import make_llama
 from make_llama import CASES
+from make_llama import read as read_case
+from make_llama import save_directory as save_case
 
 STORED = {path.stem: path for path in sorted((GOLDEN / "llama").glob("*.npz"))}
 
@@ -34,20 +37,6 @@ STORED = {path.stem: path for path in sorted((GOLDEN / "llama").glob("*.npz"))}
 @nnx.jit
 def logits_of(model, ids):
   return model(ids)
-
-
-def read_case(name):
-  stored = dict(np.load(STORED[name]))
-  config = json.loads(str(stored.pop("config")))
-  measured = {key: stored.pop(key) for key in ("ids", "logits", "generated")}
-  return config, stored, measured
-
-
-def save_case(folder, config, weights):
-  folder.mkdir(exist_ok=True)
-  (folder / "config.json").write_text(json.dumps(config))
-  save_file(weights, folder / "model.safetensors")
-  return folder
 
 
 def test_every_case_is_stored():
@@ -76,6 +65,26 @@ def test_logits_are_those_of_transformers(tmp_path, name):
     ("mistral", "windows", (6, 6)),
     ("qwen2", "windows", (5, 5)),
     ("qwen3", "rms_norm_eps", 1e-2),
+    ("gemma2", "windows", ()),
+    ("gemma2", "windows", (None, 5)),
+    ("gemma2", "hidden_act", "silu"),
+    ("gemma2", "norm_offset", False),
+    ("gemma2", "attention_scale", None),
+    ("gemma2", "attn_logit_softcapping", None),
+    ("gemma2", "final_logit_softcapping", None),
+    ("gemma2", "embedding_multiplier", 1.0),
+    ("gemma3", "windows", (5, 5)),
+    ("gemma3", "rope_local_theta", None),
+    ("gemma3", "rope_scaling", None),
+    ("phi3", "windows", ()),
+    ("phi3_long", "rope_scaling", None),
+    ("smollm3", "unrotated", ()),
+    ("smollm3", "windows", ()),
+    ("olmo2", "rms_norm_eps", 1e-2),
+    ("granite", "embedding_multiplier", 1.0),
+    ("granite", "residual_multiplier", 1.0),
+    ("granite", "attention_scale", None),
+    ("granite", "logits_scaling", 1.0),
   ],
 )
 def test_each_detail_matters(tmp_path, name, field, value):
@@ -100,6 +109,39 @@ def test_transformers_itself(tmp_path, name):
   )
 
 
+def test_longrope_has_other_factors_for_short_rows(tmp_path):
+  config, weights, measured = read_case("phi3_long")
+  model = load_llama(save_case(tmp_path, config, weights))
+  scaling = model.config.rope_scaling
+  short, long = (rope_scaling.Divided(f, scaling.magnitude) for f in (
+    scaling.short_factor, scaling.long_factor))  # fmt: skip
+  assert scaling.at(16) == short and scaling.at(17) == long
+  checkpoint = open_checkpoint(tmp_path)
+
+  def of(scaling):
+    changed = dataclasses.replace(checkpoint.config, rope_scaling=scaling)
+    return load_llama(dataclasses.replace(checkpoint, config=changed))
+
+  ids = measured["ids"][:, :16]
+  np.testing.assert_array_equal(logits_of(model, ids), logits_of(of(short), ids))
+  # A cache holds to what its slots ask for, so that no key in it is turned in another way.
+  read = nnx.jit(lambda model, ids, cache: model.head(model.extend(ids, cache)[0]))
+  for slots, same in ((16, short), (17, long)):
+    got = read(model, ids, model.init_cache(1, slots))
+    np.testing.assert_allclose(got, logits_of(of(same), ids), rtol=0, atol=2e-5)
+
+
+def test_longrope_of_short_rows_is_that_of_transformers(tmp_path):
+  torch = pytest.importorskip("torch", reason="compares with transformers, which needs torch")
+  pytest.importorskip("transformers", reason="compares with transformers")
+  peer = make_llama.build("phi3_long")
+  peer.save_pretrained(tmp_path)
+  ids = read_case("phi3_long")[2]["ids"][:, :16]
+  with torch.no_grad():
+    expected = peer(torch.from_numpy(ids)).logits.numpy()
+  np.testing.assert_allclose(logits_of(load_llama(tmp_path), ids), expected, rtol=0, atol=1e-4)
+
+
 def test_old_configurations_say_the_same():
   for name in ("llama3", "llama_linear", "qwen2_yarn"):
     config, _, _ = read_case(name)
@@ -111,11 +153,30 @@ def test_old_configurations_say_the_same():
   del config["layer_types"]
   assert config_from_hf(config).windows == (None, 5)
 
+  new = read_case("gemma3")[0]
+  old = {k: v for k, v in new.items() if k not in ("rope_parameters", "layer_types")}
+  old |= {"sliding_window_pattern": 2, "rope_theta": 1000.0, "rope_local_base_freq": 50.0}
+  old |= {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+  assert config_from_hf(old) == config_from_hf(new)
+  del old["sliding_window_pattern"]
+  assert config_from_hf(old | {"_sliding_window_pattern": 2}) == config_from_hf(new)
+  for model_type, key in (("gemma2", "layer_types"), ("smollm3", "layer_types")):
+    new = read_case(model_type)[0]
+    assert config_from_hf(new | {key: None}) == config_from_hf(new)
+  new = read_case("phi3_long")[0]
+  old = {k: v for k, v in new.items() if k != "rope_parameters"}
+  rope = {k: v for k, v in new["rope_parameters"].items() if k.endswith("_factor")}
+  rope, part = {"type": "su"} | rope, rope.pop("partial_rotary_factor")
+  old |= {"rope_theta": 100.0, "rope_scaling": rope, "partial_rotary_factor": part}
+  assert config_from_hf(old) == config_from_hf(new)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_written_configuration_is_read_again_or_refused(name):
   config = config_from_hf(read_case(name)[0])
-  if config.rope_scaling or any(config.windows) or config.o_bias or config.mlp_bias:
+  plain = ("llama", "qwen2", "qwen3")
+  unusual = config.rope_scaling or any(config.windows) or config.o_bias or config.mlp_bias
+  if unusual or read_case(name)[0]["model_type"] not in plain:
     with pytest.raises(ValueError, match="Hugging Face directory"):
       config_to_hf(config)
   else:
@@ -141,18 +202,36 @@ def test_defaults_are_those_of_each_type():
   original = {"original_max_position_embeddings": 9, "rope_scaling": LLAMA3_ROPE}
   llama = config_from_hf(sizes | {"model_type": "llama"} | original)
   assert llama.rope_scaling.original_max_position_embeddings == 9
+  gemma2 = config_from_hf(sizes | {"model_type": "gemma2"})
+  assert gemma2.windows == (4096, None) and gemma2.tie_word_embeddings and gemma2.head_dim == 256
+  assert gemma2.attn_logit_softcapping == 50 and gemma2.attention_scale == 1 / 16
+  assert gemma2.embedding_multiplier == 64 and gemma2.final_logit_softcapping == 30
+  nothing = {"attn_logit_softcapping": None}
+  assert config_from_hf(sizes | {"model_type": "gemma2"} | nothing).attn_logit_softcapping is None
+  gemma3 = config_from_hf(sizes | {"model_type": "gemma3_text", "num_hidden_layers": 6})
+  assert gemma3.windows == (4096,) * 5 + (None,) and gemma3.final_logit_softcapping is None
+  assert (gemma3.rope_theta, gemma3.rope_local_theta) == (1e6, 1e4)
+  smollm3 = config_from_hf(sizes | {"model_type": "smollm3", "num_hidden_layers": 5})
+  assert smollm3.unrotated == (False, False, False, True, False) and not smollm3.windows
+  assert smollm3.rope_theta == 2e6 and smollm3.num_key_value_heads == 4
+  phi3 = config_from_hf(sizes | {"model_type": "phi3"})
+  assert phi3.fused_linears and phi3.rms_norm_eps == 1e-5 and phi3.num_key_value_heads == 32
+  olmo2 = config_from_hf(sizes | {"model_type": "olmo2"})
+  assert olmo2.rms_norm_eps == 1e-5 and olmo2.norms.before_attention is None
+  granite = config_from_hf(sizes | {"model_type": "granite"})
+  assert granite.attention_scale == 1 and granite.logits_scaling == 1
 
 
 # --- quantized, with adapters, abstract -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_quantized_linears_keep_their_biases(tmp_path, name):
   config, weights, measured = read_case(name)
   save_case(tmp_path, config, weights)
   model = load_llama(tmp_path, "nf4")
   assert nnx.graphdef(abstract_llama(model.config, "nf4")) == nnx.graphdef(model)
-  for linear in LINEARS:
+  for linear in linear_shapes(model.config):
     module = functools.reduce(getattr, linear.split("."), model.model.layers)
     named = [f"model.layers.{i}.{linear}.bias" for i in range(2)]
     if named[0] in weights:
@@ -209,7 +288,7 @@ def test_abstract_model_and_count(tmp_path, name):
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def write_gguf(path, config, weights, architecture, factors=None, linear=None):
+def write_gguf(path, config, weights, architecture, factors=None, linear=None, kind=np.float16):
   """As llama.cpp's converter writes it: q and k permuted for "llama" only."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(config.num_hidden_layers)
@@ -234,8 +313,8 @@ def write_gguf(path, config, weights, architecture, factors=None, linear=None):
     if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
       halves = weight.reshape(-1, 2, config.head_dim // 2, *weight.shape[1:])
       weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-    kind = np.float32 if weight.ndim == 1 else np.float16
-    writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.astype(kind))
+    dtype = np.float32 if weight.ndim == 1 else kind
+    writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.astype(dtype))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -286,6 +365,10 @@ LLAMA3_ROPE = {
 }
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}
+
+
 @pytest.mark.parametrize(
   ("name", "changes", "message"),
   [
@@ -299,13 +382,25 @@ LLAMA3_ROPE = {
     ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "got .'chunked_attention'"),
     ("qwen2", {"use_sliding_window": False}, "'sliding_attention', but there is no"),
     ("qwen2", {"use_mrope": True}, "`use_mrope` is True"),
-    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "lacks short_factor, long_factor"),
     ("llama2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2}}, "'dynamic'"),
     ("llama2", {"rope_parameters": {"rope_type": "linear"}}, "'linear' lacks factor"),
     ("llama2", {"rope_parameters": {"factor": 2.0}}, "'default' has unknown keys: factor"),
     ("llama2", {"rope_parameters": LLAMA3_ROPE | {"factor": -1}}, "`factor` must be a positive"),
     ("llama2", {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 5}}, "must be above"),
     ("llama2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "`partial_rotary_factor`"),
+    ("llama2", {"model_type": "gemma3"}, "save the language model alone, a 'gemma3_text'"),
+    ("gemma2", {"use_bidirectional_attention": True}, "`use_bidirectional_attention` is True"),
+    ("gemma2", {"hidden_activation": "relu"}, "`hidden_act` must be one of silu, gelu"),
+    ("gemma2", {"attn_logit_softcapping": -1.0}, "`attn_logit_softcapping` must be a positive"),
+    ("gemma3", {"rope_parameters": {"sliding_attention": LINEAR}}, "scale the layers with 'slid"),
+    ("phi3", {"attention_bias": True}, "`attention_bias` is True"),
+    ("phi3_long", {"partial_rotary_factor": 0.4, "rope_parameters": LINEAR}, "must leave an even"),
+    ("phi3_long", {"rope_parameters": LONGROPE}, "has 2 factors, but 8 numbers of a head"),
+    ("phi3_long", {"rope_parameters": LONGROPE | {"long_factor": 3}}, "`long_factor` must be a l"),
+    ("smollm3", {"no_rope_layers": [1]}, "`no_rope_layers` must hold 0 or 1 for each of 2"),
+    ("granite", {"logits_scaling": 0}, "`logits_scaling` must be a positive number, got 0"),
+    ("granite", {"position_embedding_type": "nope"}, "a key that is not known for a granite"),
   ],
 )
 def test_what_is_not_computed_is_refused(name, changes, message):
@@ -314,7 +409,7 @@ def test_what_is_not_computed_is_refused(name, changes, message):
     config_from_hf(config | changes)
 
 
-@pytest.mark.parametrize("module", [config_files, gguf_files, rope_scaling])
+@pytest.mark.parametrize("module", [config_files, gguf_files, rope_scaling, scores])
 def test_examples_in_docstrings(module):
-  failed, attempted = doctest.testmod(module)
+  failed, attempted = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
   assert attempted > 0 and failed == 0

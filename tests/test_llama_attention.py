@@ -15,6 +15,7 @@ from checks import check_attention
 from chunked_attention import CHUNK, chunked_attention
 from llama import Llama
 from llama_config import LlamaConfig
+from scores import PLAIN, Scoring
 
 
 def inputs(time, heads, groups, size=8, dtype=jnp.float32, rows=2):
@@ -34,16 +35,21 @@ def results(attend, q, k, v, slope):
   return [np.asarray(x, np.float32) for x in both(q, k, v, slope)]
 
 
-def whole(segments, window):
-  return lambda *qkv: attend_within(segments, window, "xla")(*qkv)[0]
+def whole(segments, window, scoring=PLAIN):
+  return lambda *qkv: attend_within(segments, window, "xla", scoring)(*qkv)[0]
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+  ("window", "scoring"),
+  [(None, PLAIN), (5, PLAIN), (5, Scoring(0.7, 1.5))],
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
   ("time", "heads", "groups", "chunk"), [(48, 4, 2, 16), (37, 2, 2, 16), (50, 3, 1, 8)]
 )
-def test_chunks_give_the_numbers_of_whole_scores(time, heads, groups, chunk, packed, window):
+def test_chunks_give_the_numbers_of_whole_scores(
+  time, heads, groups, chunk, packed, window, scoring
+):
   given = inputs(time, heads, groups)
   segments = window_ = None
   if packed:  # sorted numbers, and a segment that is taken up again
@@ -53,12 +59,25 @@ def test_chunks_give_the_numbers_of_whole_scores(time, heads, groups, chunk, pac
     window_ = jnp.int32(window)
 
   def chunked(q, k, v):
-    return chunked_attention(q, k, v, segments, window_, chunk)
+    return chunked_attention(q, k, v, segments, window_, chunk, scoring)
 
-  for got, want in zip(
-    results(chunked, *given), results(whole(segments, window_), *given), strict=True
-  ):
+  wanted = results(whole(segments, window_, scoring), *given)
+  for got, want in zip(results(chunked, *given), wanted, strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+def test_capped_scores_are_those_of_a_loop():
+  q, k, v, _ = inputs(12, 4, 2)
+  got = whole(None, jnp.int32(5), Scoring(0.7, 1.5))(q, k, v)
+  for row, i, head in ((0, 0, 0), (1, 7, 1), (0, 11, 3)):
+    seen = slice(max(0, i - 4), i + 1)
+    scores = 1.5 * np.tanh(0.7 * (k[row, seen, head // 2] @ q[row, i, head]) / 1.5)
+    weights = np.exp(scores) / np.exp(scores).sum()
+    np.testing.assert_allclose(
+      got[row, i, head], weights @ v[row, seen, head // 2], rtol=0, atol=1e-6
+    )
+  near, plain = (whole(None, None, Scoring(0.7, cap))(q, k, v) for cap in (1e4, None))
+  np.testing.assert_allclose(near, plain, rtol=0, atol=1e-5)
 
 
 def test_chunks_in_16_bits_are_as_near_to_32_bits_as_whole_scores():
@@ -122,12 +141,16 @@ def test_cudnn_is_refused_where_it_would_be_wrong():
     attend_within(jnp.ones((2, 16), jnp.int32), None, "cudnn")(q, k, v)
   with pytest.raises(ValueError, match="takes no windows"):
     attend_within(None, jnp.int32(4), "cudnn")(q, k, v)
+  with pytest.raises(ValueError, match="takes no capped scores"):
+    attend_within(None, None, "cudnn", Scoring(cap=50.0))(q, k, v)
   with pytest.raises(ValueError, match=r"cannot take queries of shape \(2, 16, 2, 8\) in float32"):
     attend_within(None, None, "cudnn")(q, k, v)
   config = LlamaConfig(32, 16, 24, 2, 2, 1, 8, windows=(None, 4))
   check_attention(Settings(dtype="bfloat16"), config)
-  with pytest.raises(ValueError, match="takes no windows"):
-    check_attention(Settings(dtype="bfloat16", attention="cudnn"), config)
+  capped = LlamaConfig(32, 16, 24, 2, 2, 1, 8, attn_logit_softcapping=50.0)
+  for each, message in ((config, "takes no windows"), (capped, "takes no capped scores")):
+    with pytest.raises(ValueError, match=message):
+      check_attention(Settings(dtype="bfloat16", attention="cudnn"), each)
 
 
 def test_cudnn_is_asked_for_a_causal_mask_and_nothing_else(monkeypatch):
@@ -140,7 +163,7 @@ def test_cudnn_is_asked_for_a_causal_mask_and_nothing_else(monkeypatch):
   monkeypatch.setattr(attention.jax.nn, "dot_product_attention", attention_of_jax)
   q, k, v, _ = inputs(16, 2, 1, dtype=jnp.bfloat16)
   attend_within(None, None, "cudnn")(q, k, v)
-  assert asked == {"is_causal": True, "implementation": "cudnn"}
+  assert asked == {"is_causal": True, "implementation": "cudnn", "scale": None}
 
 
 def test_an_unknown_kind_is_refused():

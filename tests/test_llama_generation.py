@@ -1,13 +1,13 @@
 """Generation with a cache of keys and values, against the forward pass that has none."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
 
 from conftest import GOLDEN
 from generation import Generator, choose, generate
@@ -15,7 +15,9 @@ from llama import Llama, load_llama
 from llama_config import LlamaConfig
 from optax_lowmem import nn
 
-STORED = {path.stem: path for path in sorted((GOLDEN / "llama").glob("*.npz"))}
+sys.path.insert(0, str(GOLDEN))
+import make_llama
+
 CONFIG = LlamaConfig(64, 32, 48, 2, 4, 2, 8, windows=(None, 6), qkv_bias=True, qk_norm=True)
 PROMPTS = [np.arange(3, 3 + n, dtype=np.int32) * 7 % 64 for n in (5, 16, 1, 11)]
 
@@ -101,13 +103,11 @@ def test_what_does_not_fit_is_refused():
 # --- greedy ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", make_llama.CASES)
 def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
-  stored = dict(np.load(STORED[name]))
-  del stored["logits"]
-  config, ids, generated = (stored.pop(key) for key in ("config", "ids", "generated"))
-  (tmp_path / "config.json").write_text(str(config))
-  save_file(stored, tmp_path / "model.safetensors")
+  config, weights, measured = make_llama.read(name)
+  ids, generated = measured["ids"], measured["generated"]
+  make_llama.save_directory(tmp_path, config, weights)
   graph, variables = nnx.split(load_llama(tmp_path))
   made = Generator(graph, (), generated.shape[1])((variables,), list(ids))
   np.testing.assert_array_equal(made, generated)

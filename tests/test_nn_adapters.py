@@ -330,8 +330,51 @@ def test_what_is_trained_is_named_and_nothing_else_moves(options, more):
   assert not any(jax.tree.leaves(same))
 
 
-def test_a_quantized_module_cannot_be_trained_whole():
+def test_one_rule_finds_the_head_whatever_its_name():
+  """`out` has as many outputs as the embedding has rows: neither packed nor of "all-linear"."""
   model = nn.quantize_model(Model(nnx.Rngs(0)))
+  assert isinstance(model.q_proj, nn.NF4Linear) and type(model.out) is nnx.Linear
+  model = nn.quantize_model(Model(nnx.Rngs(0)), exclude=["output head", "k_proj"])
+  assert [type(m) is nnx.Linear for m in (model.q_proj, model.k_proj, model.out)] == [0, 1, 1]
+  model = nn.quantize_model(Model(nnx.Rngs(0)), exclude=None)
+  assert isinstance(model.out, nn.NF4Linear)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_what_is_trained_whole_is_held_in_32_bits(dtype):
+  """In bfloat16, steps of 1e-5 would be rounded away; what it computes in stays bfloat16."""
+
+  def make(param_dtype):
+    model = Model(nnx.Rngs(0))
+    for _, module in nnx.iter_modules(model):
+      for field, value in list(vars(module).items()):
+        if isinstance(value, nnx.Param):
+          setattr(module, field, nnx.Param(value[...].astype(jnp.bfloat16)))
+      if hasattr(module, "dtype"):
+        module.dtype = dtype
+    saved = {"modules_to_save": ["embed_tokens", "norm", "out"], "bias": "all"}
+    return nn.add_lora(
+      model, 2, 4, "q_proj", rngs=nnx.Rngs(0), init="gaussian", param_dtype=param_dtype, **saved
+    )
+
+  ids = jnp.arange(50)[None]
+  moved = {}
+  for param_dtype in (jnp.float32, jnp.bfloat16):
+    model = make(param_dtype)
+    assert model(ids).dtype == jnp.bfloat16
+    state = nnx.state(model, nnx.LoRAParam)
+    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype(param_dtype)}
+    before = jax.tree.map(jnp.copy, state)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-5), wrt=nnx.LoRAParam)
+    loss = lambda m: jnp.square(m(ids).astype(jnp.float32)).mean()  # noqa: E731
+    optimizer.update(model, nnx.grad(loss, argnums=TRAINED)(model))
+    after = nnx.state(model, nnx.LoRAParam)
+    moved[param_dtype] = float((before["out"]["kernel"][...] != after["out"]["kernel"][...]).mean())
+  assert moved[jnp.float32] > 0.99 and moved[jnp.bfloat16] < 0.1, moved
+
+
+def test_a_quantized_module_cannot_be_trained_whole():
+  model = nn.quantize_model(Model(nnx.Rngs(0)), exclude=None)
   with pytest.raises(ValueError, match=r"`out` of `modules_to_save` is quantized.*exclude"):
     nn.add_lora(model, 2, 4, "q_proj", modules_to_save=["out"], rngs=nnx.Rngs(0))
   assert not trained(model)

@@ -145,15 +145,36 @@ def test_loads_onto_a_4_bit_base():
   np.testing.assert_array_equal(q.lora_b[...][1], tensors[name + "B.weight"].T)
 
 
-def test_half_precision_adapters_are_read(tmp_path):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_adapters_are_read(tmp_path, dtype):
   shutil.copy(GOLDEN / "lora" / CONFIG, tmp_path)
-  tensors = {k: v.astype(jnp.bfloat16) for k, v in read(GOLDEN / "lora" / WEIGHTS).items()}
+  tensors = {k: v.astype(dtype) for k, v in read(GOLDEN / "lora" / WEIGHTS).items()}
   safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS)
   model = nn.load_peft(tiny_llama(False), tmp_path)
   name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
   a = model["model"].layers[1].self_attn.q_proj.lora_a[...]
   assert a.dtype == jnp.float32
   np.testing.assert_array_equal(a, tensors[name].astype(np.float32).T)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_half_precision_adapters_are_written_and_read_again(tmp_path, options, dtype):
+  model = nn.add_lora(
+    tiny_llama(True), 4, 8, ".*_proj", param_dtype=dtype, rngs=nnx.Rngs(0), **options
+  )
+  lora = nnx.state(model, nnx.LoRAParam)
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  moved = jax.tree.map(lambda w: jax.random.normal(next(keys), w.shape, w.dtype), lora)
+  nnx.update(model, moved)
+  nn.save_peft(model, tmp_path)
+  assert {v.dtype for v in read(tmp_path / WEIGHTS).values()} == {np.dtype(dtype)}
+  again = nnx.state(nn.load_peft(tiny_llama(True), tmp_path), nnx.LoRAParam)
+  for wide, narrow in zip(jax.tree.leaves(again), jax.tree.leaves(moved), strict=True):
+    np.testing.assert_array_equal(wide, narrow.astype(jnp.float32))
+  held = nnx.state(nn.load_peft(model, tmp_path), nnx.LoRAParam)
+  jax.tree.map(np.testing.assert_array_equal, held, moved)
+  assert {leaf.dtype for leaf in jax.tree.leaves(held)} == {np.dtype(dtype)}
 
 
 @stacked_or_not

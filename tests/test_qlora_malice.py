@@ -87,7 +87,7 @@ def test_layers_that_no_model_has_are_refused_at_once(folder, layers, within):
     ({"vocab_size": 10**12}, "`vocab_size` must be at most 2,147,483,647"),
     ({"rope_theta": 10**400, "rope_parameters": None}, "`rope_theta` must be a positive number"),
     ({"max_window_layers": "many", "model_type": "qwen2", "use_sliding_window": True}, "damaged"),
-    ({"model_type": ["llama"]}, "damaged"),
+    ({"model_type": ["llama"]}, "`model_type` is ['llama']"),
     ({"rope_parameters": 7}, "damaged"),
     ({"": 3}, "damaged"),
   ],
@@ -490,6 +490,20 @@ def test_bad_rows_name_file_and_line(tmp_path, tokenizer, number, within):
   with pytest.raises(DataError) as error:
     load(file, tokenizer, 32)
   assert f"{file}, row 2" in str(error.value)
+
+
+def test_a_small_parquet_file_of_endless_rows_is_refused(tmp_path, tokenizer, monkeypatch):
+  pa = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  texts = pa.array(["the cat sat on the mat " * 40]).take(pa.array([0] * 20_000))
+  parquet.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
+  size = (tmp_path / "rows.parquet").stat().st_size
+  monkeypatch.setattr("tables._LARGEST", 1 << 20)
+  assert size < 20_000
+  with pytest.raises(DataError, match="unpacked, its rows are more than") as error:
+    load(tmp_path / "rows.parquet", tokenizer, 32)
+  assert str(tmp_path / "rows.parquet") in str(error.value)
 
 
 def test_a_long_answer_is_found_in_time(tmp_path, tokenizer, within):

@@ -90,6 +90,7 @@ def paged(out, files, printed):
   argv = arguments(files, halves, "--steps", "2", *again, "--stop-after", "1")
   assert finetune.main(argv) == 0 and finetune.main(["--resume", str(halves)]) == 0
   assert same(adapter(out), adapter(halves))
+  assert {value.dtype.name for value in adapter(out).values()} == {"bfloat16"}
   states = [load_file(folder / "last/state.safetensors") for folder in (out, halves)]
   assert same(*states) and any(x.dtype == np.uint8 for x in states[0].values())
 

@@ -27,8 +27,8 @@ from safetensors.numpy import load_file, save_file
 import optax_lowmem as lowmem
 from config_files import config_to_hf
 from conftest import GOLDEN
-from llama import LINEARS, load_llama
-from llama_config import LlamaConfig
+from llama import load_llama
+from llama_config import LlamaConfig, linear_shapes
 from optax_lowmem import nn
 from weights import expected_shapes, open_checkpoint
 
@@ -78,7 +78,7 @@ def train(model, ids, tx):
 def bits_of(model):
   """What is held of each layer, by the names of `qlora_torch.packed_bits`."""
   out = {}
-  for name in LINEARS:
+  for name in linear_shapes(CONFIG):
     holder, child = name.split(".")
     linear = getattr(getattr(model.model.layers, holder), child)
     weight = (linear.base if isinstance(linear, nn.LoRALinear) else linear).weight.get_value()
@@ -95,7 +95,7 @@ def bits_of(model):
 
 def take_bits(model, bits):
   """Gives the linear layers the bits of `bits_of`."""
-  for name in LINEARS:
+  for name in linear_shapes(CONFIG):
     holder, child = name.split(".")
     linear = getattr(getattr(model.model.layers, holder), child).base
     weight = linear.weight.get_value()
@@ -173,7 +173,7 @@ def folder(golden, tmp_path_factory):
   weights = {name: value / UNIT for name, value in of(golden, "base/").items()}
   write_model(folder, CONFIG, weights)
   (folder / "initial").mkdir()
-  targets = [name.split(".")[1] for name in LINEARS]
+  targets = [name.split(".")[1] for name in linear_shapes(CONFIG)]
   settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
   (folder / "initial" / "adapter_config.json").write_text(json.dumps(settings))
   save_file(of(golden, "initial/"), folder / "initial" / "adapter_model.safetensors")

@@ -21,7 +21,7 @@ import optax_lowmem as lowmem
 from chat import ChatTokenizer
 from generation import Generator
 from llama import load_llama
-from merging import write_companions
+from merging import template_of, write_companions
 from optax_lowmem import nn as lowmem_nn
 from qlora_cases import arguments, same, save_model, save_rows
 from recipe import trained_model
@@ -214,6 +214,35 @@ def test_a_merged_directory_has_the_template_of_the_run(tmp_path, place):
     of_it, want = ChatTokenizer.from_model(tmp_path / name), ChatTokenizer.from_model(model, name)
     assert of_it.encode_chat(talk) == want.encode_chat(talk)
     assert set(of_it.stop_ids) == set(want.stop_ids)
+
+
+@pytest.mark.parametrize("ends", [None, 0, [0, 5]])
+def test_what_was_merged_from_a_directory_stops(tmp_path, ends):
+  """A base that knows neither template nor end of what it was trained with."""
+  model, run = save_model(tmp_path / "model", tied=False), tmp_path / "run"
+  (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+  if ends is not None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    generation = {"eos_token_id": ends, "top_p": 0.9}
+    (model / "generation_config.json").write_text(json.dumps(generation))
+  save_adapter(model, run)
+  settings = {"settings": {"model": str(model), "chat_template": "auto"}}
+  (run / "run.json").write_text(json.dumps(settings))
+  assert finetune.main(["merge", str(run), "--out", str(tmp_path / "out")]) == 0
+  used, merged = (ChatTokenizer.from_model(tmp_path / name) for name in ("model", "out"))
+  stops = {0, 2} | {*(ends if isinstance(ends, list) else ())}  # 2 is <|im_end|>, ChatML's
+  assert set(used.stop_ids) == set(merged.stop_ids) == stops
+  files = ["config.json"] if ends is None else ["config.json", "generation_config.json"]
+  for name in files:
+    about = json.loads((tmp_path / "out" / name).read_text())
+    assert set(about["eos_token_id"]) >= {0, 2}
+  assert (ends is None) or (set(about["eos_token_id"]) == stops and about["top_p"] == 0.9)
+  assert (tmp_path / "out" / "chat_template.jinja").read_text() == template_of(used)
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  known = theirs.generation_config.eos_token_id
+  assert {0, 2} <= {*([known] if isinstance(known, int) else known)}
 
 
 def test_a_base_model_that_has_moved_is_named(tmp_path, capsys):

@@ -81,7 +81,12 @@ def test_axes_that_would_cut_blocks_move_to_others():
 
 @pytest.mark.parametrize(
   ("kind", "every"),
-  [("Auto", 1), ("Explicit", 3), pytest.param("Explicit", 1, marks=pytest.mark.slow)],
+  [
+    ("Auto", 3),
+    ("Explicit", 3),
+    pytest.param("Auto", 1, marks=pytest.mark.slow),
+    pytest.param("Explicit", 1, marks=pytest.mark.slow),
+  ],
 )
 def test_on_eight_devices(kind, every):
   devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

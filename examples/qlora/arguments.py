@@ -6,6 +6,7 @@ Flags go before the file named by ``--config``, which goes before the defaults.
 import argparse
 import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import jax
 from attention import KINDS
 from checks import check
 from runs import resumed
+from spellings import instead, known_as, translated
 from yaml_files import read_yaml
 
 
@@ -36,6 +38,7 @@ class Settings:
   chat_template: str = "auto"
   # steps
   steps: int = 80
+  epochs: float = 0.0
   batch_size: int = 4
   grad_accum: int = 1
   seed: int = 0
@@ -48,7 +51,7 @@ class Settings:
   rank: int = 16
   alpha: float = 32.0
   dropout: float = 0.0
-  targets: str = "[qkvo]_proj|gate_proj|up_proj|down_proj"
+  targets: str = "([qkvo]|qkv|gate|up|gate_up|down)_proj"
   init: str = "default"
   adapter_dtype: str = "float32"
   rslora: bool = False
@@ -89,6 +92,7 @@ HELP = {
   "train_on_prompt": "learn the questions too, not only the answers",
   "chat_template": "how conversations are written; auto: as the model's own template says",
   "steps": "training steps",
+  "epochs": "passes over the rows, in the place of --steps; 0: as many as --steps says",
   "batch_size": "rows a forward pass",
   "grad_accum": "forward passes a step",
   "seed": "of the adapters, the order of the rows, and dropout",
@@ -159,7 +163,8 @@ def parse(description: str, argv: Sequence[str] | None = None, prog: str | None 
       parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
       parser.add_argument(flag, type=_reader(kind), choices=CHOICES.get(each.name), help=text)
-  given = vars(parser.parse_args(argv))
+  words = sys.argv[1:] if argv is None else argv
+  given = vars(parser.parse_args(translated(words, list(HELP))))
   if given.get("config"):
     given = from_yaml(Path(given["config"])) | given
   if given.get("dtype") == "auto":
@@ -201,7 +206,13 @@ def from_yaml(path: Path) -> dict[str, Any]:
     raise ValueError(f"--config {path} must hold lines such as `rank: 16`.")
   known, settings = {each.name: each for each in fields(Settings)}, {}
   for key, value in content.items():
-    name = str(key).replace("-", "_")
+    name = known_as(str(key))
+    if why := instead(str(key)):
+      raise ValueError(f"--config {path}: {key}: {why}.")
+    if name in settings:
+      raise ValueError(
+        f"--config {path}: {key} and another name for it, {flag_of(name)}; keep one."
+      )
     if name not in known or name == "config":
       near = difflib.get_close_matches(name, known, n=1)
       hint = f" Did you mean {near[0]!r}?" if near else ""

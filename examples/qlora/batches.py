@@ -1,5 +1,6 @@
 """Rows in batches, in an order that depends on nothing but the seed and the step."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,6 +109,18 @@ class Batches:
       units = [self._unit(k) for k in range(step * size, (step + 1) * size)]
       flat = self._lay([[self.rows[i] for i in unit] for unit in units], size)
     return Batch(*(None if a is None else a.reshape(*self.shape, *a.shape[1:]) for a in flat))
+
+  def steps(self, epochs: float) -> int:
+    """How many steps that many passes over the rows take, by the first of them; at least one."""
+    return max(1, math.ceil(epochs * self._steps_of_first() - 1e-9))
+
+  def epochs(self, steps: int) -> float:
+    """How many passes over the rows so many steps are."""
+    return steps / self._steps_of_first()
+
+  def _steps_of_first(self) -> float:
+    units = len(self._units(0))
+    return units if self.bucketed else units / (self.shape[0] * self.shape[1])
 
   def once(self, rows: Sequence[Row]) -> list[Batch]:
     """Every row of another set once, in few batches ``(batch_size, length)``, not shuffled."""

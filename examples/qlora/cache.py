@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention import Attend
+from attention import Attend, attend_masked
 from llama_config import LlamaConfig
+from scores import PLAIN, Scoring
 
 
 class Cache(NamedTuple):
@@ -38,7 +39,11 @@ def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cac
 
 
 def attend_cached(
-  cache: Cache, layer: jax.Array, positions: jax.Array, window: jax.Array | None
+  cache: Cache,
+  layer: jax.Array,
+  positions: jax.Array,
+  window: jax.Array | None,
+  scoring: Scoring = PLAIN,
 ) -> Attend:
   """Attention of new tokens to the cache and to each other.
 
@@ -49,7 +54,7 @@ def attend_cached(
     cache: as the layers before left it.
     layer: the layer's number.
     positions: (B, T), those of the new tokens.
-    window: as in `attend_within`.
+    window, scoring: as in `attend_within`.
   """
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
@@ -58,9 +63,8 @@ def attend_cached(
     values = cache.values.at[place].set(v.astype(cache.values.dtype), mode="drop")
     distance = positions[:, :, None] - jnp.arange(cache.slots)
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    out = jax.nn.dot_product_attention(
-      q, keys[layer].astype(q.dtype), values[layer].astype(q.dtype), mask=seen[:, None]
-    )
+    held = keys[layer].astype(q.dtype), values[layer].astype(q.dtype)
+    out = attend_masked(q, *held, seen[:, None], scoring)
     return out, (keys, values)
 
   return attend

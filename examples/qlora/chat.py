@@ -41,6 +41,7 @@ class ChatTokenizer:
       control tokens the vocabulary holds.
     today: the day, at midnight, for templates that write the date; None is today.
     tokens: other special tokens that templates may write, such as ``unk_token``, by name.
+    ends: ids of other tokens that end an answer.
     origin: the file that the model's own template is in.
   """
 
@@ -56,6 +57,7 @@ class ChatTokenizer:
     template: str = "auto",
     today: datetime.date | None = None,
     tokens: Mapping[str, str] | None = None,
+    ends: Iterable[int] = (),
     origin: str = "",
   ):
     self.today = today or datetime.date.today()
@@ -77,7 +79,7 @@ class ChatTokenizer:
     else:
       fits = (t for t in KNOWN.values() if t.needs and all(n in vocabulary for n in t.needs))
       self.template = next(fits, KNOWN["plain"])
-    has_place = self.template is KNOWN["llama-2"] or self.template.name == "the model's own"
+    has_place = self.template is KNOWN["llama-2"] or self.template.is_own
     self.bos, self.writes_bos = bos, bool(bos and (add_bos or has_place))
     self._bos = bos if bos and self.writes_bos else ""
     self._text_begin = bos if bos and add_bos else ""
@@ -89,7 +91,7 @@ class ChatTokenizer:
     longest_first = "|".join(map(re.escape, sorted(control, key=lambda t: (-len(t), t))))
     self._control = re.compile(longest_first)
     self.end_of_answer = self._end_of_answer()
-    self.stop_ids = tuple({self.eos_id, self.end_of_answer} - {None})
+    self.stop_ids = tuple({self.eos_id, self.end_of_answer, *ends} - {None})
 
   def _end_of_answer(self) -> int | None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from attention import attend_within, windows_of_layers
 from confined import TooMuchError, elsewhere
 from evaluation import since_best
+from hub import check_model
+from scores import Scoring
 from weights import expected_shapes
 
 if TYPE_CHECKING:
@@ -48,12 +50,12 @@ def check(s: "Settings") -> None:
       raise ValueError(f"--{name} must be a positive number, got {value}.")
   if not 0 <= s.dropout < 1:
     raise ValueError(f"--dropout must be at least 0 and less than 1, got {s.dropout}.")
-  for name in ("max_grad_norm", "neftune_alpha", "weight_decay", "lora_plus_ratio"):
+  for name in ("max_grad_norm", "neftune_alpha", "weight_decay", "lora_plus_ratio", "epochs"):
     value = getattr(s, name)
     if value is not None and not (math.isfinite(value) and value >= 0):
       flag = name.replace("_", "-")
       raise ValueError(f"--{flag} must be 0 or a positive number, got {value}.")
-  if s.warmup is not None and not 0 <= s.warmup < s.steps:
+  if s.warmup is not None and not (0 <= s.warmup and (s.epochs or s.warmup < s.steps)):
     raise ValueError(
       f"--warmup must be at least 0 and less than --steps {s.steps}, got {s.warmup}."
     )
@@ -71,8 +73,8 @@ def check(s: "Settings") -> None:
     )
   if s.patience and not s.eval_every:
     raise ValueError(f"--patience {s.patience} needs --eval-every, which says when to measure.")
-  if s.model is not None and not Path(s.model).exists():
-    raise FileNotFoundError(f"--model {s.model}: there is no such file or directory.")
+  if s.model is not None:
+    check_model(s.model)
   if s.data is not None and not Path(s.data).is_file():
     raise FileNotFoundError(f"--data {s.data}: there is no such file.")
 
@@ -148,4 +150,5 @@ def check_attention(s: "Settings", config: "LlamaConfig") -> None:
     jax.ShapeDtypeStruct((s.batch_size, s.seq_len, n, config.head_dim), jnp.dtype(s.dtype))
     for n in heads
   ]
-  jax.eval_shape(attend_within(None, windows_of_layers(config), "cudnn"), *shapes)
+  scoring = Scoring(config.attention_scale, config.attn_logit_softcapping)
+  jax.eval_shape(attend_within(None, windows_of_layers(config), "cudnn", scoring), *shapes)

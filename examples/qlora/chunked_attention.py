@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scores import PLAIN, Scoring
+
 CHUNK = 512
 
 
@@ -40,7 +42,7 @@ class Chunks(NamedTuple):
   segments: jax.Array | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def chunked_attention(
   q: jax.Array,
   k: jax.Array,
@@ -48,6 +50,7 @@ def chunked_attention(
   segments: jax.Array | None,
   window: jax.Array | None,
   chunk: int = CHUNK,
+  scoring: Scoring = PLAIN,
 ) -> jax.Array:
   """Causal attention within segments and a window. Scores and softmax are float32.
 
@@ -60,14 +63,15 @@ def chunked_attention(
     segments: (B, T) int32, or None where each row is one segment.
     window: how many tokens one sees at most, itself among them; None for no limit.
     chunk: the most queries, and keys, of a chunk; they are of one size.
+    scoring: what becomes of a product of a query and a key.
 
   Returns:
     What the queries see, (B, T, heads, head_dim).
   """
-  return _forward(q, k, v, segments, window, chunk)[0]
+  return _forward(q, k, v, segments, window, chunk, scoring)[0]
 
 
-def _forward(q, k, v, segments, window, chunk):
+def _forward(q, k, v, segments, window, chunk, scoring):
   size = _size(q.shape[1], chunk)
   cut = _cut(q, k, v, segments, size)
   count = cut.k.shape[2] // size
@@ -77,7 +81,7 @@ def _forward(q, k, v, segments, window, chunk):
     i, j = pair
     # The first chunk of keys begins the row of queries anew; exp(-inf) is 0.
     top = jnp.where(j == 0, -jnp.inf, top)
-    scores = _scores(cut, window, i, j, size)
+    scores = _scores(cut, window, scoring, i, j, size)
     higher = jnp.maximum(top, scores.max(-1))
     weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
     total = total * fade + weights.sum(-1)
@@ -96,11 +100,11 @@ def _forward(q, k, v, segments, window, chunk):
   return out, (q, k, v, segments, window, out, norms)
 
 
-def _backward(chunk, residuals, slope):
+def _backward(chunk, scoring, residuals, slope):
   q, k, v, segments, window, out, norms = residuals
   size = _size(q.shape[1], chunk)
   cut = _cut(q, k, v, segments, size)
-  count, scale = cut.k.shape[2] // size, _scale(q)
+  count = cut.k.shape[2] // size
   slopes = _cut(slope, k, v, None, size).q
   # The softmax's own share of a score's slope is the same for all keys of a query.
   shared = (slope.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
@@ -111,9 +115,11 @@ def _backward(chunk, residuals, slope):
     i, j = pair
     keys, values, queries = _at(cut.k, j, size), _at(cut.v, j, size), _at(cut.q, i, size)
     given = _at(slopes, i, size)
-    weights = jnp.exp(_scores(cut, window, i, j, size) - _at(norms, i, size))
+    scores = _scores(cut, window, scoring, i, j, size)
+    weights = jnp.exp(scores - _at(norms, i, size))
     of_weights = _dot("bkgqh,bksh->bkgqs", given, values)
-    of_scores = (scale * weights * (of_weights - _at(shared, i, size))).astype(q.dtype)
+    of_scores = weights * (of_weights - _at(shared, i, size))
+    of_scores = (scoring.slope(scores, q.shape[-1]) * of_scores).astype(q.dtype)
     row = jnp.where(j == 0, 0.0, row) + _dot("bkgqs,bksh->bkgqh", of_scores, keys)
     dq = _put(dq, row.astype(q.dtype), i, size)
     of_keys = _dot("bkgqs,bkgqh->bksh", of_scores, queries)
@@ -177,13 +183,12 @@ def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _scale(q: jax.Array) -> np.float32:
-  return np.float32(1 / np.sqrt(q.shape[-1]))
-
-
-def _scores(cut: Chunks, window: Any, i: jax.Array, j: jax.Array, size: int) -> jax.Array:
+def _scores(
+  cut: Chunks, window: Any, scoring: Scoring, i: jax.Array, j: jax.Array, size: int
+) -> jax.Array:
   """Scores of the i-th chunk of queries at the j-th of keys, (B, ..., size, size) float32."""
-  scores = _scale(cut.q) * _dot("bkgqh,bksh->bkgqs", _at(cut.q, i, size), _at(cut.k, j, size))
+  products = _dot("bkgqh,bksh->bkgqs", _at(cut.q, i, size), _at(cut.k, j, size))
+  scores = scoring.scores(products, cut.q.shape[-1])
   index = jnp.arange(size, dtype=jnp.int32)
   distance = (i - j) * size + index[:, None] - index
   seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -8,10 +8,11 @@
                                                   of an optional ``"history"``
 ``{"prompt", "completion"}``                      without a template; the completion is learned
 ``{"text"}``                                      all of it is learned
-anything that is not JSON                         all of it is learned, cut at every ``seq_len``
+anything else                                     all of it is learned, cut at every ``seq_len``
 ================================================  =========================================
 
-The rows may stand in a JSON list or one a line: the content decides, not the file's name.
+The rows may stand in a JSON list or one a line, or in a Parquet file: the content decides, not the
+file's name. Files named .csv and .tsv are tables with these names in the first line, lists as JSON.
 """
 
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from chat import ChatTokenizer
 from formats import CONVERSATIONS, read
 from json_files import DEEP, decode, layout_of, lines, listed
 from json_files import DataError as DataError
+from tables import SEPARATORS, is_parquet, parquet, separated
 from text_blocks import BLOCK as BLOCK
 from text_blocks import blocks
 
@@ -63,12 +65,11 @@ def load(
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no data file at {path}.")
-  text = decode(path)
-  layout, unused = layout_of(path, text), set[str]()
-  if layout == "text":
-    encoded = _pieces(text, tokenizer, seq_len)
+  unused: set[str] = set()
+  if (rows := _rows(path)) is not None:
+    encoded = _written(rows, tokenizer, seq_len, train_on_prompt, unused)
   else:
-    encoded = _written(path, text, layout, tokenizer, seq_len, train_on_prompt, unused)
+    encoded = _pieces(decode(path), tokenizer, seq_len)
   kinds, kept, count, cut = set(), [], 0, 0
   for kind, ids, learned in encoded:
     kinds.add(kind)
@@ -102,18 +103,27 @@ def load(
   return Dataset(" and ".join(sorted(kinds)), kept, notes)
 
 
+def _rows(path: Path) -> Iterator[tuple[str, Any]] | None:
+  """``(place, row)`` for each row; None for a file of plain text."""
+  if is_parquet(path):
+    return parquet(path)
+  text = decode(path)
+  if path.suffix.lower() in SEPARATORS:
+    return separated(path, text)
+  layout = layout_of(path, text)
+  return {"list": listed, "lines": lines}[layout](path, text) if layout != "text" else None
+
+
 def _written(
-  path: Path,
-  text: str,
-  layout: str,
+  rows: Iterator[tuple[str, Any]],
   tokenizer: ChatTokenizer,
   seq_len: int,
   everything: bool,
   unused: set[str],
 ) -> _Encoded:
-  """Each JSON object. What no template has written of its messages' fields goes into `unused`."""
+  """Each row. What no template has written of its messages' fields goes into `unused`."""
   used = {"role", "content"}
-  for where, raw in (listed if layout == "list" else lines)(path, text):
+  for where, raw in rows:
     example = read(raw, where)
     try:
       if example.messages:

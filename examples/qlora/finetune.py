@@ -7,6 +7,7 @@
   python finetune.py plan --model DIR --seq-len 2048      # would it fit?
   python finetune.py chat my-adapter                      # talk to the result
   python finetune.py merge my-adapter --out my-model      # a model without adapters
+  python finetune.py export my-adapter --out my.gguf      # the adapter, for llama.cpp
 
 The base model is frozen, its linear layers packed in 4 bits (NF4). Beside each stands a trained
 low-rank correction (LoRA), and only for these does an optimizer state exist, in 8 bits.
@@ -14,13 +15,18 @@ Read `finetune` to see how it is put together: the step is in training.py, what 
 recipe.py, the data in data.py and batches.py, what is kept in checkpoints.py.
 """
 
+import sys
+
+if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
+  print("Starting ...", file=sys.stderr, flush=True)  # JAX takes seconds to import
+
 import datetime
 import json
 import math
 import shutil
-import sys
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +50,7 @@ from checkpoints import (
   whole_metrics,
 )
 from checks import (
+  check,
   check_attention,
   check_length,
   check_patterns,
@@ -54,15 +61,17 @@ from checks import (
 from data import Dataset, load
 from disk import DiskError, sha256_of, written_to
 from evaluation import HeldOut, since_best
+from exporting import export
 from fetch import MODEL_NAME, default_data, default_model
 from fingerprints import check_same_base, of_model
+from hub import fetched
 from merging import merge
 from neftune import without_noise
 from optax_lowmem import nn as lowmem_nn
 from recipe import abstract_model, loaded_model
 from recipe import adapted as adapted
 from recipe import optimizer as optimizer
-from report import Metrics, byte_parts, loss_picture, memory_in_use, read_records, running_mean
+from report import Metrics, byte_parts, count, loss_picture, memory_in_use, read_records
 from run_folder import output_folder
 from runs import began, check_same_data, read_run, save_settings
 from sampling import Samples
@@ -76,6 +85,7 @@ from terminal import (
   print_bytes,
   print_shapes,
   say,
+  say_trained,
   sentences,
 )
 from tracking import Board
@@ -100,7 +110,9 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
     tx, schedule = optimizer(s)
     mesh = devices_in_a_row(s.devices, s.batch_size)
     shards = 1 if mesh is None else mesh.size
-    model_path = Path(s.model) if s.model else default_model(say)
+    base_name = s.model or MODEL_NAME
+    model_path = fetched(s.model) if s.model else default_model(say)
+    s = replace(s, model=str(model_path)) if s.model else s
     config = open_checkpoint(model_path).config
     check_length(s, config)
     check_rank(s, config)
@@ -108,6 +120,8 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
     check_attention(s, config)
     shapes = abstract_model(config, s)
     if s.dry_run:
+      if s.data:
+        read_data(s, ChatTokenizer.from_model(model_path, s.chat_template))
       return dry_run(s, tx, *split(shapes, partial(abstract_state, tx)))
     out = output_folder(s, locks)
     in_one = nullcontext()
@@ -128,6 +142,14 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
       rows, held_rows = rows + held_rows[most:], held_rows[:most]
     say(f"Model: {model_path.name}, {config.parameter_count():,} parameters.")
     say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
+    batches = Batches(
+      rows, s.batch_size, s.grad_accum, s.seq_len, tokenizer.pad_id, s.seed,
+      packing=s.packing, buckets=s.buckets,
+    )  # fmt: skip
+    if s.epochs:
+      s = replace(s, steps=batches.steps(s.epochs), epochs=0.0)
+      check(s)
+      tx, schedule = optimizer(s)
     with in_one:
       graph, state, frozen = split(loaded_model(model_path, s), tx.init)
     state, frozen = everywhere(state, mesh), (in_parts if s.fsdp else everywhere)(frozen, mesh)
@@ -140,10 +162,7 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
       ended = only_results_left(s, start, before, records)
     board = Board(out / "tensorboard", start) if s.tensorboard else None
 
-  batches = Batches(
-    rows, s.batch_size, s.grad_accum, s.seq_len, tokenizer.pad_id, s.seed,
-    packing=s.packing, buckets=s.buckets,
-  )  # fmt: skip
+  say_trained(count(state.lora), count(frozen))
   model = merged(graph, state, frozen)
   model.eval()  # no dropout, no noise
   quiet = nnx.graphdef(model)
@@ -156,7 +175,7 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
   def save(name: str, step: int | None = None) -> None:
     with replacing(out / name) as folder:
       model = without_noise(merged(graph, state, frozen))
-      lowmem_nn.save_peft(model, folder, base_model=s.model or MODEL_NAME)
+      lowmem_nn.save_peft(model, folder, base_model=base_name)
       if step is not None:
         save_state(folder / STATE, state, step)
         text = "".join(json.dumps(record) + "\n" for record in records)
@@ -200,11 +219,12 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
         )
         return 1
       metrics.add(step=done, **measured, lr=float(schedule(step)), tokens=tokens, seconds=seconds)
-      bar.advance(done, running_mean(metrics.losses())[-1], tokens, seconds, memory_in_use())
+      bar.advance(metrics.records[-1], batches.epochs(done), memory_in_use())
       ended = done == s.steps
       if ended or (s.eval_every and done % s.eval_every == 0):
         now, (best, missed) = measure(state), since_best(metrics.records)
         better = now["held_out_loss"] < best
+        bar.measured(done, **now, best=better)
         ended = ended or bool(s.patience and not better and missed + 1 >= s.patience)
         metrics.add(step=done, **now, **(speak() if ended else {}))
         if better:
@@ -285,7 +305,7 @@ def plan(argv: list[str]) -> int:
   return train([*argv, "--dry-run"])
 
 
-COMMANDS = {"train": train, "plan": plan, "merge": merge, "chat": talk}
+COMMANDS = {"train": train, "plan": plan, "merge": merge, "export": export, "chat": talk}
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def _chat(
     _check_fields(message, place)
     if not _is_learned(message, place):
       silent.add(i - 1)
-    rest = {k: v for k, v in message.items() if k not in (who, what, "weight", "train")}
+    own = (who, what, "weight", "train")  # and where rows are a table, all fields are in each
+    rest = {k: v for k, v in message.items() if k not in own and v is not None}
     result.append({"role": known[role], "content": text, **rest})
   return result, frozenset(silent)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from config_files import config_from_hf
+from families import FAMILIES
 from gguf_header import Header
 from llama_config import LlamaConfig
 from rope_scaling import Divided, Linear
@@ -61,6 +62,7 @@ def open_gguf(path: pathlib.Path) -> Checkpoint:
     },
     rope_factors=None if factors is None else tuple(map(float, np.ravel(header.array(factors)))),
   )
+  model_type = str(architecture)  # a Mistral's file says "llama", and that it is one
 
   def read(name: str) -> np.ndarray:
     kind = header.tensors[tensors[name]].type
@@ -71,12 +73,11 @@ def open_gguf(path: pathlib.Path) -> Checkpoint:
         f"{path}: {name} is stored as {kind.name}, which `gguf` cannot decode."
       ) from error
     array = array.reshape(shapes[name])
-    # llama.cpp turns adjacent pairs in its architecture "llama" only; Qwens are as they were.
-    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-      array = _unpermute(array, config.head_dim)
+    if FAMILIES[model_type].gguf_adjacent_pairs and (".q_proj." in name or ".k_proj." in name):
+      array = by_halves(array, config.head_dim)
     return array
 
-  return Checkpoint(config, shapes, read)
+  return Checkpoint(model_type, config, shapes, read)
 
 
 def _hf_name(name: str) -> str:
@@ -89,10 +90,18 @@ def _hf_name(name: str) -> str:
   return name
 
 
-def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
-  # GGUF orders the rows of a head so that a rotated pair is adjacent, (dim/2, 2); Hugging Face's
-  # rotate-half convention wants the first halves before the second halves, (2, dim/2).
+def by_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+  """Orders the rows of each head for Hugging Face, which turns (i, i + dim/2).
+
+  GGUF files of some families have the two beside each other, as (2 i, 2 i + 1).
+  """
   rows = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])  # a bias has no more axes
+  return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def by_adjacent_pairs(weight: np.ndarray, head_dim: int) -> np.ndarray:
+  """The inverse of `by_halves`."""
+  rows = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
   return rows.swapaxes(1, 2).reshape(weight.shape)
 
 

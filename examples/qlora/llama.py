@@ -16,20 +16,10 @@ from flax import nnx
 
 import optax_lowmem as lowmem
 from attention import Kind
-from llama_config import LlamaConfig
+from llama_config import LlamaConfig, linear_shapes, norm_sizes
 from llama_model import Llama as Llama
 from optax_lowmem import nn as lowmem_nn
 from weights import Checkpoint, open_checkpoint
-
-LINEARS = (
-  "self_attn.q_proj",
-  "self_attn.k_proj",
-  "self_attn.v_proj",
-  "self_attn.o_proj",
-  "mlp.gate_proj",
-  "mlp.up_proj",
-  "mlp.down_proj",
-)
 
 Quantize = Literal["nf4", "fp4", "int8"] | None
 
@@ -111,12 +101,10 @@ def load_llama(
   fill(inner.norm.scale, read("model.norm.weight"))
   if not checkpoint.config.tie_word_embeddings:
     fill(model.lm_head.kernel, read("lm_head.weight").T)
-  norms = ["input_layernorm", "post_attention_layernorm"]
-  norms += ["self_attn.q_norm", "self_attn.k_norm"] * checkpoint.config.qk_norm
-  for name in norms:
+  for name in norm_sizes(checkpoint.config):
     norm: Any = functools.reduce(getattr, name.split("."), layers)
     fill(norm.scale, _stack(checkpoint, f"{name}.weight", np.asarray))
-  for name in LINEARS:
+  for name in linear_shapes(checkpoint.config):
     holder, child = name.split(".")
     parent = getattr(layers, holder)
     linear = getattr(parent, child)

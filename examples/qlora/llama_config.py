@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
-from rope_scaling import Divided, RopeScaling
+from rope_scaling import Divided, LongRope, RopeScaling
 
 Shape = tuple[int, ...]
+
+
+class BlockNorms(NamedTuple):
+  """The names of a layer's norms by their place; None where there is none."""
+
+  before_attention: str | None
+  after_attention: str | None
+  before_mlp: str | None
+  after_mlp: str | None
+
+
+PRE_NORMS = BlockNorms("input_layernorm", None, "post_attention_layernorm", None)
+POST_NORMS = BlockNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+PRE_AND_POST_NORMS = BlockNorms(
+  "input_layernorm",
+  "post_attention_layernorm",
+  "pre_feedforward_layernorm",
+  "post_feedforward_layernorm",
+)
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +37,28 @@ class LlamaConfig:
 
   Args:
     rope_scaling: what is done to the rotary frequencies; None for nothing.
+    rope_local_theta: the base of the layers that have a window, which are then not scaled; None
+      for `rope_theta` and `rope_scaling` there too.
+    partial_rotary_factor: how much of a head is turned.
+    unrotated: of each layer, whether nothing is turned there; () where all layers turn.
     windows: how many tokens each layer's tokens see at most, themselves among them, None for no
       limit; () where no layer has one.
     qkv_bias: whether q_proj, k_proj and v_proj have biases.
     o_bias: whether o_proj has one.
     mlp_bias: whether gate_proj, up_proj and down_proj have them.
-    qk_norm: whether each head's queries and keys are normalized.
+    qk_norm: whether queries and keys are normalized.
+    qk_norm_by_head: whether each head is by itself, or all heads are together.
+    fused_linears: whether q_proj, k_proj and v_proj are one layer, qkv_proj, and gate_proj and
+      up_proj are one, gate_up_proj.
+    hidden_act: the MLP's activation.
+    norms: which norms a layer has.
+    norm_offset: whether norms multiply by one more than their weight.
+    attention_scale: by which scores are multiplied; None for 1 / sqrt(head_dim).
+    attn_logit_softcapping: between which numbers scores are held; None for any.
+    final_logit_softcapping: the same of logits.
+    embedding_multiplier: by which embeddings are multiplied.
+    residual_multiplier: by which attention and MLP are, before they are added.
+    logits_scaling: by which logits are divided.
 
   Raises:
     ValueError: if a size is not a positive integer, or if the sizes do not fit together.
@@ -51,13 +88,29 @@ class LlamaConfig:
   o_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  qk_norm_by_head: bool = True
+  fused_linears: bool = False
+  hidden_act: str = "silu"
+  norms: BlockNorms = PRE_NORMS
+  norm_offset: bool = False
+  rope_local_theta: float | None = None
+  partial_rotary_factor: float = 1.0
+  unrotated: tuple[bool, ...] = ()
+  attention_scale: float | None = None
+  attn_logit_softcapping: float | None = None
+  final_logit_softcapping: float | None = None
+  embedding_multiplier: float = 1.0
+  residual_multiplier: float = 1.0
+  logits_scaling: float = 1.0
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
+      if field.type == "float | None" and value is None:
+        continue
       if field.type == "int":
         check_size(field.name, value)
-      if field.type == "float" and not (_is_number(value) and 0 < value < 1e300):
+      if "float" in str(field.type) and not (_is_number(value) and 0 < value < 1e300):
         raise ValueError(f"`{field.name}` must be a positive number, got {value!r:.100}.")
       if field.type == "bool" and type(value) is not bool:
         raise ValueError(f"`{field.name}` must be true or false, got {value!r}.")
@@ -70,30 +123,64 @@ class LlamaConfig:
       raise ValueError(
         f"`head_dim` must be even, got {self.head_dim}: rotary embeddings turn pairs."
       )
-    if len(self.windows) not in (0, self.num_hidden_layers):
+    if self.hidden_act not in ACTIVATIONS:
       raise ValueError(
-        f"`windows` must have {self.num_hidden_layers} entries, one a layer, or none, "
-        f"got {len(self.windows)}."
+        f"`hidden_act` must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}."
       )
+    if self.partial_rotary_factor > 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+      raise ValueError(
+        f"`partial_rotary_factor` must leave an even part of a head of {self.head_dim} to be "
+        f"turned, got {self.partial_rotary_factor}, which leaves {self.rotary_dim}."
+      )
+    for name in ("windows", "unrotated"):
+      if (count := len(getattr(self, name))) not in (0, self.num_hidden_layers):
+        raise ValueError(
+          f"`{name}` must have {self.num_hidden_layers} entries, one a layer, or none, got {count}."
+        )
     for window in self.windows:
       if window is not None:
         check_size("windows", window)
-    if isinstance(self.rope_scaling, Divided):
-      if len(self.rope_scaling.factors) != self.head_dim // 2:
+    for factors in _factors(self.rope_scaling):
+      if len(factors) != self.rotary_dim // 2:
         raise ValueError(
-          f"`rope_scaling` has {len(self.rope_scaling.factors)} factors, but a head of size "
-          f"{self.head_dim} has {self.head_dim // 2} pairs."
+          f"`rope_scaling` has {len(factors)} factors, but {self.rotary_dim} numbers of a head are "
+          f"turned, which are {self.rotary_dim // 2} pairs."
         )
+
+  @property
+  def rotary_dim(self) -> int:
+    """How many numbers of a head are turned."""
+    return int(self.head_dim * self.partial_rotary_factor)
 
   def parameter_count(self) -> int:
     """Returns the number of weights; a tied output layer is counted once."""
-    d, ff = self.hidden_size, self.intermediate_size
-    q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
-    layer = 2 * d * (q + kv) + 3 * d * ff + 2 * d
-    layer += self.qkv_bias * (q + 2 * kv) + self.o_bias * d + self.mlp_bias * (2 * ff + d)
-    layer += self.qk_norm * 2 * self.head_dim
-    tables = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-    return self.num_hidden_layers * layer + tables + d
+    return sum(math.prod(shape) for shape in expected_shapes(self).values())
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[Shape, bool]]:
+  """The linear layers of a block: the shape (out, in) of each, and whether it has a bias."""
+  d, ff = config.hidden_size, config.intermediate_size
+  q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+  if config.fused_linears:
+    inward = {"self_attn.qkv_proj": ((q + 2 * kv, d), config.qkv_bias)}
+    upward = {"mlp.gate_up_proj": ((2 * ff, d), config.mlp_bias)}
+  else:
+    sizes = {"q": q, "k": kv, "v": kv}
+    inward = {f"self_attn.{x}_proj": ((out, d), config.qkv_bias) for x, out in sizes.items()}
+    upward = {f"mlp.{x}_proj": ((ff, d), config.mlp_bias) for x in ("gate", "up")}
+  outward = {"self_attn.o_proj": ((d, q), config.o_bias)}
+  return inward | outward | upward | {"mlp.down_proj": ((d, ff), config.mlp_bias)}
+
+
+def norm_sizes(config: LlamaConfig) -> dict[str, int]:
+  """The norms of a block and how many numbers each normalizes."""
+  sizes = {name: config.hidden_size for name in config.norms if name}
+  if config.qk_norm:
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    for name, count in heads.items():
+      together = 1 if config.qk_norm_by_head else count
+      sizes[f"self_attn.{name}_norm"] = together * config.head_dim
+  return sizes
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, Shape]:
@@ -105,31 +192,17 @@ def expected_shapes(config: LlamaConfig) -> dict[str, Shape]:
   Returns:
     A dictionary; linear weights are (out, in).
   """
-  d, ff = config.hidden_size, config.intermediate_size
-  q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-  linears: dict[str, tuple[Shape, bool]] = {
-    "self_attn.q_proj": ((q, d), config.qkv_bias),
-    "self_attn.k_proj": ((kv, d), config.qkv_bias),
-    "self_attn.v_proj": ((kv, d), config.qkv_bias),
-    "self_attn.o_proj": ((d, q), config.o_bias),
-    "mlp.gate_proj": ((ff, d), config.mlp_bias),
-    "mlp.up_proj": ((ff, d), config.mlp_bias),
-    "mlp.down_proj": ((d, ff), config.mlp_bias),
-  }
-  layer: dict[str, Shape] = {"input_layernorm.weight": (d,)}
-  for name, (shape, bias) in linears.items():
+  layer: dict[str, Shape] = {f"{name}.weight": (n,) for name, n in norm_sizes(config).items()}
+  for name, (shape, bias) in linear_shapes(config).items():
     layer[f"{name}.weight"] = shape
     if bias:
       layer[f"{name}.bias"] = shape[:1]
-  if config.qk_norm:
-    layer |= {f"self_attn.{each}_norm.weight": (config.head_dim,) for each in ("q", "k")}
-  layer["post_attention_layernorm.weight"] = (d,)
-  shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, d)}
+  shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
   for i in range(config.num_hidden_layers):
     shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-  shapes["model.norm.weight"] = (d,)
+  shapes["model.norm.weight"] = (config.hidden_size,)
   if not config.tie_word_embeddings:
-    shapes["lm_head.weight"] = (config.vocab_size, d)
+    shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
   return shapes
 
 
@@ -146,3 +219,13 @@ def check_size(name: str, value: Any) -> None:
 
 def _is_number(value: Any) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _factors(scaling: RopeScaling | None) -> list[tuple[float, ...]]:
+  """The lists of numbers in a scaling, one number a pair."""
+  match scaling:
+    case Divided(factors):
+      return [factors]
+    case LongRope(short, long):
+      return [short, long]
+  return []

@@ -1,4 +1,4 @@
-"""A Llama in Flax NNX, for fine-tuning.
+"""A Llama, or one of its relatives, in Flax NNX, for fine-tuning.
 
 The modules carry Hugging Face's names. The layers are one `Block` whose weights have a leading
 layer axis; it is scanned, so the program does not grow with depth, and each layer's forward pass
@@ -16,8 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention import (
-  Attend,
-  Attention,
   Kind,
   attend_within,
   check_kind,
@@ -26,39 +24,11 @@ from attention import (
   windows_of_layers,
 )
 from cache import Cache, attend_cached, empty_cache
+from llama_block import Block
 from llama_config import LlamaConfig
-from rope import Rope, rope_tables
-
-
-class MLP(nnx.Module):
-  """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
-
-  def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-    d, ff = config.hidden_size, config.intermediate_size
-    linear = functools.partial(
-      nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs
-    )
-    self.gate_proj, self.up_proj, self.down_proj = linear(d, ff), linear(d, ff), linear(ff, d)
-
-  def __call__(self, x: jax.Array):
-    return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nnx.Module):
-  """One layer: attention and SwiGLU, each on the normalized residual stream."""
-
-  def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-    norm = functools.partial(
-      nnx.RMSNorm, config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs
-    )
-    self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-    self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-    self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-
-  def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
-    seen, kept = self.self_attn(self.input_layernorm(x), rope, attend)
-    x = x + seen
-    return x + self.mlp(self.post_attention_layernorm(x)), kept
+from norms import rms_norm
+from rope import rope_of, rope_tables, ropes_of_layers
+from scores import Scoring, capped
 
 
 class LlamaModel(nnx.Module):
@@ -69,6 +39,7 @@ class LlamaModel(nnx.Module):
 
   def __init__(self, config: LlamaConfig, *, dtype: Any, attention: Kind, rngs: nnx.Rngs):
     self.config, self.attention = config, attention
+    self.scoring = Scoring(config.attention_scale, config.attn_logit_softcapping)
     self.embed_tokens = nnx.Embed(
       config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
     )
@@ -79,10 +50,10 @@ class LlamaModel(nnx.Module):
       return Block(config, dtype=dtype, rngs=rngs)
 
     self.layers = stacked(rngs)
-    self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+    self.norm = rms_norm(config, config.hidden_size, dtype=dtype, rngs=rngs)
 
   def __call__(self, input_ids: jax.Array, positions: jax.Array, segments: jax.Array | None):
-    rope = rope_tables(positions, self.config)  # once, not once a layer
+    ropes = rope_tables(positions, self.config, input_ids.shape[1])  # once, not once a layer
     # jax.lax.scan over the split module and not nnx.scan: that refuses variables of different
     # trace levels, which is what `jax.grad` over `nnx.merge` of some of them gives.
     graphdef, random, weights = nnx.split(self.layers, nnx.RngState, ...)
@@ -92,39 +63,48 @@ class LlamaModel(nnx.Module):
     # prevent_cse: the two passes are in different loops, there is nothing to merge.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def layer(x, inputs):
-      state, window = inputs
+      state, window, way = inputs
       block = nnx.merge(graphdef, *state)
-      x, _ = block(x, rope, attend_within(segments, window, self.attention))
+      attend = attend_within(segments, window, self.attention, self.scoring)
+      x, _ = block(x, rope_of(ropes, way), attend)
       return x, nnx.state(block, nnx.RngState)
 
-    inputs = (random, weights), windows_of_layers(self.config)
-    x, random = jax.lax.scan(layer, self.embed_tokens(input_ids), inputs)
+    inputs = (random, weights), windows_of_layers(self.config), ropes_of_layers(self.config)
+    x, random = jax.lax.scan(layer, self.embedded(input_ids), inputs)
     nnx.update(self.layers, random)  # dropout's counters move on
     return self.norm(x)
+
+  def embedded(self, input_ids: jax.Array) -> jax.Array:
+    """The residual stream before the first layer."""
+    x = self.embed_tokens(input_ids)
+    multiplier = self.config.embedding_multiplier
+    return x if multiplier == 1 else x * multiplier  # rounded to the dtype first, as Gemma's is
 
   def extend(self, input_ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """As `__call__`, for tokens that follow those in the cache; its lengths stay as they are."""
     positions = cache.lengths[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-    rope = rope_tables(positions, self.config)
+    ropes = rope_tables(positions, self.config, cache.slots)
     graphdef, random, weights = nnx.split(self.layers, nnx.RngState, ...)
 
     # The cache is carried, not scanned over: a scan would copy all of it for every token.
     def layer(carry, inputs):
       x, cache = carry
-      state, number, window = inputs
+      state, number, window, way = inputs
       block = nnx.merge(graphdef, *state)
-      x, (keys, values) = block(x, rope, attend_cached(cache, number, positions, window))
+      attend = attend_cached(cache, number, positions, window, self.scoring)
+      x, (keys, values) = block(x, rope_of(ropes, way), attend)
       return (x, cache._replace(keys=keys, values=values)), nnx.state(block, nnx.RngState)
 
     numbers = jnp.arange(self.config.num_hidden_layers)
-    inputs = (random, weights), numbers, windows_of_layers(self.config)
-    (x, cache), random = jax.lax.scan(layer, (self.embed_tokens(input_ids), cache), inputs)
+    options = windows_of_layers(self.config), ropes_of_layers(self.config)
+    inputs = (random, weights), numbers, *options
+    (x, cache), random = jax.lax.scan(layer, (self.embedded(input_ids), cache), inputs)
     nnx.update(self.layers, random)
     return self.norm(x), cache
 
 
 class Llama(nnx.Module):
-  """Hugging Face's ``LlamaForCausalLM``; made by `load_llama` or `abstract_llama`.
+  """Hugging Face's ``LlamaForCausalLM`` or a relative; made by `load_llama` or `abstract_llama`.
 
   Args:
     config: the model's configuration.
@@ -261,9 +241,14 @@ class Llama(nnx.Module):
 
   def head(self, hidden: jax.Array) -> jax.Array:
     """Logits of hidden states (..., hidden_size); take a few at a time to save memory."""
-    if not self.config.tie_word_embeddings:
-      return self.lm_head(hidden)
-    # nnx.Embed.attend multiplies by the transpose, of which XLA keeps a copy under
-    # jax.value_and_grad on CPU: 108 MiB more for SmolLM2-135M's table.
-    table = self.model.embed_tokens.embedding[...].astype(hidden.dtype)
-    return jax.lax.dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())))
+    config = self.config
+    if config.tie_word_embeddings:
+      # nnx.Embed.attend multiplies by the transpose, of which XLA keeps a copy under
+      # jax.value_and_grad on CPU: 108 MiB more for SmolLM2-135M's table.
+      table = self.model.embed_tokens.embedding[...].astype(hidden.dtype)
+      logits = jax.lax.dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())))
+    else:
+      logits = self.lm_head(hidden)
+    if config.logits_scaling != 1:
+      logits = logits / config.logits_scaling
+    return capped(logits, config.final_logit_softcapping)

@@ -17,6 +17,7 @@ from checkpoints import replacing
 from config_files import config_to_hf
 from disk import written_to
 from llama_config import expected_shapes
+from model_files import read_json
 from optax_lowmem import nn as lowmem_nn
 from run_folder import new_folder
 from talking import of_run
@@ -58,8 +59,10 @@ def merge(argv: Sequence[str]) -> int:
       )
       if lone:
         write_companions(folder, config | {"torch_dtype": given.dtype}, tokenizer)
-      elif s.chat_template != "auto":  # this file goes before what tokenizer_config.json says
-        (folder / "chat_template.jinja").write_text(template_of(tokenizer), encoding="utf-8")
+      else:
+        write_ends(folder, tokenizer)
+        if not tokenizer.template.is_own:  # this file goes before what tokenizer_config.json says
+          (folder / "chat_template.jinja").write_text(template_of(tokenizer), encoding="utf-8")
   say(f"The merged model, of {checkpoint.config.parameter_count():,} parameters: {given.out}.")
   return 0
 
@@ -92,13 +95,32 @@ def template_of(tokenizer: ChatTokenizer) -> str:
   return "{% set bos_token = '' %}" + source if without else source
 
 
+def write_ends(folder: Path, tokenizer: ChatTokenizer) -> None:
+  """Names all tokens that end an answer in the files of a base that may know another end.
+
+  Those who generate read generation_config.json where there is one, and config.json elsewhere.
+  """
+  for name in ("config.json", "generation_config.json"):
+    if (folder / name).is_file():
+      about = read_json(folder / name)
+      known = about.get("eos_token_id")
+      known = known if isinstance(known, list) else [known] if known is not None else []
+      about["eos_token_id"] = listed(tokenizer, known)
+      (folder / name).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def listed(tokenizer: ChatTokenizer, more: Sequence[int] = ()) -> int | list[int]:
+  """The tokens that end an answer, as configurations have them: a number, or several."""
+  ends = sorted({*tokenizer.stop_ids, *more})
+  return ends if len(ends) > 1 else ends[0]
+
+
 def write_companions(folder: Path, config: dict[str, Any], tokenizer: ChatTokenizer) -> None:
   """Writes the configuration and the tokenizer.
 
   All tokens that end an answer are named, not `eos` alone: generation would run past the others.
   """
-  stops = sorted(tokenizer.stop_ids)
-  config |= {"eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
+  config |= {"eos_token_id": listed(tokenizer)}
   tokenizer.backend.save(str(folder / "tokenizer.json"))
   about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos}
   about |= {"pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id)}

@@ -86,7 +86,7 @@ def packed(model: Any, s: Settings) -> Any:
   """The model with its linear layers packed, but for the head and what is trained whole."""
   if s.quantize == "none":
     return model
-  kept = [r"(^|\.)lm_head$", *(f"(.*\\.)?{re.escape(name)}(\\..*)?" for name in s.modules_to_save)]
+  kept = ["output head", *(f"(.*\\.)?{re.escape(name)}(\\..*)?" for name in s.modules_to_save)]
   if s.init == "loftq" and not _dense_linears(model, kept):  # LoftQ has packed what it adapted
     return model
   return lowmem_nn.quantize_model(model, exclude=kept, codebook=s.quantize)
@@ -97,7 +97,7 @@ def _dense_linears(model: Any, kept: list[str]) -> list[str]:
   paths = [
     ".".join(map(str, path)) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear)
   ]
-  either = re.compile("|".join(kept))
+  either = re.compile("|".join(["lm_head", *kept]))
   return [p for p in paths if not either.fullmatch(p) and not either.fullmatch(p.split(".")[-1])]
 
 

@@ -79,13 +79,37 @@ class Divided:
   """Each frequency divided by its own number, as GGUF files hold them in ``rope_freqs.weight``."""
 
   factors: tuple[float, ...]
-  magnitude = 1.0
+  magnitude: float = 1.0
 
   def __call__(self, frequency: np.ndarray, theta: float) -> np.ndarray:
     return frequency / np.asarray(self.factors)
 
 
-RopeScaling = Linear | Llama3 | Yarn | Divided
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+  """Each frequency divided by its own number, of which there are others for long rows.
+
+  Which of them holds for a row follows from the positions that it has, or may come to have: were
+  it to change while a row is generated, the keys in the cache would be wrong. So it is a matter of
+  the length of a batch's rows, and the sequences that are packed in one row share it.
+
+  References:
+    Ding et al., LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens, 2024,
+    arXiv:2402.13753.
+  """
+
+  short_factor: tuple[float, ...]
+  long_factor: tuple[float, ...]
+  magnitude: float
+  original_max_position_embeddings: int
+
+  def at(self, length: int) -> Divided:
+    """The scaling of rows of `length` positions."""
+    short = length <= self.original_max_position_embeddings
+    return Divided(self.short_factor if short else self.long_factor, self.magnitude)
+
+
+RopeScaling = Linear | Llama3 | Yarn | Divided | LongRope
 
 # Rope type -> (required keys, optional keys), beside those that every type may have.
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -107,18 +131,25 @@ KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
       "truncate",
     ),
   ),
+  "longrope": (
+    ("short_factor", "long_factor"),
+    ("factor", "original_max_position_embeddings", "attention_factor"),
+  ),
 }
 COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def rope_scaling_from_hf(
-  rope: Mapping[str, Any], original_max_position_embeddings: int
+  rope: Mapping[str, Any],
+  original_max_position_embeddings: int,
+  max_position_embeddings: int | None = None,
 ) -> RopeScaling | None:
   """Reads ``rope_parameters`` or ``rope_scaling`` of a ``config.json``.
 
   Args:
     rope: the dictionary.
     original_max_position_embeddings: what to take where `rope` does not say it.
+    max_position_embeddings: how many positions there are now; "longrope" takes its factor from it.
 
   Returns:
     The scaling, None for the plain embedding.
@@ -132,7 +163,7 @@ def rope_scaling_from_hf(
     >>> rope_scaling_from_hf({"type": "dynamic", "factor": 2.0}, 2048)
     Traceback (most recent call last):
     ...
-    ValueError: Rope scaling 'dynamic' is not supported; needs default, linear, llama3, yarn.
+    ValueError: Rope scaling 'dynamic' is not supported; needs default, linear, llama3, ...
   """
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in KEYS:
@@ -145,8 +176,12 @@ def rope_scaling_from_hf(
   if unknown := [key for key in given if key not in required + optional]:
     raise ValueError(f"Rope scaling {kind!r} has unknown keys: {', '.join(unknown)}.")
   truncate = given.pop("truncate", True)
+  lists = {key: given.pop(key) for key in ("short_factor", "long_factor") if key in given}
+  for key, value in lists.items():
+    if not isinstance(value, (list, tuple)) or not all(map(_is_positive, value)):
+      raise ValueError(f"Rope scaling's `{key}` must be a list of positive numbers, got {value!r}.")
   for key, value in given.items():
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not _is_positive(value):
       raise ValueError(f"Rope scaling's `{key}` must be a positive number, got {value!r}.")
   given.setdefault("original_max_position_embeddings", original_max_position_embeddings)
   match kind:
@@ -163,7 +198,25 @@ def rope_scaling_from_hf(
       scales = given.pop("mscale", None), given.pop("mscale_all_dim", None)
       magnitude = given.pop("attention_factor", None) or _magnitude(given["factor"], *scales)
       return Yarn(magnitude=magnitude, truncate=bool(truncate), **given)
+    case "longrope":
+      original = given["original_max_position_embeddings"]
+      # In transformers too, the two numbers of positions go before a factor that is given.
+      factor = (max_position_embeddings or original) / original
+      if factor == 1:
+        factor = given.get("factor", 1.0)
+      magnitude = given.get("attention_factor") or _longrope_magnitude(factor, original)
+      factors = {key: tuple(map(float, value)) for key, value in lists.items()}
+      return LongRope(magnitude=magnitude, original_max_position_embeddings=original, **factors)
   return None
+
+
+def _is_positive(value: Any) -> bool:
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return number and 0 < value < math.inf
+
+
+def _longrope_magnitude(factor: float, original: int) -> float:
+  return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _magnitude(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
   from arguments import Settings
 
 # What a resumed run may change; everything else would make it another run.
-CHANGEABLE = {"model", "data", "config", "steps", "out", "resume", "save_every", "stop_after"}
+CHANGEABLE = {
+  "model",
+  "data",
+  "config",
+  "steps",
+  "epochs",
+  "out",
+  "resume",
+  "save_every",
+  "stop_after",
+}
 CHANGEABLE |= {"dry_run", "tensorboard"}
 _KEYS = ("data_sha256", "today", "base")
 

@@ -43,6 +43,11 @@ class Template:
     """The name, and the file."""
     return f"{self.name}, {self.origin}" if self.origin else self.name
 
+  @property
+  def is_own(self) -> bool:
+    """Whether it came with the model, and is none of `KNOWN`."""
+    return not any(self is known for known in KNOWN.values())
+
   def writes(self, name: str) -> bool:
     """Whether the program speaks of a variable or a field of this name at all."""
     return re.search(rf"\b{re.escape(name)}\b", self.source) is not None

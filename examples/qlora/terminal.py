@@ -3,7 +3,8 @@
 import json
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -85,6 +86,7 @@ class StepBar:
   def __init__(self, start: int, steps: int):
     self.start, self.steps = start, steps
     self.tokens = self.seconds = 0.0
+    self.begun = time.monotonic()
     self.progress = Progress(
       TextColumn("step {task.completed}/{task.total}"),
       BarColumn(bar_width=24),
@@ -105,15 +107,39 @@ class StepBar:
     except OSError:  # the terminal is gone
       pass
 
-  def advance(self, done: int, loss: float, tokens: int, seconds: float, memory: int) -> None:
-    """Shows the step that just ended; `loss` is a running mean."""
-    self.tokens += tokens
-    self.seconds += seconds
+  def advance(self, record: Mapping[str, float], epoch: float, memory: int) -> None:
+    """Shows the step that just ended: its own loss, not a mean that lags behind."""
+    done = int(record["step"])
+    self.tokens += record["tokens"]
+    self.seconds += record["seconds"]
     rate = self.tokens / self.seconds
-    text = f"loss {loss:.3f} · {rate:,.0f} tokens/s · {human(memory)}"
+    text = (
+      f"loss {record['loss']:.3f} · lr {record['lr']:.1e} · gradient {record['grad_norm']:.2f} · "
+      f"epoch {epoch:.2f} · {rate:,.0f} tokens/s · {human(memory)}"
+    )
     self.progress.update(self.task, completed=done, text=text)
     if not console.is_terminal and (done % max(1, self.steps // 20) == 0 or done == self.steps):
-      say(f"step {done}/{self.steps} · {text}")
+      seconds = (time.monotonic() - self.begun) / (done - self.start) * (self.steps - done)
+      left = f" · {_clock(seconds)} left" if done < self.steps else ""
+      say(f"step {done}/{self.steps} · {text}{left}")
+
+  def measured(self, step: int, held_out_loss: float, perplexity: float, best: bool) -> None:
+    """Says what an evaluation gave."""
+    lowest = ", the lowest so far" if best else ""
+    say(f"step {step}: held-out loss {held_out_loss:.3f}, perplexity {perplexity:.1f}{lowest}")
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def say_trained(trained: int, frozen: int) -> None:
+  """How much of a model is trained; `frozen` counts weights, not the bytes they are packed in."""
+  say(
+    f"Trained: {trained:,} parameters, {trained / (trained + frozen):.2%} of {trained + frozen:,}."
+  )
 
 
 def print_shapes(lora: Any) -> None:
@@ -183,6 +209,9 @@ def conclude(out: Path, metrics: Metrics, parts: list[Part], seconds: float) -> 
   )
   say(f"At its peak {what} took {human(peak_memory())}.")
   say(f"The adapter, in PEFT's format: {out / 'adapter'}. The loss curve: {out / 'loss.png'}.")
+  script = sys.argv[0]
+  say(f"Talk to it: python {script} chat {out}")
+  say(f"A model without adapters: python {script} merge {out} --out {out}-merged")
   summary = {
     "held_out_loss": [before["held_out_loss"], after["held_out_loss"]],
     "steps": after["step"],

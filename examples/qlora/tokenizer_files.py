@@ -92,6 +92,7 @@ def _from_config(
     "chat_template": _template(template, origin),
     "origin": str(origin),
     "tokens": {"unk_token": unknown} if (unknown := token("unk")) else {},
+    "ends": _ends(folder, backend),
   }
 
 
@@ -109,6 +110,17 @@ def encoded(backend: Tokenizer, text: str, *, special: bool = False) -> Encoding
     raise ValueError(
       f"the model's tokenizer.json cannot be used for the text {text[:40]!r}: {error!s:.200}"
     ) from error
+
+
+def _ends(folder: Path, backend: Tokenizer) -> list[int]:
+  """The tokens that end an answer by what the model's own files say of generation."""
+  ends: list[int] = []
+  for name in ("config.json", "generation_config.json"):
+    if (file := member(folder, name)).exists():
+      given = read_json(file).get("eos_token_id")
+      ends += given if isinstance(given, list) else [given]
+  known = [i for i in ends if isinstance(i, int) and 0 <= i < 1 << 32]  # what an id can be
+  return [i for i in known if backend.id_to_token(i) is not None]
 
 
 def _declare(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:

@@ -30,9 +30,10 @@ class Checkpoint:
   """A model on disk.
 
   Invariants: every name of `expected_shapes(config)` is in `shapes`, with that shape, and
-  ``read(name)`` returns a float array of shape ``shapes[name]``.
+  ``read(name)`` returns a float array of shape ``shapes[name]``. `model_type` is one of `FAMILIES`.
   """
 
+  model_type: str
   config: LlamaConfig
   shapes: dict[str, Shape]
   read: Callable[[str], np.ndarray]
@@ -136,7 +137,8 @@ def _open_directory(path: pathlib.Path) -> Checkpoint:
   if not config_file.exists():
     raise ValueError("the directory has no config.json.")
   with damage_of(config_file):
-    config = config_from_hf(read_json(config_file))
+    said = read_json(config_file)
+    config = config_from_hf(said)
   files = weight_files(path)
 
   shapes: dict[str, Shape] = {}
@@ -164,4 +166,4 @@ def _open_directory(path: pathlib.Path) -> Checkpoint:
           "BF16. Save the model unquantized."
         )
       where[name], shapes[name] = tensors, tuple(part.get_shape())
-  return Checkpoint(config, shapes, lambda name: where[name].get_tensor(name))
+  return Checkpoint(said["model_type"], config, shapes, lambda name: where[name].get_tensor(name))

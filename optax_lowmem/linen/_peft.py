@@ -85,7 +85,7 @@ def save_peft(
   alphas: dict[str, float] = {}
   for target in lora.chosen:
     names = _names(target.layer, stack)
-    a, b = (np.asarray(flat[key], np.float32) for key in target.shapes)
+    a, b = (np.asarray(flat[key]) for key in target.shapes)
     for i, name in enumerate(names):
       for part, value in (("A", a), ("B", b)):
         one = value[i] if target.layer.stack else value

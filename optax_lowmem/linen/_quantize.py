@@ -11,7 +11,7 @@ from flax import traverse_util
 from optax_lowmem._blocks import QuantizedArray
 from optax_lowmem.linen._layers import Layers, copied, weight_at
 from optax_lowmem.linen._nf4_dense import check_unboxed
-from optax_lowmem.linen._targets import choose
+from optax_lowmem.linen._targets import choose, output_heads
 from optax_lowmem.nn._names import HEAD
 from optax_lowmem.nn._places import matches, patterns
 from optax_lowmem.nn._quantized import check_codebook, check_weight, quantize_like, quantize_stack
@@ -42,8 +42,9 @@ def quantize_params(
     layers: of `find_layers`.
     targets: a regular expression or a list of them, each matching a layer's whole path, joined
       with `.` or `/`, or its last part. None means every linear layer.
-    exclude: the same, for layers to leave alone. None excludes nothing. The default need not match
-      anything.
+    exclude: the same, for layers to leave alone. None excludes nothing. `"output head"`, which is
+      the default and may stand in a list, is the layer that has the name of one (`lm_head`), or,
+      where none has, the only one with as many outputs as an embedding has rows.
     codebook: `"nf4"`, `"fp4"` or `"int8"`.
     block_size: how many inputs share a scale; None is all inputs of an output.
     double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
@@ -110,7 +111,9 @@ def _excluded(exclude: str | Sequence[str] | None, layers: Layers) -> set[tuple[
   found: set[tuple[str, ...]] = set()
   for pattern in [] if exclude is None else patterns("exclude", exclude):
     other = any(matches(pattern, name) for name, _ in layers.others)
-    if pattern.pattern == HEAD or other:
+    if pattern.pattern == HEAD:
+      found |= {layer.path for layer in output_heads(layers)}
+    elif other:
       found |= {layer.path for layer in layers.layers if matches(pattern, layer.name)}
     else:
       chosen = choose("exclude", pattern.pattern, layers, layers.layers)

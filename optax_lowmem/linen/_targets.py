@@ -10,15 +10,21 @@ from optax_lowmem.nn._names import HEADS
 from optax_lowmem.nn._places import listing, matches, nearest, patterns
 
 
-def all_linear(layers: Layers) -> list[Layer]:
-  """Every linear layer but the output head: what has the name of one, or the sizes of one."""
+def output_heads(layers: Layers) -> list[Layer]:
+  """The output head: what carries the name of one, or else has the sizes of one."""
   linear = [layer for layer in layers.layers if layer.field == "kernel"]
   heads = [layer for layer in linear if HEADS.fullmatch(layer.name)]
-  if not heads:
-    rows = {layer.matrix_shape[-1] for layer in layers.layers if layer.field == "embedding"}
-    heads = [layer for layer in linear if layer.matrix_shape[-2] in rows]
-    heads = heads if len(heads) == 1 else []
-  return [layer for layer in linear if layer not in heads]
+  if heads:
+    return heads
+  rows = {layer.matrix_shape[-1] for layer in layers.layers if layer.field == "embedding"}
+  heads = [layer for layer in linear if layer.matrix_shape[-2] in rows]
+  return heads if len(heads) == 1 else []
+
+
+def all_linear(layers: Layers) -> list[Layer]:
+  """Every linear layer but the output head."""
+  heads = output_heads(layers)
+  return [layer for layer in layers.layers if layer.field == "kernel" and layer not in heads]
 
 
 def choose(

@@ -12,13 +12,13 @@ from flax import nnx
 from optax_lowmem.nn._adapter import Adapter
 from optax_lowmem.nn._delta import Delta
 from optax_lowmem.nn._embed import LoRAEmbed
-from optax_lowmem.nn._names import HEAD_TENSORS, TABLE_TENSORS
+from optax_lowmem.nn._names import HEAD_TENSORS, HEADS, TABLE_TENSORS
 from optax_lowmem.nn._peft import check_matrix, check_nameable, peft_layers
 from optax_lowmem.nn._peft_files import AdapterFile
 from optax_lowmem.nn._places import nearest, places
 from optax_lowmem.nn._settings import scale_of
 from optax_lowmem.nn._shards import Weights
-from optax_lowmem.nn._targets import HEADS, pattern_value
+from optax_lowmem.nn._targets import pattern_value
 from optax_lowmem.nn._trainable import trained_beside
 
 

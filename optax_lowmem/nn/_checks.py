@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from optax_lowmem.nn._base import (
   is_linear,
   matrix_shape,
 )
+from optax_lowmem.nn._heads import output_heads
 from optax_lowmem.nn._init import Init, LoftQ, check_fits
 from optax_lowmem.nn._names import HEAD
 from optax_lowmem.nn._places import Place, listing, matches, nearest, patterns
@@ -44,17 +44,22 @@ def check_model(model: Any) -> None:
     )
 
 
-def excluded(exclude: str | Sequence[str] | None, everything: Sequence[Place]) -> list[re.Pattern]:
-  """The patterns of `exclude`, each of which must match a module: a typo would pack the head."""
-  found = [] if exclude is None else patterns("exclude", exclude)
+def excluded(exclude: str | Sequence[str] | None, everything: Sequence[Place]) -> set[str]:
+  """The paths that `exclude` names; each pattern must match one: a typo would pack the head."""
+  found: set[str] = set()
   paths = [place.path for place in everything]
-  for pattern in found:
-    if pattern.pattern != HEAD and not any(matches(pattern, path) for path in paths):
+  for pattern in [] if exclude is None else patterns("exclude", exclude):
+    if pattern.pattern == HEAD:
+      found |= {place.path for place in output_heads(everything)}
+      continue
+    matched = {path for path in paths if matches(pattern, path)}
+    if not matched:
       lasts = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
       raise ValueError(
         f"`exclude` {pattern.pattern!r} matches no module."
         f"{nearest(pattern.pattern, [*lasts, *paths])} Available modules: {listing(paths)}."
       )
+    found |= matched
   return found
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-# Left in floating point unless asked: by the name that nearly all models of Hugging Face give it.
-HEAD = r"(^|\.)lm_head$"
-# Not one of "all-linear": modules, of JAX's models too. ("output" may be any layer's.)
+# What `exclude` calls the output head, whatever its own name is: no module's, for it has a blank.
+HEAD = "output head"
+# Modules that are one by their name, of JAX's models too. ("output" may be any layer's.)
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|unembed(ding)?|output_head|logits?(_dense|_proj)?)")
 # Tensors in files of Hugging Face, of which one stands for both where they are tied.
 TABLE_TENSORS = re.compile(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -114,7 +116,8 @@ def save_peft(
   `model.layers.{i}.self_attn.q_proj`, one for each layer.
 
   Ranks and alphas that differ become PEFT's `rank_pattern` and `alpha_pattern`; what
-  `modules_to_save` and `bias` of `add_lora` made trainable is written as PEFT writes it.
+  `modules_to_save` and `bias` of `add_lora` made trainable is written as PEFT writes it. Adapters
+  are written in the dtype they are trained in; what is trained beside them in float32.
 
   The file is an adapter of the *original* weights. Where the base was changed when the adapter
   was made (`init` "pissa" or "loftq"), it holds the difference to the start, B A - B0 A0, as a
@@ -164,8 +167,9 @@ def save_peft(
       continue
     names = check_nameable(place, stack)
     check_matrix(place)
-    layers |= peft_layers(place, names, save_embedding_layers)
     lora: Any = place.module
+    written = peft_layers(place, names, save_embedding_layers)
+    layers |= {name: _as_held(lora, layer) for name, layer in written.items()}
     linear = not isinstance(lora, LoRAEmbed)
     rate = 0.0 if lora.dropout is None else lora.dropout.rate
     key = (lora.use_rslora, lora.use_dora, *((rate, lora.lora_bias is not None) if linear else ()))
@@ -220,6 +224,18 @@ def save_peft(
   )
   write_adapter(dir, config, tensors)
   return dir
+
+
+def _as_held(lora: Any, layer: Layer) -> Layer:
+  """The layer with what is trained in the dtype it is trained in, as PEFT writes it."""
+  parts = [lora.lora_a, lora.lora_b, lora.magnitude, getattr(lora, "lora_bias", None)]
+  parts += [lora.start_a, lora.start_b] if lora.start_a is not None else []
+  dtype = functools.reduce(jnp.promote_types, (x[...].dtype for x in parts if x is not None))
+  tensors = {
+    end: value if end.startswith("base_layer") else value.astype(dtype)
+    for end, value in layer.tensors.items()
+  }
+  return layer._replace(tensors=tensors)
 
 
 def is_tied(model: Any) -> bool:

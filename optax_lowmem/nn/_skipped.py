@@ -24,7 +24,9 @@ def skipped(model: Any, everything: Sequence[Place]) -> dict[str, str]:
   found = {}
   for place in (Place("", model, []), *everything):
     module: Any = place.module
-    if isinstance(module, Adapter) or is_known(module) or _is_flax(module):
+    if isinstance(module, (Adapter, nnx.RMSNorm, nnx.LayerNorm)):  # a stack of norms has a matrix
+      continue
+    if is_known(module) or _is_flax(module):
       continue
     known = reading(module)
     if known.foreign is not None:

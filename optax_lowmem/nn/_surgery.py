@@ -15,7 +15,7 @@ from optax_lowmem.nn._embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._init import Init, check_init, quantized
 from optax_lowmem.nn._lora import LoRALinear, check_base, check_own_bias
 from optax_lowmem.nn._names import HEAD
-from optax_lowmem.nn._places import choose, matches, places, replace
+from optax_lowmem.nn._places import choose, places, replace
 from optax_lowmem.nn._quantized import check_codebook
 from optax_lowmem.nn._skipped import sentence, skipped, warn
 from optax_lowmem.nn._targets import Target, all_linear, find_targets
@@ -59,8 +59,9 @@ def quantize_model(
       or dicts, stacked along leading axes or not.
     targets: a regular expression or a list of them, each matching a module's whole dotted path
       or the last part of it. None means every linear layer.
-    exclude: the same, for layers to leave alone. None excludes nothing. The default need not match
-      anything.
+    exclude: the same, for layers to leave alone. None excludes nothing. `"output head"`, which is
+      the default and may stand in a list, is the layer that has the name of one (`lm_head`), or,
+      where none has, the only one with as many outputs as an embedding has rows.
     codebook: `"nf4"`, `"fp4"` or `"int8"`.
     block_size: how many inputs share a scale; None is all inputs of an output.
     double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
@@ -87,7 +88,7 @@ def quantize_model(
     for place in everything
     if is_linear(place.module)
     and dense_variable(place.module) is not None
-    and not any(matches(pattern, place.path) for pattern in skip)
+    and place.path not in skip
   ]
   if targets is None and not possible:
     raise ValueError(
@@ -157,7 +158,8 @@ def add_lora(
       What is trained by it or by `modules_to_save` must have a name in PEFT's files.
     init: as in `LoRALinear`.
     param_dtype: as in `LoRALinear`; PEFT with `autocast_adapter_dtype=False` holds adapters in the
-      dtype of their base. Modules and biases that are trained whole keep their own.
+      dtype of their base. Modules and biases that are trained whole are held in it, or in their own
+      if that is wider; their layers compute in what they did.
     stack: the part of a stacked module's path after which the layer number belongs.
     rngs: as in `LoRALinear`.
 
@@ -220,8 +222,8 @@ def add_lora(
         rngs=rngs,
       ),
     )
-  train_modules(saved)
-  train_biases(places(model), bias)
+  train_modules(saved, param_dtype)
+  train_biases(places(model), bias, param_dtype)
   return model
 
 

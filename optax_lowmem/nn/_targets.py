@@ -6,10 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax import nnx
-
-from optax_lowmem.nn._base import is_linear, matrix_shape, stack_shape
-from optax_lowmem.nn._names import HEADS
+from optax_lowmem.nn._base import is_linear, stack_shape
+from optax_lowmem.nn._heads import output_heads
 from optax_lowmem.nn._places import (
   Place,
   adaptable,
@@ -31,18 +29,10 @@ class Target(NamedTuple):
 
 
 def all_linear(everything: Sequence[Place]) -> list[Place]:
-  """Every linear layer but the output head.
-
-  The head is what carries the name of one, or else the only layer that has as many outputs as
-  an embedding has rows.
-  """
-  layers = [p for p in adaptable(everything) if is_linear(base_of(p.module))]
-  heads = [p for p in layers if HEADS.fullmatch(p.path)]
-  if not heads:
-    rows = {p.module.num_embeddings for p in everything if isinstance(p.module, nnx.Embed)}
-    heads = [p for p in layers if matrix_shape(base_of(p.module))[-2] in rows]
-    heads = heads if len(heads) == 1 else []
-  return [p for p in layers if p not in heads]
+  """Every linear layer but the output head."""
+  heads = {p.path for p in output_heads(everything)}
+  layers = (p for p in adaptable(everything) if is_linear(base_of(p.module)))
+  return [p for p in layers if p.path not in heads]
 
 
 def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

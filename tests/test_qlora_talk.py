@@ -1,0 +1,176 @@
+"""What a run says of itself, and the names it understands."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+import finetune
+import hub
+import terminal
+from arguments import HELP, Settings, parse
+from batches import Batches, Row
+from qlora_cases import arguments, records
+from spellings import ELSEWHERE, SPELLINGS, translated
+from test_finetune import refused
+
+
+def test_what_a_run_says(files, tmp_path, capsys):
+  out = tmp_path / "out"
+  options = ["--eval-every", "4", "--steps", "8", "--rank", "2", "--targets", "q_proj"]
+  assert finetune.main(arguments(files, out, *options)) == 0
+  printed = capsys.readouterr().out
+  lines = {int(m[1]): m[0] for m in re.finditer(r"step (\d+)/8 · .*", printed)}
+  steps = [r for r in records(out) if "loss" in r]
+  assert list(lines) == list(range(1, 9))
+  for record in steps:  # the step's own loss
+    line = lines[record["step"]]
+    assert f"loss {record['loss']:.3f} · lr {record['lr']:.1e} · gradient" in line
+    assert f"epoch {record['step'] * 4 / 57:.2f}" in line or "epoch" in line
+  assert " left" in lines[4] and " left" not in lines[8]
+  measured = [r for r in records(out) if "held_out_loss" in r and r["step"]]
+  for record in measured:
+    assert f"step {record['step']}: held-out loss {record['held_out_loss']:.3f}" in printed
+  # q_proj of two layers of 64 x 64, at rank 2: what is packed counts as weights, not as codes.
+  trained = 2 * 2 * (64 + 64)
+  whole = int(re.search(r"Model: model, ([\d,]+) parameters", printed)[1].replace(",", ""))
+  assert f"Trained: {trained:,} parameters, {trained / (trained + whole):.2%} of" in printed
+  assert f"chat {out}" in printed and f"merge {out} --out {out}-merged" in printed
+
+
+def test_something_is_said_before_jax_is_there(tmp_path):
+  """By the script itself, before its imports."""
+  command = [sys.executable, "-X", "importtime", finetune.__file__, "plan", "--steps", "0"]
+  begun = time.monotonic()
+  with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    before = []
+    for line in process.stderr:
+      if line.startswith("Starting"):
+        break
+      before.append(line)
+    seconds = time.monotonic() - begun
+    process.kill()
+  assert not any(re.search(r"\| *(jax|numpy|flax|optax)\b", line) for line in before)
+  assert seconds < 20, seconds  # 0.1 on a machine that has nothing else to do
+
+
+@pytest.mark.parametrize("form", ["flags", "yaml"])
+def test_names_of_other_trainers_are_understood(tmp_path, form):
+  given = {
+    "learning_rate": 3e-4,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 3,
+    "gradient-accumulation-steps": 2,
+    "lora_alpha": 8,
+    "r": 4,
+    "max_seq_length": 64,
+    "use_dora": True,
+    "target_modules": "q_proj",
+  }
+  if form == "yaml":
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in given.items()))
+    s = parse("", ["--config", str(path)])
+  else:
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
+    s = parse("", flags)
+  want = Settings(
+    lr=3e-4, epochs=2, batch_size=3, grad_accum=2, alpha=8, rank=4, seq_len=64, dora=True,
+    targets="q_proj", dtype=s.dtype, config=s.config,
+  )  # fmt: skip
+  assert s == want
+
+
+def test_every_other_name_leads_to_a_setting_or_to_a_sentence(tmp_path, capsys):
+  assert {*SPELLINGS.values()} <= {*HELP} and not {*SPELLINGS} & {*HELP}
+  assert not {*ELSEWHERE} & ({*SPELLINGS} | {*HELP})
+  for name in ELSEWHERE:
+    for spelled in (f"--{name}", f"--{name.replace('_', '-')}=1"):
+      with pytest.raises(ValueError, match=f"{spelled.partition('=')[0]}: "):
+        translated([spelled], list(HELP))
+    (tmp_path / "run.yaml").write_text(f"{name}: 1\n")
+    with pytest.raises(ValueError, match=f"run.yaml: {name}: "):
+      parse("", ["--config", str(tmp_path / "run.yaml")])
+  (tmp_path / "run.yaml").write_text("lr: 1e-3\nlearning_rate: 1e-4\n")
+  with pytest.raises(ValueError, match="learning_rate and another name for it, --lr"):
+    parse("", ["--config", str(tmp_path / "run.yaml")])
+  assert "use --dtype bfloat16" in refused(["--bf16"], capsys)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"buckets": 3}])
+def test_epochs_are_passes_over_the_rows(options):
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(4, 30, 43)
+  rows = [Row(np.full(n + 1, i + 5, np.int32), np.ones(n + 1, bool)) for i, n in enumerate(lengths)]
+  batches = Batches(rows, 4, 2, 32, 0, 3, **options)
+  steps = batches.steps(1)
+  seen = np.unique(np.concatenate([batches.at(i).inputs.ravel() for i in range(steps)]))
+  assert {*range(5, 48)} <= {*seen.tolist()}
+  if options:
+    assert batches.epochs(batches.steps(2)) >= 2 > batches.epochs(batches.steps(2) - 1)
+  else:
+    assert steps == 6 and batches.steps(2) == 11 and batches.steps(0.01) == 1
+    assert np.isclose(batches.epochs(11), 11 * 8 / 43)
+
+
+def test_a_run_of_epochs_is_one_of_as_many_steps(files, tmp_path, capsys):
+  options = ["--epochs", "0.5", "--rank", "2", "--targets", "q_proj", "--batch-size", "8"]
+  assert finetune.main(arguments(files, tmp_path / "a", *options)) == 0
+  steps = [r["step"] for r in records(tmp_path / "a") if "loss" in r]
+  assert steps[-1] == 4  # half of 57 rows, 8 a step
+  settings = json.loads((tmp_path / "a" / "run.json").read_text())["settings"]
+  assert settings["steps"] == 4 and settings["epochs"] == 0
+  resumed = ["--resume", str(tmp_path / "a"), "--epochs", "1"]
+  assert finetune.main(resumed) == 0
+  assert [r["step"] for r in records(tmp_path / "a") if "loss" in r][-1] == 8
+
+
+def test_a_dry_run_reads_the_data(files, tmp_path, capsys):
+  (tmp_path / "bad.json").write_text('[{"nonsense": 1}]')
+  plan = ["plan", "--model", f"{files}/model", "--seq-len", "32"]
+  assert "row 1 (line 1)" in refused([*plan, "--data", str(tmp_path / "bad.json")], capsys)
+
+
+# A model of the hub -----------------------------------------------------------------------------
+
+
+def test_a_name_of_the_hub_is_answered(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  said = refused(["--model", "org/tiny"], capsys)
+  assert "hf download org/tiny --local-dir tiny" in said and "pip install huggingface_hub" in said
+  assert "hub" not in refused(["--model", "a/b/c"], capsys)
+
+  def unreachable(name, **_):
+    raise ConnectionError("no network")
+
+  fake = types.ModuleType("huggingface_hub")
+  fake.snapshot_download = unreachable
+  monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+  said = refused(["--model", "org/tiny"], capsys)
+  assert "could not be fetched" in said and "(no network)" in said and "hf download" in said
+
+
+def test_a_name_of_the_hub_is_fetched(files, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  fake = types.ModuleType("huggingface_hub")
+  asked = []
+  fake.snapshot_download = lambda name, **more: asked.append((name, more)) or f"{files}/model"
+  monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+  options = ["--rank", "2", "--targets", "q_proj", "--steps", "1", "--model", "org/tiny"]
+  assert finetune.main(arguments(files, tmp_path / "out", *options)) == 0
+  assert [name for name, _ in asked] == ["org/tiny"]
+  assert asked[0][1] == {"allow_patterns": hub.FILES}
+  config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+  assert config["base_model_name_or_path"] == "org/tiny"
+  settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+  assert settings["model"] == f"{files}/model"
+
+
+def test_the_time_that_is_left():
+  assert terminal._clock(59.6) == "0:01:00" and terminal._clock(3725) == "1:02:05"
