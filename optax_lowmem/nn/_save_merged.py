@@ -160,10 +160,9 @@ def merge_peft(
   weights, output = open_weights(original), (dir, dtype, max_shard_size)
   check_whole(str(path), config, file, weights.shapes)
   try:
-    check_changes(weights, changes, "`original`")
+    return _save("`original`", weights, changes, original, tied, *output, follows)
   except ValueError as error:
-    raise ValueError(f"the adapter in {str(path)!r} does not fit: {error}") from error
-  return _save("`original`", weights, changes, original, tied, *output, follows)
+    raise ValueError(f"merging the adapter in {str(path)!r}: {error}") from error
 
 
 def _save(
