@@ -135,6 +135,16 @@ def test_a_broken_configuration_names_the_file(tmp_path, content):
     nn.merge_peft(index, GOLDEN / "lora", tmp_path / "merged")
 
 
+def test_an_adapter_that_cannot_be_merged_is_named(tmp_path):
+  key = PREFIX + "model.layers.1.mlp.up_proj.lora_A.weight"
+  infinite = {"tensors": lambda tensors: tensors | {key: np.full((4, 64), np.inf, "f4")}}
+  for change, word in ((infinite, "is not finite"), ({"fan_in_fan_out": True}, "has shape")):
+    folder = edit(tmp_path, **change)
+    with pytest.raises(ValueError, match=word) as error:
+      nn.merge_peft(GOLDEN / "base", folder, tmp_path / "merged")
+    assert str(folder) in str(error.value)
+
+
 def test_names_of_tensors_have_a_limit(tmp_path):
   name = PREFIX + "a." * 500_000 + "weight"
   folder = edit(tmp_path, lambda tensors: tensors | {name: np.ones((1, 1), "f4")})

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import disk
@@ -18,7 +19,9 @@ import finetune
 import locks
 from arguments import Settings
 from fingerprints import of_file
-from qlora_cases import adapter, arguments, records, same
+from llama import load_llama
+from optax_lowmem import nn as lowmem_nn
+from qlora_cases import adapter, arguments, records, same, save_model
 from report import read_records
 from run_folder import output_folder
 from terminal import CtrlC
@@ -117,6 +120,21 @@ def test_what_is_not_a_runs_own_is_not_cleared_away(tmp_path, name):
   assert file.read_text() == "mine" and len(list((tmp_path / "out").iterdir())) == 1
 
 
+def test_what_a_killed_merge_has_left_is_cleared_away(files, tmp_path):
+  model = save_model(tmp_path / "model", tied=False)
+  adapted = lowmem_nn.add_lora(load_llama(model), 2, 4, "q_proj", rngs=nnx.Rngs(0))
+  lowmem_nn.save_peft(adapted, tmp_path / "run" / "last")
+  (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {"model": str(model)}}))
+  for left in (".merged.partial.0123abcd.partial", "merged.partial", "merged"):
+    (tmp_path / left).mkdir()
+  (tmp_path / "merged" / locks.LOCK).write_text("7")
+  (tmp_path / ".merged.partial.0123abcd.partial" / "model.safetensors").write_text("half")
+  merge = ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]
+  assert finetune.main(merge) == 0
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "model", "run"]
+  assert locks.LOCK not in [path.name for path in (tmp_path / "merged").iterdir()]
+
+
 # --- damage ---------------------------------------------------------------------------------------
 
 
@@ -203,8 +221,9 @@ def test_large_files_are_told_apart_by_pieces(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["gone", "garbage", "flipped", "binary"])
-def test_metrics_never_decide_whether_a_run_goes_on(runs, stopped, damage):
-  file = stopped / "metrics.jsonl"
+@pytest.mark.parametrize("name", ["metrics.jsonl", "last/metrics.jsonl"])
+def test_metrics_never_decide_whether_a_run_goes_on(runs, stopped, damage, name):
+  file = stopped / name
   if damage == "gone":
     file.unlink()
   elif damage == "flipped":

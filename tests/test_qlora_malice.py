@@ -87,7 +87,7 @@ def test_layers_that_no_model_has_are_refused_at_once(folder, layers, within):
     ({"vocab_size": 10**12}, "`vocab_size` must be at most 2,147,483,647"),
     ({"rope_theta": 10**400, "rope_parameters": None}, "`rope_theta` must be a positive number"),
     ({"max_window_layers": "many", "model_type": "qwen2", "use_sliding_window": True}, "damaged"),
-    ({"model_type": ["llama"]}, "damaged"),
+    ({"model_type": ["llama"]}, "`model_type` is ['llama']"),
     ({"rope_parameters": 7}, "damaged"),
     ({"": 3}, "damaged"),
   ],
@@ -311,7 +311,23 @@ def test_a_limit_holds_in_every_thread(monkeypatch):
   thread = threading.Thread(target=run)
   thread.start()
   thread.join(10)
-  assert len(found) == 1 and ("1 seconds" in found[0] or "256 MiB" in found[0])
+  assert len(found) == 1 and ("1 seconds" in found[0] or "160 MiB" in found[0])
+
+
+def test_a_slow_template_does_not_take_its_limit_again_and_again(model, tmp_path, monkeypatch):
+  monkeypatch.setattr("confined.SECONDS", 1.0)
+  copy = save_model(tmp_path / "model")
+  # Half a second or so, each time it is run.
+  slow = "{% for i in range(700) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
+  own = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+  (copy / "chat_template.jinja").write_text(f"{slow}{own}")
+  begun = time.monotonic()
+  tokenizer = ChatTokenizer.from_model(copy)
+  for _ in range(9):
+    with pytest.raises(ValueError, match="more than 1 seconds"):
+      for _ in range(9):
+        tokenizer.encode_chat(TALK)
+  assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(
@@ -355,6 +371,18 @@ def test_a_tokenizers_files_are_named(tmp_path, about, word):
     (copy / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=f"{copy}/tokenizer_config.json"):
       ChatTokenizer.from_model(copy)
+
+
+def test_an_expression_of_a_tokenizer_that_gives_up_is_a_sentence(tmp_path):
+  copy = save_model(tmp_path / "model")
+  content = json.loads((copy / "tokenizer.json").read_text())
+  split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+  content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split]}
+  (copy / "tokenizer.json").write_text(json.dumps(content))
+  tokenizer = ChatTokenizer.from_model(copy)
+  file = rows(tmp_path / "rows.jsonl", GOOD, {"text": "a" * 60 + "c"})
+  with pytest.raises(DataError, match=r"rows.jsonl, line 2: the model's tokenizer.json cannot be"):
+    load(file, tokenizer, 32)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -434,6 +462,7 @@ BAD_ROWS = [
   {"messages": [{"role": "user", "content": "a"}, SAT | {"tool_calls": ["x"]}]},
   {"messages": [{"role": "user", "content": "a"}, SAT | {"tool_calls": [{"function": 5}]}]},
   {"messages": [{"role": "user", "content": "a"}, SAT | {"reasoning_content": [1]}]},
+  {"messages": [{"role": "user", "content": "a"}, SAT], "tools": [{"name": "\ud800"}]},
   {"messages": {}},
   {"conversations": [{"from": [], "value": "a"}]},
   {"instruction": [], "output": "a"},
@@ -461,6 +490,26 @@ def test_bad_rows_name_file_and_line(tmp_path, tokenizer, number, within):
   with pytest.raises(DataError) as error:
     load(file, tokenizer, 32)
   assert f"{file}, row 2" in str(error.value)
+
+
+def test_a_small_parquet_file_of_endless_rows_is_refused(tmp_path, tokenizer, monkeypatch):
+  pa = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  texts = pa.array(["the cat sat on the mat " * 40]).take(pa.array([0] * 20_000))
+  parquet.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
+  size = (tmp_path / "rows.parquet").stat().st_size
+  monkeypatch.setattr("tables._LARGEST", 1 << 20)
+  assert size < 20_000
+  with pytest.raises(DataError, match="unpacked, its rows are more than") as error:
+    load(tmp_path / "rows.parquet", tokenizer, 32)
+  assert str(tmp_path / "rows.parquet") in str(error.value)
+
+
+def test_a_long_answer_is_found_in_time(tmp_path, tokenizer, within):
+  talk = {"messages": [{"role": "user", "content": "a"}, SAT | {"content": "x" * 150_000}]}
+  with within:
+    load(rows(tmp_path / "rows.jsonl", GOOD, talk), tokenizer, 32)
 
 
 @pytest.mark.parametrize("key", ["text", "completion"])

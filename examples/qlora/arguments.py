@@ -272,7 +272,7 @@ def _reader(kind: Any) -> Callable[[str], Any]:
           return {str(k): _number(number, v) for k, v in json.loads(text).items()}
         cut = [part.rpartition("=") for part in text.split(",") if part.strip()]
         return {name.strip(): _number(number, value) for name, _, value in cut}
-      except ValueError as error:
+      except (ValueError, AttributeError, RecursionError) as error:
         raise argparse.ArgumentTypeError(
           f"{text!r} must be like q_proj=8,down_proj=32, or JSON ({error})"
         ) from error

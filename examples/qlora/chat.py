@@ -12,7 +12,7 @@ from answers import Span, find
 from learned import tokens_of
 from templates import KNOWN, Message, Template
 from text_blocks import BLOCK, blocks
-from tokenizer_files import from_directory, from_gguf
+from tokenizer_files import encoded, from_directory, from_gguf
 
 ROLES = ("system", "user", "assistant", "tool")
 # What changes an answer's meaning if it is left out.
@@ -131,7 +131,7 @@ class ChatTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Tokens of plain text; control tokens are not added."""
-    return self.backend.encode(text, add_special_tokens=False).ids
+    return encoded(self.backend, text).ids
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of tokens, without control tokens."""
@@ -218,7 +218,7 @@ class ChatTokenizer:
     processor = self.backend.post_processor
     self.backend.post_processor = None
     try:
-      return self.backend.encode(text, add_special_tokens=False)
+      return encoded(self.backend, text)
     finally:
       self.backend.post_processor = processor
 
@@ -244,7 +244,7 @@ class ChatTokenizer:
     given |= {"tool"} & {message["role"] for message in messages}
     if lost := sorted(key for key in given if not self.template.writes(key)):
       raise ValueError(
-        f"the chat template ({self.template.name}) does not write {', '.join(lost)}; choose "
+        f"the chat template ({self.template.title}) does not write {', '.join(lost)}; choose "
         "another --chat-template, or take it out of the row"
       )
 
@@ -255,7 +255,7 @@ class ChatTokenizer:
     def write(messages, answer=False):
       return self._write(messages, answer=answer, **extras)
 
-    return find(messages, write, self._control, self.template.name)
+    return find(messages, write, self._control, self.template.title)
 
   def _raw(self, ids: Sequence[int]) -> str:
     return self.backend.decode(list(ids), skip_special_tokens=False)

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from disk import flush, sha256_of
 
-STATE, SUMS = "state.safetensors", "checksums.json"
+STATE, METRICS, SUMS = "state.safetensors", "metrics.jsonl", "checksums.json"
 T = TypeVar("T")
 
 
@@ -65,6 +65,15 @@ def found(folder: Path) -> Path:
   return old if old.exists() and not folder.exists() else folder
 
 
+def whole_metrics(folder: Path) -> Path | None:
+  """The metrics in a folder, if they are as `seal` saw them."""
+  try:
+    sums = json.loads((folder / SUMS).read_text("utf-8"))
+    return folder / METRICS if sums[METRICS] == sha256_of(folder / METRICS) else None
+  except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    return None
+
+
 def _beside(folder: Path, what: str) -> Path:
   return folder.with_name(f"{folder.name}.{what}")
 
@@ -76,7 +85,10 @@ def seal(folder: Path) -> None:
 
 
 def check_sealed(folder: Path) -> None:
-  """Raises ValueError where a file is not the one that `seal` saw; folders without it pass."""
+  """Raises ValueError where a file is not the one that `seal` saw; folders without it pass.
+
+  The metrics may be damaged: a run goes on without them.
+  """
   file = folder / SUMS
   if not file.exists():
     return
@@ -84,6 +96,8 @@ def check_sealed(folder: Path) -> None:
   try:
     sums = dict(json.loads(file.read_text("utf-8")))
     for name, sum in sums.items():
+      if name == METRICS:
+        continue
       if not (folder / name).is_file():
         raise ValueError(f"{folder / name} is missing, which {SUMS} names. {remedy}")
       if sha256_of(folder / name) != sum:

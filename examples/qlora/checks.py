@@ -136,7 +136,7 @@ def check_patterns(s: "Settings", config: "LlamaConfig") -> None:
     for pattern in each:
       form = f"(.*\\.)?({pattern})$" if flag.endswith("-pattern") else pattern
       try:
-        elsewhere(json.dumps({"pattern": form, "names": names}))
+        elsewhere(json.dumps({"pattern": form, "names": names}), pattern)
       except TooMuchError as error:
         raise ValueError(f"{flag} {pattern!r:.200} cannot be matched: {error}.") from error
 

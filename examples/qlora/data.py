@@ -140,6 +140,8 @@ def _written(
       raise DataError(f"{where}: {str(error).rstrip('.')}.") from error
     except RecursionError as error:
       raise DataError(f"{where}: {DEEP}") from error
+    except (TypeError, AttributeError, LookupError) as error:  # half a character, for example
+      raise DataError(f"{where}: it holds what cannot be written ({error!s:.200}).") from error
     yield example.kind, ids, learned
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from safetensors import safe_open
 
 from families import FAMILIES
 from gguf_files import by_adjacent_pairs
+from model_files import member, read_json
 from talking import of_run
 from terminal import say, sentences
 from weights import Checkpoint, open_checkpoint
@@ -64,7 +64,7 @@ def read_factors(folder: Path) -> dict[str, Factors]:
   Raises:
     ValueError: where it holds more than factors of linear layers, which llama.cpp could not add.
   """
-  config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+  config = read_json(member(folder, "adapter_config.json"))
   for key, plain in {"use_dora": False, "lora_bias": False, "bias": "none"}.items():
     if config.get(key, plain) != plain:
       raise ValueError(_beyond(folder, f"`{key}` {config[key]!r}"))

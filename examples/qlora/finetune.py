@@ -38,7 +38,17 @@ from flax import nnx
 from arguments import Settings, parse
 from batches import Batch, Batches
 from chat import ChatTokenizer
-from checkpoints import STATE, check_sealed, found, load_state, replacing, save_state, seal
+from checkpoints import (
+  METRICS,
+  STATE,
+  check_sealed,
+  found,
+  load_state,
+  replacing,
+  save_state,
+  seal,
+  whole_metrics,
+)
 from checks import (
   check,
   check_attention,
@@ -148,8 +158,7 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
       last = found(before / "last")
       check_sealed(last)
       state, start = load_state(last / STATE, state)
-      kept = last / "metrics.jsonl"  # those beside it decide nothing: they may be damaged
-      records = read_records(kept if kept.is_file() else before / "metrics.jsonl", until=start)
+      records = read_records(whole_metrics(last) or before / METRICS, until=start)
       ended = only_results_left(s, start, before, records)
     board = Board(out / "tensorboard", start) if s.tensorboard else None
 
@@ -170,7 +179,7 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
       if step is not None:
         save_state(folder / STATE, state, step)
         text = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+        (folder / METRICS).write_text(text, encoding="utf-8")
       seal(folder)
 
   locks.enter_context(written_to(out, _go_on(out)))
@@ -188,7 +197,7 @@ def _finetune(s: Settings, locks: ExitStack) -> int:
       if found(before / name).exists():
         with replacing(out / name) as folder:
           shutil.copytree(found(before / name), folder, dirs_exist_ok=True)
-  metrics = Metrics(out / "metrics.jsonl", records, board)
+  metrics = Metrics(out / METRICS, records, board)
   records = metrics.records
   save_settings(s, out, data_sha256, today, base)
   steps, done = Steps(graph, tx, shards=shards), start

@@ -29,11 +29,12 @@ def tokens_of(
     ValueError: if these tokens do not stand for the answer and its end, and for nothing else.
   """
   inside = list(_within(encoding, text, span))
-  places = [encoding.offsets[k] for k in inside]
+  ids, offsets = encoding.ids, encoding.offsets  # each access makes the whole list
+  places = [offsets[k] for k in inside]
   first = min((start for start, _ in places), default=span.stop)
   last = max((stop for _, stop in places), default=span.start)
   missed = text[span.start : max(span.start, first)] + text[last : span.stop]
-  said, meant = squeezed(decode([encoding.ids[k] for k in inside])), text[first:last]
+  said, meant = squeezed(decode([ids[k] for k in inside])), text[first:last]
   # A tokenizer may write text otherwise (lower case, NFKC): then as it writes that of the answer.
   if missed.strip() or (said != squeezed(meant) and said != squeezed(decode(encode(meant)))):
     raise ValueError(

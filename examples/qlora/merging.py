@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import glob
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,7 @@ from checkpoints import replacing
 from config_files import config_to_hf
 from disk import written_to
 from llama_config import expected_shapes
+from model_files import read_json
 from optax_lowmem import nn as lowmem_nn
 from run_folder import new_folder
 from talking import of_run
@@ -43,6 +46,9 @@ def merge(argv: Sequence[str]) -> int:
     tokenizer = ChatTokenizer.from_model(path, s.chat_template)
     lone = not path.is_dir()  # a GGUF file: configuration and tokenizer are in it
     config = config_to_hf(checkpoint.config) if lone else {}
+    # What a merge has left that was killed; no other one writes to --out now.
+    for left in given.out.parent.glob(f".{glob.escape(given.out.name)}.partial.*.partial"):
+      shutil.rmtree(left)
     with replacing(given.out) as folder:
       lowmem_nn.merge_peft(
         lazily(checkpoint) if lone else path,
@@ -96,7 +102,7 @@ def write_ends(folder: Path, tokenizer: ChatTokenizer) -> None:
   """
   for name in ("config.json", "generation_config.json"):
     if (folder / name).is_file():
-      about = json.loads((folder / name).read_text(encoding="utf-8"))
+      about = read_json(folder / name)
       known = about.get("eos_token_id")
       known = known if isinstance(known, list) else [known] if known is not None else []
       about["eos_token_id"] = listed(tokenizer, known)

@@ -13,6 +13,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # Columns that hold lists; a table of texts has them as JSON.
 _LISTS = ("messages", "conversations", "history", "tools", "documents")
 _LARGEST = 1 << 27  # characters of a field: csv's own limit is 128 KiB
+_UNPACKED = 100  # how much larger than the file its rows may be: one text can be there many times
 
 
 def is_parquet(path: Path) -> bool:
@@ -30,10 +31,17 @@ def parquet(path: Path) -> Iterator[tuple[str, Any]]:
     raise DataError(
       f"{path} is a Parquet file, which pyarrow reads: pip install 'optax_lowmem[parquet]'."
     ) from error
-  number = 0
+  number, unpacked = 0, 0
+  most = _UNPACKED * path.stat().st_size + _LARGEST
   try:
     with files.ParquetFile(path) as file:
-      for batch in file.iter_batches(1024):
+      for batch in file.iter_batches(64):
+        unpacked += batch.nbytes
+        if unpacked > most:
+          raise DataError(
+            f"{path}, row {number + 1}: unpacked, its rows are more than {most:,} bytes, "
+            f"{_UNPACKED} times the file. Save it again as JSON if that is what it should hold."
+          )
         for row in batch.to_pylist():
           number += 1
           yield f"{path}, row {number}", {k: v for k, v in row.items() if v is not None}
@@ -74,5 +82,5 @@ def _value(name: str, field: str, where: str) -> Any:
     return field if name not in _LISTS else None
   try:
     return json.loads(field)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise DataError(f"{where}: '{name}' is not JSON ({error}).") from error

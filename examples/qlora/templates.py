@@ -39,6 +39,11 @@ class Template:
   origin: str = ""
 
   @property
+  def title(self) -> str:
+    """The name, and the file."""
+    return f"{self.name}, {self.origin}" if self.origin else self.name
+
+  @property
   def is_own(self) -> bool:
     """Whether it came with the model, and is none of `KNOWN`."""
     return not any(self is known for known in KNOWN.values())
@@ -85,7 +90,7 @@ class Template:
     try:
       given = json.dumps(values)
       rest = {"source": self.source, "today": day, "most": MOST_WRITTEN + TIMES * len(given)}
-      reply = elsewhere(f'{{"values": {given}, {json.dumps(rest)[1:]}')
+      reply = elsewhere(f'{{"values": {given}, {json.dumps(rest)[1:]}', self.source)
     except TooMuchError as error:
       raise self._refusal(str(error)) from error
     except (TypeError, RecursionError) as error:

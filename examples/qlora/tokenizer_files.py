@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+  AddedToken,
+  Encoding,
+  Regex,
+  Tokenizer,
+  decoders,
+  models,
+  pre_tokenizers,
+  processors,
+)
 
 from gguf_header import Header
 from model_files import damage_of, member, read_json, read_text
@@ -73,7 +82,7 @@ def _from_config(
   if member(folder, "chat_template.jinja").exists():
     origin = member(folder, "chat_template.jinja")
     template = read_text(origin, 4 * MOST_TEMPLATE)
-  started = backend.encode("a").ids[:1]
+  started = encoded(backend, "a", special=True).ids[:1]
   return {
     "backend": backend,
     "bos": bos,
@@ -87,6 +96,22 @@ def _from_config(
   }
 
 
+def encoded(backend: Tokenizer, text: str, *, special: bool = False) -> Encoding:
+  """The tokens of a text; `special` adds what the tokenizer puts around it.
+
+  Raises:
+    ValueError: where an expression in tokenizer.json gives up on the text, after ten million steps.
+  """
+  try:
+    return backend.encode(text, add_special_tokens=special)
+  except BaseException as error:  # Rust's panics are no Exceptions
+    if type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(
+      f"the model's tokenizer.json cannot be used for the text {text[:40]!r}: {error!s:.200}"
+    ) from error
+
+
 def _ends(folder: Path, backend: Tokenizer) -> list[int]:
   """The tokens that end an answer by what the model's own files say of generation."""
   ends: list[int] = []
@@ -94,7 +119,8 @@ def _ends(folder: Path, backend: Tokenizer) -> list[int]:
     if (file := member(folder, name)).exists():
       given = read_json(file).get("eos_token_id")
       ends += given if isinstance(given, list) else [given]
-  return [i for i in ends if isinstance(i, int) and backend.id_to_token(i) is not None]
+  known = [i for i in ends if isinstance(i, int) and 0 <= i < 1 << 32]  # what an id can be
+  return [i for i in known if backend.id_to_token(i) is not None]
 
 
 def _declare(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:

@@ -24,7 +24,12 @@ def member(folder: pathlib.Path, name: Any) -> pathlib.Path:
     ValueError: `name` leads out of the folder, or to what is no regular file. Links within the
       folder, and those of Hugging Face's cache to its own blobs, are followed.
   """
-  bare = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
+  bare = (
+    isinstance(name, str)
+    and name not in ("", ".", "..")
+    and len(name) < 256
+    and not set(name) & set("/\\\0:")
+  )
   if not bare:
     raise ValueError(
       f"{str(folder)!r} names the file {name!r:.200}. Only bare names are read, of files in that "

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 SECONDS = 5.0
 LONGEST = 10_000  # characters of a pattern
-MEMORY = 512 << 20
+MEMORY = 160 << 20
 
 _PROGRAM = """
 import json, re, sys

@@ -159,7 +159,10 @@ def merge_peft(
   follows = bool(config.get("ensure_weight_tying"))
   weights, output = open_weights(original), (dir, dtype, max_shard_size)
   check_whole(str(path), config, file, weights.shapes)
-  return _save("`original`", weights, changes, original, tied, *output, follows)
+  try:
+    return _save("`original`", weights, changes, original, tied, *output, follows)
+  except ValueError as error:
+    raise ValueError(f"merging the adapter in {str(path)!r}: {error}") from error
 
 
 def _save(
