@@ -61,7 +61,12 @@ class Runs:
     """The exit status, and what was said on stderr."""
     process = self.start(arguments)
     _, said = process.communicate(timeout=300)
-    return process.returncode, said
+    return process.returncode, errors(said)
+
+
+def errors(said: str) -> str:
+  """What is on stderr beside the word that it has started."""
+  return said.removeprefix("Starting ...\n")
 
 
 def is_sentence(said: str, name: object = "") -> bool:
@@ -101,7 +106,7 @@ def kills(runs: Runs, count: int, rng: random.Random) -> dict[str, object]:
     early += not (out / "run.json").exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    if process.stderr and (said := process.stderr.read()):
+    if process.stderr and (said := errors(process.stderr.read())):
       return {"tried": i + 1, "survived": i, "said": said[-500:]}
   from safetensors import safe_open
 
@@ -147,7 +152,7 @@ def two_processes(runs: Runs, count: int) -> dict[str, int]:
       runs.run([*arguments, "--stop-after", "1"])
       arguments = ["--resume", str(out)]
     pair = [runs.start(arguments) for _ in range(2)]
-    said = [process.communicate(timeout=300)[1] for process in pair]
+    said = [errors(process.communicate(timeout=300)[1]) for process in pair]
     codes = [process.returncode for process in pair]
     refused = said[codes.index(2)] if sorted(codes) == [0, 2] else ""
     survived += is_sentence(refused, out)
