@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 5.0  # for each source, in all
-REFILL = 0.02  # what it gets back at each call
+REFILL = 0.03  # what it gets back at each call,
+REFILL_OF_BYTE = 1e-6  # and for each byte of it; a template like Qwen3's takes 2e-8
 MEMORY = 160 << 20  # bytes of address space, beside what the request takes
 _OF_REQUEST = 40  # bytes for each of its bytes: texts are held in many copies while one is made
 
@@ -51,7 +52,8 @@ class Confined:
     line = f'{{"memory": {memory}, "seconds": {cpu}, "request": {request}}}\n'.encode()
     with self._lock:
       process = self._started()
-      left = min(SECONDS, self._left.get(source, SECONDS) + REFILL)
+      refill = REFILL + REFILL_OF_BYTE * len(request)
+      left = min(SECONDS, self._left.get(source, SECONDS) + refill)
       begun = time.monotonic()
       self._deadline = begun + left
       late = False

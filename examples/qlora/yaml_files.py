@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-MOST_YAML = 256 << 10  # bytes; the longest settings have some thousand
+MOST_YAML = 64 << 10  # bytes; the longest settings have some thousand
 MOST_DEPTH = 20
 MOST_NODES = 10_000  # values, those of aliases counted wherever they stand
 
@@ -16,10 +16,13 @@ class _Loader(yaml.SafeLoader):
   And a file that is large once its aliases are written out: each may stand for ten others.
   """
 
-  depth = 0
+  depth = nodes = 0
 
   def compose_node(self, parent: Any, index: Any) -> Any:
     self.depth += 1
+    self.nodes += 1
+    if self.nodes > MOST_NODES:
+      raise yaml.YAMLError(f"it has more than {MOST_NODES:,} values")
     if self.depth > MOST_DEPTH:
       raise yaml.YAMLError(f"nested too deeply, more than {MOST_DEPTH} levels")
     node = super().compose_node(parent, index)
