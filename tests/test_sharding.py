@@ -338,10 +338,9 @@ def check_offloaded(kind):
     params, grads = arrays(name, (512, 128), "float32")
     args = jax.device_put((params, grads), NamedSharding(mesh_of(ONE, kind), spec))
     plain, expected, _ = two_steps(RULES[name], *args)
-    states, updates, update = two_steps(
-      lowmem.offloaded(RULES[name], min_bytes=64, max_bytes=0), *args
-    )
-    known_shardings(lowmem.offloaded(RULES[name]), states[0], args[0])
+    tx = lowmem.offloaded(RULES[name], min_bytes=64, max_bytes=0)
+    states, updates, update = two_steps(tx, *args)
+    known_shardings(tx, states[0], args[0])
     assert update._cache_size() == 1
     for ours, exact in zip(updates, expected, strict=True):
       np.testing.assert_array_equal(ours["w"], exact["w"])
