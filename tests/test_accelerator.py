@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -116,14 +117,20 @@ def test_traffic_of_came(dtype):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_time_to_compile(bits):
-  """60 arrays in at most 2.5 times optax's time."""
+  """60 arrays in at most 2.5 times optax's time, of the processor's: others may be at work."""
   params = parameters(60, 512)
   optax_step, ours = (
     apply_step(tx, params) for tx in (optax.adamw(1e-3), lowmem.adamw(1e-3, bits=bits))
   )
   compile_for(*optax_step)  # what only the first compilation has to do
-  best = [min(compile_for(*s).seconds for _ in range(2)) for s in (optax_step, ours)]
-  assert best[1] <= 2.5 * best[0]
+
+  def seconds(step):
+    begun = time.process_time()
+    compile_for(*step)
+    return time.process_time() - begun
+
+  pairs = [(seconds(ours), seconds(optax_step)) for _ in range(2)]
+  assert min(ours for ours, _ in pairs) <= 2.5 * min(theirs for _, theirs in pairs), pairs
 
 
 @pytest.mark.parametrize("shape", [(100, 1000), (4096, 16), (1000, 77)])
