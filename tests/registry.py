@@ -126,6 +126,11 @@ every_local = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if
 PHASED = ["adamw-8", "amsgrad-8", "lion-4", "came-8", "lamb-8", "lars-8", "adafactor-8"]
 # And one for each kind of state: where a law is asked of every wrapper, and in runs with `--few`.
 REPRESENTATIVES = [*PHASED, "adamw-4"]
+# For laws that compile a program of their own for each entry: those of the others are slow tests.
+every_in_time = pytest.mark.parametrize(
+  "name",
+  [n if n in REPRESENTATIVES else pytest.param(n, marks=pytest.mark.slow) for n in REGISTRY],
+)
 
 
 def by_method(names):

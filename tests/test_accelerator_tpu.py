@@ -141,6 +141,7 @@ def test_mosaic_knows_what_the_kernel_says_it_knows():
 # ------------------------------------------------------------------------------------- bits
 
 
+@pytest.mark.slow
 def test_bits_equal_those_of_xla():
   if platform.machine() not in ("x86_64", "AMD64"):
     pytest.skip("only on x86 can XLA be told to round every product, see kernel_cases.py")

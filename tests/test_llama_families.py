@@ -93,7 +93,13 @@ def test_a_quantized_model_learns_by_adapters_on_every_linear(name):
   assert last < first - 0.01
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize(
+  "name",
+  [
+    n if n in ("gemma3", "phi3", "smollm3") else pytest.param(n, marks=pytest.mark.slow)
+    for n in NEW
+  ],
+)
 def test_packed_rows_and_the_cache_give_what_each_row_gives_alone(name):
   ids = jnp.asarray(make_llama.read(name)[2]["ids"])
   model = moved(load_llama(folder_of(name)))

@@ -47,7 +47,7 @@ def save_family(folder, kind):
 # Each compiles programs of its own: the other families are run with `-m slow`.
 @pytest.mark.parametrize(
   "kind",
-  [k if k in ("gemma2", "phi3") else pytest.param(k, marks=pytest.mark.slow) for k in CASES],
+  [k if k == "phi3" else pytest.param(k, marks=pytest.mark.slow) for k in CASES],
 )
 def test_the_script_trains_and_merges(tmp_path, kind, capsys):
   save_family(tmp_path, kind)
