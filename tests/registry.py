@@ -134,9 +134,12 @@ every_in_time = pytest.mark.parametrize(
 
 
 def by_method(names):
-  """Every entry as a whole and by tiles, and some in phases."""
-  cases = [(name, how) for name in names for how in ("whole", "tiles")]
+  """Every entry as a whole and by tiles, and some in phases; by tiles, most are slow tests."""
+  cases = [(name, "whole") for name in names]
+  cases += [(name, "tiles") for name in names if name in REPRESENTATIVES]
   cases += [(name, "phases") for name in names if name in PHASED]
+  rest = [(name, "tiles") for name in names if name not in REPRESENTATIVES]
+  cases += [pytest.param(*case, marks=pytest.mark.slow) for case in rest]
   return pytest.mark.parametrize(("name", "how"), cases)
 
 
