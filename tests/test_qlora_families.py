@@ -10,12 +10,13 @@ from safetensors.numpy import load_file, save_file
 import finetune
 from chat import ChatTokenizer
 from config_files import config_from_hf
+from finished import of_run
 from llama import load_llama
 from llama_config import expected_shapes
 from optax_lowmem import nn
 from qlora_cases import adapter, arguments, records, save_model, save_rows
 from recipe import trained_model
-from talking import Speaker, of_run
+from talking import Speaker
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 import finetune
 import optax_lowmem as lowmem
 from chat import ChatTokenizer
+from finished import of_run
 from generation import Generator
 from llama import load_llama
 from merging import template_of, write_companions
@@ -26,7 +27,7 @@ from optax_lowmem import nn as lowmem_nn
 from qlora_cases import arguments, same, save_model, save_rows
 from recipe import trained_model
 from runs import began
-from talking import Speaker, of_run
+from talking import Speaker
 from test_llama_files import write_gguf
 from weights import open_checkpoint
 

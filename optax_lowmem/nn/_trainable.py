@@ -105,7 +105,7 @@ def train(holder: Any, field: str, dtype: Any = jnp.float32) -> None:
   """Makes a Variable one that an optimizer of `nnx.LoRAParam` trains, in `dtype` or a wider one.
 
   In bfloat16, a step of less than 1/512 of a weight leaves it as it is: at a learning rate of 1e-5,
-  97 of 100. What a layer computes in stays what it was.
+  more than nine of ten. What a layer computes in stays what it was.
   """
   old = getattr(holder, field)
   value = old[...]
