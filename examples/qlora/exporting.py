@@ -1,6 +1,5 @@
 """``finetune.py export RUN --out FILE``: an adapter as llama.cpp takes it beside a model."""
 
-import argparse
 import collections
 import os
 import re
@@ -12,9 +11,9 @@ import numpy as np
 from safetensors import safe_open
 
 from families import FAMILIES
+from finished import of_run, parser_of
 from gguf_files import by_adjacent_pairs
 from model_files import member, read_json
-from talking import of_run
 from terminal import say, sentences
 from weights import Checkpoint, open_checkpoint
 
@@ -29,15 +28,12 @@ DTYPES = {
 
 def export(argv: Sequence[str]) -> int:
   """Writes the adapter alone, for a GGUF file of the base model."""
-  parser = argparse.ArgumentParser(
-    prog="finetune.py export",
-    description="Write a run's adapter as a GGUF file, which llama.cpp loads beside the base "
+  parser = parser_of(
+    "export",
+    "Write a run's adapter as a GGUF file, which llama.cpp loads beside the base "
     "model's own (--lora FILE).",
   )
-  parser.add_argument("run", type=Path, help="the run's folder")
   parser.add_argument("--out", type=Path, required=True, help="the file, which must be new")
-  parser.add_argument("--best", action="store_true", help="the best adapter, not the last")
-  parser.add_argument("--model", type=Path, help="the base model, if it is not where it was")
   parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
   given = parser.parse_args(argv)
   with sentences():

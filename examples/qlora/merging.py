@@ -1,6 +1,5 @@
 """``finetune.py merge RUN --out DIR``: a model without adapters, as Hugging Face loads it."""
 
-import argparse
 import dataclasses
 import glob
 import json
@@ -16,26 +15,23 @@ from chat import ChatTokenizer
 from checkpoints import replacing
 from config_files import config_to_hf
 from disk import written_to
+from finished import of_run, parser_of
 from llama_config import expected_shapes
 from model_files import read_json
 from optax_lowmem import nn as lowmem_nn
 from run_folder import new_folder
-from talking import of_run
 from terminal import say, sentences
 from weights import Checkpoint, open_checkpoint
 
 
 def merge(argv: Sequence[str]) -> int:
   """Writes base model plus adapter, the base as it was before it was packed."""
-  parser = argparse.ArgumentParser(
-    prog="finetune.py merge",
-    description="Take a run's adapter into its base model's original weights, in one model that "
+  parser = parser_of(
+    "merge",
+    "Take a run's adapter into its base model's original weights, in one model that "
     "needs no adapter.",
   )
-  parser.add_argument("run", type=Path, help="the run's folder")
   parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
-  parser.add_argument("--best", action="store_true", help="the best adapter, not the last")
-  parser.add_argument("--model", type=Path, help="the base model, if it is not where it was")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
   given = parser.parse_args(argv)
   with sentences(), ExitStack() as locks:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,25 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arguments import Settings, of_record
 from chat import ChatTokenizer
-from checkpoints import check_sealed, found
-from fetch import default_model
+from finished import of_run, parser_of
 from generation import padded, read
 from recipe import trained_model
-from runs import began, read_run
+from runs import began
 from templates import Message
 from terminal import say, sentences
 
 
 def talk(argv: Sequence[str]) -> int:
   """Reads questions, a line each, and writes the answers as they come."""
-  parser = argparse.ArgumentParser(
-    prog="finetune.py chat", description="Talk to what a run has trained, a line a question."
-  )
-  parser.add_argument("run", type=Path, help="the run's folder")
-  parser.add_argument("--best", action="store_true", help="the best adapter, not the last")
-  parser.add_argument("--model", type=Path, help="the base model, if it is not where it was")
+  parser = parser_of("chat", "Talk to what a run has trained, a line a question.")
   parser.add_argument("--system", help="a message to the model before the conversation")
   parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
   parser.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest tokens")
@@ -85,30 +77,6 @@ def check(given: argparse.Namespace) -> None:
     raise ValueError(f"--temperature must be 0 or a positive number, got {given.temperature}.")
   if not 0 < given.top_p <= 1:
     raise ValueError(f"--top-p must be above 0 and at most 1, got {given.top_p}.")
-
-
-def of_run(
-  run: Path, *, best: bool = False, model: Path | None = None
-) -> tuple[Settings, Path, Path]:
-  """The settings of a run, its base model (`model`, if given) and its adapter.
-
-  Raises:
-    FileNotFoundError, ValueError: where there is no run, its model has moved, or it has left no
-      adapter yet.
-  """
-  s = Settings(**of_record(read_run(run)["settings"], run / "run.json"))
-  path = model or (Path(s.model) if s.model else default_model(say))
-  if model is None and not path.exists():
-    raise FileNotFoundError(
-      f"There is no model at {path}, where the run in {run} had it. If it has moved, name it with "
-      "--model."
-    )
-  adapter = found(run / ("best" if best else "last"))
-  if not adapter.is_dir():
-    hint = " It is made by --eval-every, and at the end of a run." if best else ""
-    raise FileNotFoundError(f"There is no {adapter.name}/ in {run}.{hint}")
-  check_sealed(adapter)
-  return s, path, adapter
 
 
 class Speaker:
