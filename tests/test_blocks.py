@@ -95,7 +95,11 @@ def test_layout(name, shape, block):
   def expected(rows, scale):
     return book.decode_blocks(book.encode_blocks(rows, scale), scale)
 
-  np.testing.assert_array_equal(q.dequantize(), expected(rows, scale).reshape(shape))
+  # Two programs: one may fuse a product and a sum where the other does not; the last bit differs
+  # (power8 on jax 0.12). The nearest other code is a hundred thousand times as far away.
+  np.testing.assert_array_max_ulp(
+    np.asarray(q.dequantize()), np.asarray(expected(rows, scale)).reshape(shape), maxulp=1
+  )
 
 
 @pytest.mark.parametrize("name", [n for n in _CODEBOOKS if n != "dynamic"])
