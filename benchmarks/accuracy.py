@@ -28,7 +28,7 @@ import optax
 import optax_lowmem as lowmem
 from _measure import write
 from codebooks import record
-from optax_lowmem._codebooks import Table
+from optax_lowmem._quantization.codebooks import Table
 
 SHAPE = (256, 512)
 AT = (1, 2, 5, 20, 50)

@@ -32,7 +32,7 @@ import numpy as np
 import optax
 
 from _measure import seconds, write
-from optax_lowmem._codebooks import Codebook, Log, Power, Table, get_codebook
+from optax_lowmem._quantization.codebooks import Codebook, Log, Power, Table, get_codebook
 from train import batches, init, loss_of, text
 
 STEPS = (20, 100, 300)  # where one store is measured, and after the last

@@ -7,23 +7,33 @@ NF4 weights and LoRA for Flax are in `optax_lowmem.nn` (NNX) and `optax_lowmem.l
 flax and are imported by themselves.
 """
 
-from optax_lowmem import _serialization, kernels
-from optax_lowmem._aliases import adagrad, adam, adamw, ademamix, create, lion, rmsprop, sgd
-from optax_lowmem._blocks import QuantizedArray
-from optax_lowmem._came import ScaleByCameState, came, scale_by_came
-from optax_lowmem._explain import Explained, Explanation, explain
-from optax_lowmem._factored import adafactor, relative_step_size
-from optax_lowmem._forms import convert_state, dequantized
-from optax_lowmem._held import is_stored
-from optax_lowmem._memory import state_bytes
-from optax_lowmem._norms import lamb, lars
-from optax_lowmem._offloaded import offloaded
-from optax_lowmem._paged_state import paged, unpaged
-from optax_lowmem._pages import Paged
-from optax_lowmem._quantize import quantize
-from optax_lowmem._quantized import quantized
-from optax_lowmem._state_shardings import state_shardings
-from optax_lowmem._storage import Blockwise, Dense, Storage
+from optax_lowmem import kernels
+from optax_lowmem._host_memory.paged_state import paged, unpaged
+from optax_lowmem._host_memory.pages import Paged
+from optax_lowmem._host_memory.state_bytes import state_bytes
+from optax_lowmem._optimizers.adafactor import adafactor, relative_step_size
+from optax_lowmem._optimizers.aliases import (
+  adagrad,
+  adam,
+  adamw,
+  ademamix,
+  create,
+  lion,
+  rmsprop,
+  sgd,
+)
+from optax_lowmem._optimizers.came import ScaleByCameState, came, scale_by_came
+from optax_lowmem._optimizers.lamb_lars import lamb, lars
+from optax_lowmem._optimizers.quantized import quantized
+from optax_lowmem._paging.offloaded import offloaded
+from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.quantize import quantize
+from optax_lowmem._quantization.storage import Blockwise, Dense, Storage
+from optax_lowmem._sharding.state_shardings import state_shardings
+from optax_lowmem._state import serialization as _serialization
+from optax_lowmem._state.forms import convert_state, dequantized
+from optax_lowmem._state.leaves import is_stored
+from optax_lowmem._update.explain import Explained, Explanation, explain
 
 _serialization.register()
 

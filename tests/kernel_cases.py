@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem._blocks import encode, encode_finite, is_finite
-from optax_lowmem._codebooks import get_codebook
-from optax_lowmem._stream import map_tiles
+from optax_lowmem._quantization.array import encode, encode_finite, is_finite
+from optax_lowmem._quantization.codebooks import get_codebook
+from optax_lowmem._update.tile_loop import map_tiles
 from optax_lowmem.kernels._pallas import map_blocks
 
 SIGNED = {"mu", "trace"}

@@ -19,9 +19,9 @@ import pytest
 from optax import contrib
 
 import optax_lowmem as lowmem
-from optax_lowmem import _stream
-from optax_lowmem._moments import is_quantized
-from optax_lowmem._phases import in_phases
+from optax_lowmem._programs.phases import in_phases
+from optax_lowmem._state.moments import is_quantized
+from optax_lowmem._update import tile_loop as _stream
 
 LR = 1e-2
 

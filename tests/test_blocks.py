@@ -8,8 +8,8 @@ import pytest
 
 import optax_lowmem as lowmem
 from conftest import GOLDEN
-from optax_lowmem._blocks import encode
-from optax_lowmem._codebooks import _CODEBOOKS, get_codebook
+from optax_lowmem._quantization.array import encode
+from optax_lowmem._quantization.codebooks import _CODEBOOKS, get_codebook
 
 
 @pytest.fixture(scope="module")

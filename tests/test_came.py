@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._moments import is_quantized
+from optax_lowmem._state.moments import is_quantized
 
 # came-pytorch 0.1.3 on a CPU: parameters after steps 1, 5 and 20, and the last state.
 FILE = np.load(pathlib.Path(__file__).parent / "golden" / "came.npz")

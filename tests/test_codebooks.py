@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from conftest import GOLDEN
-from optax_lowmem._blocks import encode, encode_finite
-from optax_lowmem._codebooks import _CODEBOOKS, get_codebook
+from optax_lowmem._quantization.array import encode, encode_finite
+from optax_lowmem._quantization.codebooks import _CODEBOOKS, get_codebook
 
 NEAREST = ["dynamic", "dynamic_unsigned", "nf4", "fp4"]
 

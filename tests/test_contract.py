@@ -15,8 +15,8 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._blocks import encode
-from optax_lowmem._moments import is_quantized
+from optax_lowmem._quantization.array import encode
+from optax_lowmem._state.moments import is_quantized
 from registry import (
   LR,
   PHASED,

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._moments import Kind, field_of, kind_of, places
+from optax_lowmem._state.moments import Kind, field_of, kind_of, places
 from registry import LR, REGISTRY, every_rule, make, reference, tree
 
 SHAPES = {"w": (64, 96), "b": (3,)}

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._chains import chain
+from optax_lowmem._update.float32 import chain
 from registry import every, make, tree
 
 PARAMS = {"w": jnp.linspace(0.5, 2.0, 64 * 96).reshape(64, 96)}

@@ -14,7 +14,7 @@ import pytest
 
 import optax_lowmem as lowmem
 from conftest import GOLDEN
-from optax_lowmem._moments import is_quantized
+from optax_lowmem._state.moments import is_quantized
 from registry import quantized_leaves
 
 SHAPES = {

@@ -17,8 +17,8 @@ import optax_lowmem as lowmem
 from cuda_cases import lowered_for_cuda
 from guard_cases import card
 from optax_lowmem import kernels
-from optax_lowmem._blocks import encode, encode_finite
-from optax_lowmem._codebooks import _CODEBOOKS, get_codebook
+from optax_lowmem._quantization.array import encode, encode_finite
+from optax_lowmem._quantization.codebooks import _CODEBOOKS, get_codebook
 from optax_lowmem.kernels import _guard, _pallas
 from optax_lowmem.kernels._pallas import map_blocks, supports
 

@@ -13,8 +13,9 @@ import pytest
 from optax import contrib
 
 import optax_lowmem as lowmem
-from optax_lowmem import _engine, _moments
-from optax_lowmem._moments import Kind, field_of, is_quantized, kind_of, places
+from optax_lowmem._state import moments as _moments
+from optax_lowmem._state.moments import Kind, field_of, is_quantized, kind_of, places
+from optax_lowmem._update import engine as _engine
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "transformations.md").read_text()
 LR = 1e-3

@@ -17,7 +17,7 @@ from flax import nnx
 import nn_llama
 from llama import load_llama
 from optax_lowmem import nn
-from optax_lowmem.nn import _delta
+from optax_lowmem.nn._merging import delta as _delta
 from peft_cases import ADAPTERS, BASE, GOLDEN, KINDS, logits, randomized, torch_base
 
 INDEX = "model.safetensors.index.json"
@@ -256,7 +256,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, dtype):
 
 
 def test_a_packed_model_is_decoded_layer_by_layer(tmp_path, monkeypatch):
-  from optax_lowmem.nn import _merged_folder
+  from optax_lowmem.nn._merging import merged_folder as _merged_folder
 
   stack = nnx.Linear(256, 256, use_bias=False, rngs=nnx.Rngs(0))
   stack.kernel = nnx.Param(jnp.ones((16, 256, 256)))

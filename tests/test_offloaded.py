@@ -17,7 +17,9 @@ import pytest
 
 import optax_lowmem as lowmem
 from cuda_cases import lowered_for_cuda
-from optax_lowmem import _host, _offloaded, _pages
+from optax_lowmem._host_memory import capacity as _host
+from optax_lowmem._host_memory import pages as _pages
+from optax_lowmem._paging import offloaded as _offloaded
 from registry import LR, REGISTRY, by_rows, every_rule, make, trained_linen, trained_nnx, tree
 
 HOST = jax.memory.Space.Host

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 
 import optax_lowmem as lowmem
-from optax_lowmem._pages import is_paged
+from optax_lowmem._host_memory.pages import is_paged
 
 KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
 SHAPES = {"two lanes": (256, 64), "one lane": (33, 64)}

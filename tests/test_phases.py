@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._phases import in_a_phase, in_phases
+from optax_lowmem._programs.phases import in_a_phase, in_phases
 
 X = jax.random.normal(jax.random.key(0), (96, 128))
 Y = jax.random.normal(jax.random.key(1), (96, 128))

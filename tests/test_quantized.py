@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._moments import is_quantized
+from optax_lowmem._state.moments import is_quantized
 from registry import small_tiles
 
 

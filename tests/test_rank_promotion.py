@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._codebooks import _CODEBOOKS
-from optax_lowmem._phases import in_phases
+from optax_lowmem._programs.phases import in_phases
+from optax_lowmem._quantization.codebooks import _CODEBOOKS
 from registry import REGISTRY, SHAPES, adamw, by_method, make, small_tiles, tree
 
 

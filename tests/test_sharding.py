@@ -21,11 +21,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
-from optax_lowmem import _offloaded, _stream
-from optax_lowmem._layout import divide
-from optax_lowmem._moments import is_quantized
-from optax_lowmem._phases import in_phases
-from optax_lowmem._sharding import with_automatic_sharding
+from optax_lowmem._paging import offloaded as _offloaded
+from optax_lowmem._programs.phases import in_phases
+from optax_lowmem._sharding.layout import divide
+from optax_lowmem._sharding.shards import with_automatic_sharding
+from optax_lowmem._state.moments import is_quantized
+from optax_lowmem._update import tile_loop as _stream
 from registry import REGISTRY, make
 
 RULES = {

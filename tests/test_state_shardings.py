@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
-from optax_lowmem._pages import is_paged
+from optax_lowmem._host_memory.pages import is_paged
 from registry import REGISTRY, make
 
 # Cut along both axes, through its blocks, by layers; and one that is whole.

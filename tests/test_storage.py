@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_lowmem as lowmem
-from optax_lowmem._codebooks import _CODEBOOKS
-from optax_lowmem._storage import block_shape
+from optax_lowmem._quantization.codebooks import _CODEBOOKS
+from optax_lowmem._quantization.storage import block_shape
 
 shapes = st.lists(st.integers(1, 5000), min_size=1, max_size=4).map(tuple)
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_lowmem as lowmem
-from optax_lowmem._blocks import encode
-from optax_lowmem._codebooks import _CODEBOOKS, Log, get_codebook
-from optax_lowmem._moments import Kind
-from optax_lowmem._quantized import _CODEBOOKS as DEFAULTS
+from optax_lowmem._optimizers.quantized import _CODEBOOKS as DEFAULTS
+from optax_lowmem._quantization.array import encode
+from optax_lowmem._quantization.codebooks import _CODEBOOKS, Log, get_codebook
+from optax_lowmem._state.moments import Kind
 
 # Few shapes, because each is compiled once a codebook: whole blocks, short last ones, odd ones,
 # blocks of several rows, of parts of rows, of three axes, and arrays smaller than a block.

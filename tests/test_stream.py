@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem import _stream
-from optax_lowmem._blocks import QuantizedArray, encode
-from optax_lowmem._codebooks import get_codebook
-from optax_lowmem._storage import block_shape
-from optax_lowmem._stream import map_tiles
+from optax_lowmem._quantization.array import QuantizedArray, encode
+from optax_lowmem._quantization.codebooks import get_codebook
+from optax_lowmem._quantization.storage import block_shape
+from optax_lowmem._update import tile_loop as _stream
+from optax_lowmem._update.tile_loop import map_tiles
 
 
 def step(reads, writes):

@@ -9,7 +9,7 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 
-from optax_lowmem._tangents import unchecked
+from optax_lowmem._quantization.tangents import unchecked
 
 Body = Callable[[list[Any], list[Any]], Sequence[Any]]  # new tiles, of those of reads and of writes
 

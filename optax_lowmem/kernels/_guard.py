@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowmem import kernels
-from optax_lowmem._blocks import encode
-from optax_lowmem._codebooks import get_codebook
-from optax_lowmem._elementwise import Program
-from optax_lowmem._plan import Plan
+from optax_lowmem._programs.elementwise import Program
+from optax_lowmem._programs.plan import Plan
+from optax_lowmem._quantization.array import encode
+from optax_lowmem._quantization.codebooks import get_codebook
 
 # Of a GPU's kernel five tiles, the last of which is not full; of a TPU's two, with rows past the
 # edge and scales that lie as their transpose.

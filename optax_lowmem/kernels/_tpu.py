@@ -16,7 +16,7 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 
-from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.kernels._bodies import Body, as_argument, as_constant, traced, unknown
 
 try:

@@ -11,8 +11,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
-from optax_lowmem._blocks import QuantizedArray
-from optax_lowmem._vector_tiles import VectorTile, pack_vectors, unpack_vectors
+from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.lane_tiles import VectorTile, pack_vectors, unpack_vectors
 
 LANES = 128
 # Rows that are computed at once: those of a register of bytes. 32 x 128 elements are 4 of the 64

@@ -17,7 +17,7 @@ For a model that was not edited:
 `NF4Dense` and `LoRADense` are layers to write a model with.
 """
 
-from optax_lowmem import _flax as _flax
+from optax_lowmem._arguments import flax_extra as flax_extra
 from optax_lowmem.linen._intercept import apply as apply
 from optax_lowmem.linen._intercept import intercept as intercept
 from optax_lowmem.linen._layers import Layer as Layer

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import core
 from flax import linen as nn
 
-from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._lora_dense import LoRADense
 from optax_lowmem.linen._nf4_dense import NF4Dense
 from optax_lowmem.linen._product import STACKED, dense
-from optax_lowmem.nn._contraction import Contraction
+from optax_lowmem.nn._proofs.contraction import Contraction
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
 # What they hold is not what their layer multiplies by, so that nothing can be merged into it.

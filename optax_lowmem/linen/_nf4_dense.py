@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from optax_lowmem._blocks import QuantizedArray
+from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._product import dense, packed_product
-from optax_lowmem.nn._quantized import check_codebook, quantize_stack
+from optax_lowmem.nn._layers.quantized_linear import check_codebook, quantize_stack
 
 
 class NF4Dense(nn.Dense, kw_only=True):

@@ -13,8 +13,12 @@ from flax import traverse_util
 
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.nn._peft_config import configuration
-from optax_lowmem.nn._peft_files import (
+from optax_lowmem.nn._layers.lora_scale import scale_of
+from optax_lowmem.nn._model.places import listing, names_in_stack, nearest
+from optax_lowmem.nn._model.targets import pattern_value
+from optax_lowmem.nn._peft.config import configuration
+from optax_lowmem.nn._peft.config_targets import check_patterns_of
+from optax_lowmem.nn._peft.files import (
   CONFIG,
   PREFIX,
   WEIGHTS,
@@ -23,10 +27,6 @@ from optax_lowmem.nn._peft_files import (
   read_tensors,
   write_adapter,
 )
-from optax_lowmem.nn._peft_plain import check_patterns_of
-from optax_lowmem.nn._places import listing, names_in_stack, nearest
-from optax_lowmem.nn._settings import scale_of
-from optax_lowmem.nn._targets import pattern_value
 
 
 def save_peft(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from optax_lowmem.linen._layers import Layer, Layers
-from optax_lowmem.nn._names import HEADS
-from optax_lowmem.nn._places import listing, matches, nearest, patterns
+from optax_lowmem.nn._model.head_names import HEADS
+from optax_lowmem.nn._model.places import listing, matches, nearest, patterns
 
 
 def output_heads(layers: Layers) -> list[Layer]:

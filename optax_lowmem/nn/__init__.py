@@ -13,23 +13,23 @@
 ['lora_a', 'lora_b']
 """
 
-from optax_lowmem import _flax as _flax
-from optax_lowmem.nn._embed import LoRAEmbed as LoRAEmbed
-from optax_lowmem.nn._init import LoftQ as LoftQ
-from optax_lowmem.nn._lora import LoRALinear as LoRALinear
-from optax_lowmem.nn._merge import merge_lora as merge_lora
-from optax_lowmem.nn._nf4 import NF4Linear as NF4Linear
-from optax_lowmem.nn._peft import save_peft as save_peft
-from optax_lowmem.nn._peft_load import load_peft as load_peft
-from optax_lowmem.nn._plus import scale_lora_b as scale_lora_b
-from optax_lowmem.nn._quantized import QuantizedLinear as QuantizedLinear
-from optax_lowmem.nn._quantized import QuantizedWeight as QuantizedWeight
-from optax_lowmem.nn._quantized_einsum import QuantizedEinsum as QuantizedEinsum
-from optax_lowmem.nn._quantized_module import QuantizedModule as QuantizedModule
-from optax_lowmem.nn._save_merged import merge_peft as merge_peft
-from optax_lowmem.nn._save_merged import save_merged as save_merged
-from optax_lowmem.nn._surgery import add_lora as add_lora
-from optax_lowmem.nn._surgery import quantize_model as quantize_model
+from optax_lowmem._arguments import flax_extra as flax_extra
+from optax_lowmem.nn._layers.lora_embed import LoRAEmbed as LoRAEmbed
+from optax_lowmem.nn._layers.lora_init import LoftQ as LoftQ
+from optax_lowmem.nn._layers.lora_linear import LoRALinear as LoRALinear
+from optax_lowmem.nn._layers.lora_plus import scale_lora_b as scale_lora_b
+from optax_lowmem.nn._layers.nf4_linear import NF4Linear as NF4Linear
+from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum as QuantizedEinsum
+from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear as QuantizedLinear
+from optax_lowmem.nn._layers.quantized_linear import QuantizedWeight as QuantizedWeight
+from optax_lowmem.nn._layers.quantized_module import QuantizedModule as QuantizedModule
+from optax_lowmem.nn._merging.merge import merge_lora as merge_lora
+from optax_lowmem.nn._merging.save_merged import merge_peft as merge_peft
+from optax_lowmem.nn._merging.save_merged import save_merged as save_merged
+from optax_lowmem.nn._model.surgery import add_lora as add_lora
+from optax_lowmem.nn._model.surgery import quantize_model as quantize_model
+from optax_lowmem.nn._peft.load import load_peft as load_peft
+from optax_lowmem.nn._peft.save import save_peft as save_peft
 
 __all__ = [
   "LoRAEmbed",

@@ -1,0 +1,1 @@
+"""What arguments may be, and how a bad one is refused."""

@@ -1,0 +1,1 @@
+"""Arrays in pinned host memory, and how much of it there is."""

@@ -1,0 +1,1 @@
+"""An update of state that lies in host memory."""

@@ -1,0 +1,1 @@
+"""Traced programs: read, proved and cut into parts."""

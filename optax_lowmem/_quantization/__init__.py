@@ -1,0 +1,1 @@
+"""An array as codes and scales."""

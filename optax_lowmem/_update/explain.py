@@ -1,0 +1,134 @@
+"""`explain`: how each parameter's state is held and updated, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from optax_lowmem._arguments.checks import check_transformation
+from optax_lowmem._host_memory.state_bytes import state_bytes
+from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._state.moments import field_of, places
+from optax_lowmem._update.journal import Note, journal
+
+_PLATFORMS = ("cuda", "rocm", "tpu", "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+  """How one parameter is held and updated.
+
+  Attributes:
+    parameter: its path, as `jax.tree_util.keystr` writes it.
+    shape: its shape.
+    held: for each array of its state that has its shape, by field: how it is held.
+    bytes: of these arrays.
+    method: ``"kernel"`` (one launch), ``"phases"`` (whole arrays, in as few passes as may be),
+      ``"tiles"`` (a loop), ``"whole"`` (the rule on decoded arrays), or ``"optax"``: its own rule
+      on float32.
+    reason: why that method, in words.
+  """
+
+  parameter: str
+  shape: tuple[int, ...]
+  held: dict[str, str]
+  bytes: int
+  method: str
+  reason: str
+
+
+class Explanation(tuple[Explained, ...]):
+  """One `Explained` a parameter; printed as a table."""
+
+  def __str__(self) -> str:
+    rows = [("parameter", "shape", "state", "bytes", "updated by", "because")]
+    for e in self:
+      held = ", ".join(f"{field}: {form}" for field, form in e.held.items()) or "none"
+      rows.append((e.parameter, str(e.shape), held, f"{e.bytes:,}", e.method, e.reason))
+    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    lines = []
+    for *cells, last in rows:
+      lines.append("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + "  " + last)
+    return "\n".join(lines)
+
+
+def explain(tx: optax.GradientTransformation, params: Any, platform: str = "cuda") -> Explanation:
+  """Says for every parameter how its state is held, by what method it is updated, and why.
+
+  Nothing is computed: `tx` is traced on shapes.
+
+  Args:
+    tx: a transformation; chains, masks and wrappers around those of this library too.
+    params: parameters, or their shapes.
+    platform: ``"cuda"``, ``"rocm"``, ``"tpu"`` or ``"cpu"``: what updates are compiled for.
+
+  Returns:
+    An `Explanation`: a tuple with an `Explained` for each parameter, which prints as a table.
+
+  Raises:
+    ValueError: for an unknown platform.
+    TypeError: if `tx` is no transformation.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_lowmem as lowmem
+    >>> params = {"w": jnp.zeros((256, 256)), "b": jnp.zeros(256), "r": jnp.zeros((100, 100))}
+    >>> for e in lowmem.explain(lowmem.adamw(1e-3), params):
+    ...   print(e.parameter, e.held["mu"], e.method)
+    ['b'] float32 optax
+    ['r'] power8 in blocks of 100 phases
+    ['w'] power8 in blocks of 64 kernel
+  """
+  if platform not in _PLATFORMS:
+    raise ValueError(
+      f"`platform` must be one of {', '.join(_PLATFORMS)}, got {platform!r}. JAX's 'gpu' is 'cuda' "
+      "on NVIDIA's cards and 'rocm' on AMD's."
+    )
+  check_transformation("tx", tx)
+  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+  state = jax.eval_shape(tx.init, shapes)
+  with journal(platform) as notes:
+    update = optax.with_extra_args_support(tx).update
+    jax.eval_shape(lambda *args: update(*args), shapes, state, shapes)  # not from a cache
+  flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
+  held: list[dict[str, Any]] = [{} for _ in flat]
+  leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QuantizedArray))
+  for leaf, place in zip(leaves, places(state, shapes), strict=True):
+    if place.owner is not None:
+      held[place.owner][field_of(place) or jax.tree_util.keystr(place.prefix)] = leaf
+  explained = []
+  for (path, leaf), arrays in zip(flat, held, strict=True):
+    name = jax.tree_util.keystr(path)
+    note = notes.get(name, Note("optax", "nothing of its state is in few bits"))
+    method, reason = _on(platform, note)
+    explained.append(
+      Explained(
+        parameter=name,
+        shape=leaf.shape,
+        held={field: _form(x) for field, x in arrays.items()},
+        bytes=sum(state_bytes(arrays).values()),
+        method=method,
+        reason=reason,
+      )
+    )
+  return Explanation(explained)
+
+
+def _form(x: Any) -> str:
+  if not isinstance(x, QuantizedArray):
+    return str(x.dtype)
+  block = " x ".join(map(str, x.block))
+  return f"{x.codebook.name} in blocks of {block}"
+
+
+def _on(platform: str, note: Note) -> tuple[str, str]:
+  """The method on a platform, and why."""
+  if platform == "cpu":
+    return ("tiles", "the rule is elementwise") if note.method == "elementwise" else note
+  if note.method == "elementwise" and not note.reason:
+    return "kernel", "the rule is elementwise"
+  if note.method == "optax":
+    return note
+  return "whole" if platform == "tpu" else "phases", note.reason

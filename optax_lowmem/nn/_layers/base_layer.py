@@ -1,0 +1,186 @@
+"""Base layers, each seen as the matrix (out, in) that it multiplies by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum
+from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear, at_rank, check_weight
+from optax_lowmem.nn._layers.quantized_module import QuantizedModule
+from optax_lowmem.nn._proofs.contraction import Contraction
+from optax_lowmem.nn._proofs.foreign_modules import NOTHING, Foreign, Reading, read
+from optax_lowmem.nn._proofs.product import NotAProduct
+
+GENERAL = (nnx.LinearGeneral, nnx.Einsum)
+
+
+def is_kind(module: Any, kind: type) -> bool:
+  """Whether a module is of that kind: subclasses that compute something else are not."""
+  return isinstance(module, kind) and type(module).__call__ is kind.__call__
+
+
+def is_linear(module: Any) -> bool:
+  """Whether a module multiplies by a matrix, dense or quantized, of any arrangement of axes."""
+  return is_known(module) or reading(module).foreign is not None
+
+
+def is_known(module: Any) -> bool:
+  """Whether a module is a linear layer of flax's or of this package's."""
+  return isinstance(module, (QuantizedLinear, QuantizedEinsum)) or any(
+    is_kind(module, kind) for kind in (nnx.Linear, *GENERAL)
+  )
+
+
+def reading(module: Any) -> Reading:
+  """What is proved of a module of another class."""
+  return NOTHING if is_known(module) or is_embed(module) else read(module)
+
+
+def is_embed(module: Any) -> bool:
+  return is_kind(module, nnx.Embed)
+
+
+def foreign_of(base: Any) -> Foreign | None:
+  """The layer, or what it was before it was quantized, if it is of a class of its own."""
+  return base.foreign if isinstance(base, QuantizedModule) else reading(base).foreign
+
+
+def contraction_of(base: Any) -> Contraction | None:
+  """How the axes of a general layer make a matrix; None for layers that have one."""
+  if isinstance(base, QuantizedEinsum):
+    return base.contraction
+  if is_embed(base) or isinstance(base, QuantizedLinear) or is_kind(base, nnx.Linear):
+    return None
+  if any(is_kind(base, kind) for kind in GENERAL):
+    return Contraction.of(base)
+  return read(base).contraction
+
+
+def contraction_at(base: Any, x: Any) -> Contraction | None:
+  """The same for one input, of which a module of another class is proved anew."""
+  foreign = foreign_of(base)
+  if foreign is None:
+    return contraction_of(base)
+  try:
+    return foreign.contraction(foreign.at(x.shape, x.dtype))
+  except NotAProduct as error:
+    raise ValueError(
+      f"this {type(base).__name__} was proved to multiply its input by `{foreign.weight}`, but for "
+      f"an input of shape {x.shape} and dtype {x.dtype} {error}. Leave it out of `targets`."
+    ) from error
+
+
+def weight_field(base: Any) -> str:
+  """The name of a float layer's weight."""
+  if is_embed(base):
+    return "embedding"
+  foreign = foreign_of(base)
+  return "kernel" if foreign is None else foreign.weight
+
+
+def bias_field(base: Any) -> str:
+  """The name of a layer's bias, if it has one."""
+  foreign = reading(base).foreign
+  return "bias" if foreign is None or foreign.bias is None else foreign.bias
+
+
+def dense_variable(base: Any) -> Any:
+  """The Variable of a float layer's weight, or None for a quantized one."""
+  if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
+    return None
+  return getattr(base, weight_field(base))
+
+
+def matrix_shape(base: Any) -> tuple[int, ...]:
+  """(..., out, in) of `matrix_of`, without computing it."""
+  if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
+    return base.weight.get_value().shape
+  shape, contraction = dense_variable(base)[...].shape, contraction_of(base)
+  if contraction is not None:
+    return (*shape[: len(shape) - len(contraction.kernel_shape)], *contraction.matrix_shape)
+  return (*shape[:-2], shape[-1], shape[-2])
+
+
+def stack_shape(base: Any) -> tuple[int, ...]:
+  """The leading axes of a stack of layers."""
+  contraction = contraction_of(base)
+  shape = matrix_shape(base)
+  return shape[: len(shape) - (2 if contraction is None else len(contraction.matrix_shape))]
+
+
+def matrix_of(base: Any) -> jax.Array:
+  """The dense weight (..., out, in) in float32; (..., vocabulary) of an embedding, transposed."""
+  variable = dense_variable(base)
+  if variable is None:
+    return base.dequantize()
+  weight = variable[...].astype(jnp.float32)
+  contraction = contraction_of(base)
+  return weight.swapaxes(-1, -2) if contraction is None else contraction.to_matrix(weight)
+
+
+def to_weight(base: Any, matrix: jax.Array) -> jax.Array:
+  """The inverse of `matrix_of`: a matrix in the arrangement of a float layer's Variable."""
+  contraction = contraction_of(base)
+  return matrix.swapaxes(-1, -2) if contraction is None else contraction.to_kernel(matrix)
+
+
+def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
+  """A float layer like `base` with another weight; `base` and its bias are left as they are."""
+  weight = to_weight(base, matrix).astype(dtype)
+  new: Any
+  if isinstance(base, QuantizedEinsum):
+    new = base.float_layer()
+  elif isinstance(base, QuantizedLinear):
+    new = nnx.eval_shape(
+      lambda: nnx.Linear(
+        base.in_features,
+        base.out_features,
+        use_bias=False,
+        dtype=base.dtype,
+        precision=base.precision,
+        rngs=nnx.Rngs(0),
+      )
+    )
+  else:
+    new = nnx.merge(*nnx.split(base))  # another module with the same Variables
+  if (foreign := foreign_of(base)) is not None:
+    old = getattr(new, foreign.weight)  # the base's own Variable; a new one keeps its metadata
+    setattr(new, foreign.weight, old.replace(weight))
+    return new
+  old = dense_variable(base)  # a new Variable beside it, with its annotations
+  field = "embedding" if isinstance(new, nnx.Embed) else "kernel"
+  setattr(new, field, nnx.Param(weight) if old is None else old.replace(weight))
+  new.param_dtype = weight.dtype
+  if not isinstance(new, nnx.Embed):
+    new.bias = base.bias
+    if hasattr(new, "use_bias"):
+      new.use_bias = base.bias is not None
+  return new
+
+
+def set_matrix(base: Any, matrix: jax.Array) -> Any:
+  """`base` with another weight, kept as it keeps it: quantized again, or in its own dtype."""
+  if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
+    return base.requantized(matrix)
+  return with_matrix(base, matrix, dense_variable(base)[...].dtype)
+
+
+def output_bias(base: Any, y: jax.Array, x: jax.Array) -> jax.Array | None:
+  """What `base` adds at the end, to broadcast against its output `y` of an input `x`."""
+  bias = getattr(base, bias_field(base), None)
+  if bias is None:
+    return None
+  contraction, value = contraction_at(base, x), bias[...].astype(y.dtype)
+  return at_rank(value, y.ndim) if contraction is None else contraction.spread_bias(value, x.ndim)
+
+
+def check_dense(name: str, base: Any) -> None:
+  """Refuses a float weight that holds integers, NaN or Inf."""
+  variable = dense_variable(base)
+  if variable is not None:
+    field = weight_field(base)
+    check_weight(f"{name}.{field}" if name else field, variable[...])

@@ -1,0 +1,1 @@
+"""Adapters, taken into the weights of a model."""

@@ -1,0 +1,1 @@
+"""A model as a tree of layers: names, targets, and their replacement."""

@@ -1,0 +1,235 @@
+"""Replace the linear layers of a model, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_lowmem.nn._layers.adapter import check_lora, check_param_dtype
+from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_embed, is_linear
+from optax_lowmem.nn._layers.lora_embed import LoRAEmbed, check_embed
+from optax_lowmem.nn._layers.lora_init import Init, check_init, quantized
+from optax_lowmem.nn._layers.lora_linear import LoRALinear, check_base, check_own_bias
+from optax_lowmem.nn._layers.quantized_linear import check_codebook
+from optax_lowmem.nn._model.checks import check_model, check_product, check_start, excluded
+from optax_lowmem.nn._model.head_names import HEAD
+from optax_lowmem.nn._model.places import choose, places, replace
+from optax_lowmem.nn._model.skipped import sentence, skipped, warn
+from optax_lowmem.nn._model.targets import Target, all_linear, find_targets
+from optax_lowmem.nn._model.trainable import (
+  below,
+  check_bias,
+  check_named,
+  check_saved,
+  find_saved,
+  train_biases,
+  train_modules,
+)
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def quantize_model(
+  model: M,
+  *,
+  targets: str | Sequence[str] | None = None,
+  exclude: str | Sequence[str] | None = HEAD,
+  codebook: str = "nf4",
+  block_size: int | None = 64,
+  double_quantize: bool | None = None,
+) -> M:
+  """Turns linear layers into quantized ones, in place.
+
+  `nnx.Linear` becomes `NF4Linear`, or `QuantizedLinear` with another codebook;
+  `nnx.LinearGeneral` and `nnx.Einsum` become `QuantizedEinsum`. A module of any other class that
+  is proved to multiply its input by an `nnx.Param` of its own, and to do no more than to add a
+  bias, becomes a `QuantizedModule`.
+
+  Layers are turned one at a time, so no more than one dense weight is held beside the model.
+  The base of a `LoRALinear` is quantized under it. Layers that are quantized already, and modules
+  that compute something else with their `nnx.Param` (experts in one array, say), are left as they
+  are; if `targets` is None, a warning names the latter. Everything is checked before the first
+  layer is changed.
+
+  Args:
+    model: any NNX module that holds the layers: as attributes, in `nnx.List`, `nnx.Dict`, lists
+      or dicts, stacked along leading axes or not.
+    targets: a regular expression or a list of them, each matching a module's whole dotted path
+      or the last part of it. None means every linear layer.
+    exclude: the same, for layers to leave alone. None excludes nothing. `"output head"`, which is
+      the default and may stand in a list, is the layer that has the name of one (`lm_head`), or,
+      where none has, the only one with as many outputs as an embedding has rows.
+    codebook: `"nf4"`, `"fp4"` or `"int8"`.
+    block_size: how many inputs share a scale; None is all inputs of an output.
+    double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
+
+  Returns:
+    `model`.
+
+  Raises:
+    ValueError: nothing matches (the message lists the modules that could), or a weight holds
+      integers, NaN or Inf, or a layer uses its own `dot_general` or `promote_dtype`.
+
+  >>> from flax import nnx
+  >>> from optax_lowmem import nn
+  >>> mlp = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+  >>> type(nn.quantize_model(mlp).layers[0]).__name__
+  'NF4Linear'
+  """
+  check_codebook(codebook)
+  check_model(model)
+  everything = places(model)
+  skip = excluded(exclude, everything)
+  possible = [
+    place
+    for place in everything
+    if is_linear(place.module)
+    and dense_variable(place.module) is not None
+    and place.path not in skip
+  ]
+  if targets is None and not possible:
+    raise ValueError(
+      "`model` has no linear layer to quantize but those that `exclude` names."
+      + sentence(skipped(model, everything))
+    )
+  chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
+  for place in chosen:
+    check_dense(place.path, place.module)
+    check_product(place.path, place.module)
+  if targets is None:
+    warn("quantize_model", "left weights as they are", model, everything)
+  while chosen:
+    place = chosen.pop(0)
+    replace(place, quantized(place.module, codebook, block_size, double_quantize))
+  return model
+
+
+def add_lora(
+  model: M,
+  rank: int,
+  alpha: float,
+  targets: str | Sequence[str] = "all-linear",
+  *,
+  dropout: float = 0.0,
+  use_rslora: bool = False,
+  use_dora: bool = False,
+  lora_bias: bool = False,
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  modules_to_save: str | Sequence[str] | None = None,
+  bias: str = "none",
+  init: Init = "default",
+  param_dtype: Any = jnp.float32,
+  stack: str = "layers",
+  rngs: nnx.Rngs,
+) -> M:
+  r"""Puts an adapter around the layers that `targets` names, in place.
+
+  Linear layers, quantized or not, get a `LoRALinear`, embeddings a `LoRAEmbed`. All that is to be
+  trained is an `nnx.LoRAParam`, and nothing else is. A linear layer is one of flax's, or a module
+  of any class that is proved to be one: see `QuantizedModule`. With `"all-linear"`, a warning names
+  the weights that no linear layer was found for.
+
+  In a stack of layers, the layers may differ in rank and alpha, and some may have no adapter:
+  `targets` and the keys of the patterns match `model.layers.1.self_attn.q_proj` too, where the
+  path of the stacked module is `model.layers.self_attn.q_proj`. The factors of a layer of lower
+  rank are filled up with zeros, which stay zero in training.
+
+  Args:
+    model: any NNX module that holds the layers.
+    rank: as in `LoRALinear`.
+    alpha: as in `LoRALinear`.
+    targets: `"all-linear"`, which is every linear layer but the output head, or a regular
+      expression or a list of them, each matching a module's whole dotted path
+      (`model.layers.self_attn.q_proj`) or the last part of it (`q_proj|v_proj`).
+    dropout: as in `LoRALinear`; of linear layers only, as in PEFT.
+    use_rslora: as in `LoRALinear`.
+    use_dora: as in `LoRALinear`.
+    lora_bias: as in `LoRALinear`.
+    rank_pattern: ranks of some layers, by regular expressions that match the end of a name; the
+      first that does counts, as in PEFT.
+    alpha_pattern: the same for alpha.
+    modules_to_save: a name or names of modules, or last parts of them, that are trained whole.
+      They are left out of `targets`.
+    bias: `"lora_only"` also trains the biases of adapted layers, `"all"` those of all layers.
+      What is trained by it or by `modules_to_save` must have a name in PEFT's files.
+    init: as in `LoRALinear`.
+    param_dtype: as in `LoRALinear`; PEFT with `autocast_adapter_dtype=False` holds adapters in the
+      dtype of their base. Modules and biases that are trained whole are held in it, or in their own
+      if that is wider; their layers compute in what they did.
+    stack: the part of a stacked module's path after which the layer number belongs.
+    rngs: as in `LoRALinear`.
+
+  Returns:
+    `model`.
+
+  Raises:
+    ValueError: nothing matches (the message lists the modules that could), a matching layer has
+      an adapter already or holds integers, NaN or Inf, an argument is out of range, or `init` does
+      not fit a layer. The model then is as it was.
+    TypeError: `rngs` is not an `nnx.Rngs`, or `model` no module of NNX.
+
+  >>> from flax import nnx
+  >>> from optax_lowmem import nn
+  >>> mlp = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+  >>> nn.add_lora(mlp, rank=2, alpha=4, targets="layer.0", rngs=nnx.Rngs(1))
+  Traceback (most recent call last):
+    ...
+  ValueError: `targets` 'layer.0' matches no module that can be changed. Nearest: layers.0. ...
+  """
+  check_lora(rank, alpha, dropout, rngs)
+  check_init(init)
+  check_param_dtype(param_dtype)
+  check_bias(bias)
+  check_model(model)
+  if lora_bias and use_dora:
+    raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
+  everything = places(model)
+  if targets == "all-linear" and not all_linear(everything):
+    raise ValueError(
+      "`targets` 'all-linear': `model` has no linear layer but the output head."
+      + sentence(skipped(model, everything))
+    )
+  saved = find_saved(everything, modules_to_save or ())
+  check_saved(saved)
+  found = find_targets(
+    everything, targets, rank, alpha, rank_pattern, alpha_pattern, stack, below(saved, everything)
+  )
+  for target in found:
+    check = check_embed if is_embed(target.place.module) else check_base
+    check(target.place.path, target.place.module)
+    check_lora(target.rank, target.alpha, dropout, rngs)
+    check_start(target.place.path, target.place.module, target.rank, init)
+    check_own_bias(f"`{target.place.path}`", target.place.module, lora_bias)
+  check_named(everything, saved, [target.place for target in found], bias)
+  if targets == "all-linear":
+    warn("add_lora", "put no adapter on some weights", model, everything)
+  while found:
+    target = found.pop(0)
+    replace(
+      target.place,
+      adapter(
+        target,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        lora_bias=lora_bias,
+        init=init,
+        param_dtype=param_dtype,
+        rngs=rngs,
+      ),
+    )
+  train_modules(saved, param_dtype)
+  train_biases(places(model), bias, param_dtype)
+  return model
+
+
+def adapter(target: Target, *, dropout: float, lora_bias: bool, **options: Any) -> Any:
+  """An adapter for a layer; embeddings have neither dropout nor a bias, as in PEFT."""
+  base, rank, alpha = target.place.module, target.rank, target.alpha
+  if is_embed(base):
+    return LoRAEmbed(base, rank, alpha, **options)
+  return LoRALinear(base, rank, alpha, dropout=dropout, lora_bias=lora_bias, **options)

@@ -1,0 +1,234 @@
+"""Parameters of the base that are trained beside adapters: whole modules, and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._layers.base_layer import (
+  bias_field,
+  contraction_of,
+  dense_variable,
+  is_embed,
+  is_linear,
+  stack_shape,
+  weight_field,
+)
+from optax_lowmem.nn._model.places import Place, base_of, listing, names_in_stack, nearest
+
+_KNOWN = "linear layers of one matrix, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm"
+
+
+def _same(value: Any) -> Any:
+  return value
+
+
+def _swap(value: Any) -> Any:
+  return value.swapaxes(-1, -2)
+
+
+class Tensor(NamedTuple):
+  """A Variable of a layer, and what it is in PyTorch.
+
+  `to_torch` is of one layer or of a stack with its leading axes, and `from_torch` its inverse.
+  """
+
+  holder: Any
+  field: str
+  suffix: str  # "weight" or "bias"
+  lead: tuple[int, ...]  # the leading axes of a stack
+  to_torch: Callable[[Any], Any] = _same
+  from_torch: Callable[[Any], Any] = _same
+
+  @property
+  def variable(self) -> Any:
+    return getattr(self.holder, self.field)
+
+  @property
+  def torch_shape(self) -> tuple[int, ...]:
+    """Of one layer."""
+    old = self.variable[...]
+    return jax.eval_shape(self.to_torch, old).shape[len(self.lead) :]
+
+
+def tensors_of(module: Any) -> list[Tensor] | None:
+  """The Variables of one layer under PyTorch's names; None if it is of an unknown kind."""
+  module = base_of(module)
+  if is_embed(module):
+    return [Tensor(module, "embedding", "weight", stack_shape(module))]
+  if is_linear(module):
+    return _of_linear(module)
+  if isinstance(module, (nnx.RMSNorm, nnx.LayerNorm)):
+    fields = (("scale", "weight"), ("bias", "bias"))
+    return [
+      Tensor(module, field, suffix, getattr(module, field)[...].shape[:-1])
+      for field, suffix in fields
+      if getattr(module, field, None) is not None
+    ]
+  return None
+
+
+def _of_linear(layer: Any) -> list[Tensor]:
+  """Weight (out, in), unless it is packed, and bias (out,)."""
+  lead, contraction = stack_shape(layer), contraction_of(layer)
+  if contraction is not None and len(contraction.matrix_shape) > 2:
+    return []  # one matrix for each expert: PyTorch has no such linear layer
+  found: list[Tensor] = []
+  if dense_variable(layer) is not None:
+    turns = (_swap, _swap)
+    if contraction is not None:
+      turns = (contraction.to_matrix, contraction.to_kernel)
+    found.append(Tensor(layer, weight_field(layer), "weight", lead, *turns))
+  field = bias_field(layer)
+  bias = getattr(layer, field, None)
+  if bias is None:
+    return found
+  if contraction is None:
+    return [*found, Tensor(layer, field, "bias", lead)]
+  own = bias[...].shape[len(lead) :]
+
+  def to_vector(value: Any) -> Any:
+    return contraction.bias_to_vector(value, value.ndim - len(own))
+
+  def from_vector(value: Any) -> Any:
+    return contraction.vector_to_bias(value).reshape(*value.shape[:-1], *own)
+
+  return [*found, Tensor(layer, field, "bias", lead, to_vector, from_vector)]
+
+
+def train(holder: Any, field: str, dtype: Any = jnp.float32) -> None:
+  """Makes a Variable one that an optimizer of `nnx.LoRAParam` trains, in `dtype` or a wider one.
+
+  In bfloat16, a step of less than 1/512 of a weight leaves it as it is: at a learning rate of 1e-5,
+  more than nine of ten. What a layer computes in stays what it was.
+  """
+  old = getattr(holder, field)
+  value = old[...]
+  wide = jnp.promote_types(value.dtype, dtype)
+  if wide != value.dtype and hasattr(holder, "dtype"):
+    if holder.dtype is None:  # or it would compute in what its weight is held in
+      holder.dtype = value.dtype
+    value = value.astype(wide)
+  if not isinstance(old, nnx.LoRAParam) or value.dtype != old[...].dtype:
+    # Made anew, it would be placed by its annotation, for which there may be no mesh any more.
+    setattr(holder, field, nnx.LoRAParam.from_metadata(value, old.get_metadata()))
+
+
+def find_saved(everything: Sequence[Place], modules: str | Sequence[str]) -> list[Place]:
+  """The modules whose path is, or ends in, one of the names."""
+  found: dict[str, Place] = {}
+  for name in [modules] if isinstance(modules, str) else modules:
+    if not isinstance(name, str):
+      raise ValueError(f"`modules_to_save` must be a list of names, got {modules!r}.")
+    matched = [p for p in everything if p.path == name or p.path.endswith("." + name)]
+    if not matched:
+      paths = [p.path for p in everything]
+      raise ValueError(
+        f"`modules_to_save` {name!r} is no module of `model`.{nearest(name, paths)} "
+        f"Available modules: {listing(paths)}."
+      )
+    found.update((p.path, p) for p in matched)
+  return list(found.values())
+
+
+def check_saved(places: Sequence[Place]) -> None:
+  """Refuses modules to save that hold what cannot be trained."""
+  for place in places:
+    if isinstance(place.module, Adapter):
+      raise ValueError(f"`{place.path}` of `modules_to_save` has an adapter already.")
+    for path, module in nnx.iter_modules(place.module):
+      if is_linear(module) and dense_variable(module) is None:
+        inner = ".".join([place.path, *map(str, path)])
+        raise ValueError(
+          f"`{inner}` of `modules_to_save` is quantized, and only floating-point weights are "
+          "trained. Name it in `quantize_model`'s `exclude`."
+        )
+
+
+def check_named(
+  everything: Sequence[Place], saved: Sequence[Place], adapted: Sequence[Place], bias: str
+) -> None:
+  """Refuses to train what an adapter's file has no name for."""
+  wanted: dict[tuple[str, str], Any] = {}
+  for place in below(saved, everything):
+    held = [k for k, v in vars(place.module).items() if isinstance(v, nnx.Param)]
+    wanted.update(((place.path, field), place.module) for field in held)
+  for place in {"none": [], "all": everything, "lora_only": adapted}[bias]:
+    layer = base_of(place.module)
+    if (field := _trainable_bias(layer)) is not None:
+      wanted[place.path, field] = layer
+  for (path, field), layer in wanted.items():
+    if field not in {tensor.field for tensor in tensors_of(layer) or []}:
+      raise ValueError(
+        f"`{path}.{field}` of a {type(layer).__name__} would be trained (`modules_to_save`, "
+        f"`bias`), and what it is called in PEFT is not known: only {_KNOWN} have a counterpart. "
+        "Name other modules, or choose `bias='lora_only'` or 'none'."
+      )
+
+
+def train_modules(places: Sequence[Place], dtype: Any = jnp.float32) -> None:
+  """Makes every `nnx.Param` in the modules trainable, held in `dtype` or a wider one."""
+  for place in places:
+    for _, module in nnx.iter_modules(place.module):
+      for field, value in list(vars(module).items()):
+        if isinstance(value, nnx.Param):
+          train(module, field, dtype)
+
+
+def below(places: Sequence[Place], everything: Sequence[Place]) -> list[Place]:
+  """The places, and all that lie under them."""
+  roots = tuple(place.path for place in places)
+  return [p for p in everything if any((p.path + ".").startswith(r + ".") for r in roots)]
+
+
+def check_bias(bias: str) -> None:
+  if bias not in ("none", "all", "lora_only"):
+    raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {bias!r}.")
+
+
+def train_biases(everything: Sequence[Place], bias: str, dtype: Any = jnp.float32) -> None:
+  """Makes the biases of adapted layers, or all, trainable."""
+  for place in everything:
+    module = base_of(place.module)
+    adapted = isinstance(place.module, Adapter)
+    if bias == "none" or (bias == "lora_only" and not adapted):
+      continue
+    if (field := _trainable_bias(module)) is not None:
+      train(module, field, dtype)
+
+
+def _trainable_bias(layer: Any) -> str | None:
+  field = bias_field(layer) if is_linear(layer) else "bias"
+  return field if isinstance(getattr(layer, field, None), nnx.Param) else None
+
+
+def trained_beside(everything: Sequence[Place], stack: str) -> dict[str, tuple[Tensor, list[str]]]:
+  """{path.suffix: tensor and names} of every trained Variable that is no adapter's."""
+  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
+  found: dict[str, tuple[Tensor, list[str]]] = {}
+  for place in everything:
+    if id(place.module) in bases:
+      continue
+    module = base_of(place.module)
+    held = [k for k, v in vars(module).items() if isinstance(v, nnx.LoRAParam)]
+    tensors = {t.field: t for t in tensors_of(module) or []}
+    for field in held:
+      if field not in tensors:
+        raise ValueError(
+          f"`{place.path}.{field}` is trained, and what it is called in PEFT is not known: only "
+          f"{_KNOWN} have a counterpart."
+        )
+      tensor = tensors[field]
+      names = names_in_stack(place.path, tensor.lead, stack)
+      if not names:
+        raise ValueError(
+          f"`{place.path}` is a stack of layers, and where its layer number belongs in PEFT's "
+          f"name is not clear: the path must have one part {stack!r}. Name the part in `stack`."
+        )
+      found[f"{place.path}.{tensor.suffix}"] = (tensor, names)
+  return found

@@ -1,0 +1,272 @@
+"""Adapters, written in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._layers.base_layer import (
+  contraction_of,
+  dense_variable,
+  matrix_of,
+  stack_shape,
+)
+from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
+from optax_lowmem.nn._model.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
+from optax_lowmem.nn._model.places import Place, adaptable, layer_names, places
+from optax_lowmem.nn._model.trainable import trained_beside
+from optax_lowmem.nn._peft.config import configuration
+from optax_lowmem.nn._peft.files import PREFIX, check_writable, write_adapter
+
+
+class Layer(NamedTuple):
+  """One layer's adapter as PEFT holds it."""
+
+  rank: int
+  alpha: float
+  tensors: dict[str, np.ndarray]  # by the end of their name
+
+
+def check_nameable(place: Place, stack: str) -> list[str]:
+  """The names of an adapter's layers in PEFT."""
+  names = layer_names(place, stack)
+  if not names:
+    raise ValueError(
+      f"`{place.path}` is a stack of layers, and where its layer number belongs in "
+      f"PEFT's name is not clear: the path must have one part {stack!r} and the weight one "
+      "leading axis. Name the part in `stack`."
+    )
+  return names
+
+
+def check_matrix(place: Place) -> None:
+  """Refuses layers that have no one matrix in PyTorch."""
+  module: Any = place.module
+  contraction = contraction_of(module.base if isinstance(module, Adapter) else module)
+  if contraction is not None and len(contraction.matrix_shape) > 2:
+    raise ValueError(
+      f"`{place.path}` multiplies by one matrix for each index of an axis that its kernel shares "
+      "with input and output, for which PEFT has no adapter. Merge it with `merge_lora` instead."
+    )
+
+
+def peft_layers(
+  place: Place, names: Sequence[str], save_embeddings: bool, of_original: bool = True
+) -> dict[str, Layer]:
+  """{name: adapter} of one place; layers of a stack that have none are left out.
+
+  With `of_original` it is to be added to the weight before room was made in it for the adapter,
+  else to the one that the base holds.
+  """
+  lora: Any = place.module
+  stacked, count = bool(stack_shape(lora.base)), len(names)
+  ranks, alphas = lora.ranks or (lora.rank,) * count, lora.alphas or (lora.alpha,) * count
+
+  def each(value: Any) -> np.ndarray:
+    value = np.asarray(value, np.float32)
+    return value if stacked else value[None]
+
+  a, b = each(lora.lora_a[...]), each(lora.lora_b[...])
+  other = [("lora_magnitude_vector", lora.magnitude), ("lora_B.bias", None)]
+  other[1] = ("lora_B.bias", getattr(lora, "lora_bias", None))
+  start: Any = lora.start_a if of_original else None
+  if start is not None:
+    start_a, start_b = each(start[...]), each(lora.start_b[...])
+  embed = isinstance(lora, LoRAEmbed)
+  ends = ("lora_embedding_A", "lora_embedding_B") if embed else ("lora_A.weight", "lora_B.weight")
+  found = {}
+  for i, (name, rank, alpha) in enumerate(zip(names, ranks, alphas, strict=True)):
+    if rank == 0:
+      continue
+    one_a, one_b = a[i][:, :rank], b[i][:rank]
+    if start is not None:
+      # The base gave up the product of the first factors: what was learned is the difference.
+      one_a = np.concatenate([one_a, start_a[i][:, :rank]], axis=1)
+      one_b = np.concatenate([one_b, -start_b[i][:rank]])
+      rank, alpha = 2 * rank, alpha * (math.sqrt(2) if lora.use_rslora else 2)
+    tensors = {ends[0]: one_a.T, ends[1]: one_b.T}  # PEFT: (r, in), (out, r)
+    tensors |= {end: each(v[...])[i].reshape(-1) for end, v in other if v is not None}
+    # A base that made room holds no weight that the adapter in the file could be added to.
+    whole = dense_variable(lora.base) is not None and lora.start_a is None
+    if save_embeddings and whole and name.rpartition(".")[2] in EMBEDDINGS:
+      one = each(matrix_of(lora.base))[i]
+      tensors["base_layer.weight"] = one.T if embed else one
+    found[name] = Layer(rank, alpha, tensors)
+  return found
+
+
+def save_peft(
+  model: nnx.Module,
+  dir: str | os.PathLike[str],
+  *,
+  base_model: str | None = None,
+  task_type: str = "CAUSAL_LM",
+  stack: str = "layers",
+  save_embedding_layers: bool = True,
+  overwrite: bool = False,
+) -> pathlib.Path:
+  """Writes the adapters of a model as PEFT writes them.
+
+  `PeftModel.from_pretrained(base, dir)` loads the result, if module paths here are those of the
+  PyTorch model. A stacked module `model.layers.self_attn.q_proj` is written as
+  `model.layers.{i}.self_attn.q_proj`, one for each layer.
+
+  Ranks and alphas that differ become PEFT's `rank_pattern` and `alpha_pattern`; what
+  `modules_to_save` and `bias` of `add_lora` made trainable is written as PEFT writes it. Adapters
+  are written in the dtype they are trained in; what is trained beside them in float32.
+
+  The file is an adapter of the *original* weights. Where the base was changed when the adapter
+  was made (`init` "pissa" or "loftq"), it holds the difference to the start, B A - B0 A0, as a
+  plain adapter of twice the rank. For PiSSA on a float base that gives the same logits; with a
+  quantized base they differ by the error of quantization, as those of any adapter do that is
+  moved to a base of other bits.
+
+  Args:
+    model: a module with adapters in it, all of one dropout, and all or none of them rsLoRA, DoRA
+      and with a bias.
+    dir: the directory to write to; it is made if needed.
+    base_model: name or path of the base model, for the configuration.
+    task_type: PEFT's task type, for the configuration.
+    stack: the part of a stacked module's path after which the layer number belongs.
+    save_embedding_layers: write the base weights of adapted embeddings and heads
+      (`embed_tokens`, `lm_head`) too, as PEFT does; not those that are packed, or were changed
+      when the adapter was made.
+    overwrite: replace an adapter that is in `dir` already.
+
+  Returns:
+    `dir` as a `pathlib.Path`.
+
+  Raises:
+    FileExistsError: there is an adapter in `dir`, and `overwrite` is False.
+    ValueError: `model` has no adapter, or adapters of different settings, or a stack whose
+      layers cannot be named.
+    ImportError: the package safetensors is not installed.
+
+  >>> import pathlib, tempfile
+  >>> from flax import nnx
+  >>> from optax_lowmem import nn
+  >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+  >>> model = nn.add_lora(model, rank=2, alpha=4, targets=".*", rngs=nnx.Rngs(1))
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...     sorted(path.name for path in nn.save_peft(model, folder).iterdir())
+  ['adapter_config.json', 'adapter_model.safetensors']
+
+  References:
+    https://huggingface.co/docs/peft/developer_guides/checkpoint
+  """
+  dir = check_writable(dir, overwrite)
+  everything = places(model)
+  layers: dict[str, Layer] = {}
+  settings: dict[tuple[Any, ...], str] = {}
+  for place in everything:
+    if not isinstance(place.module, Adapter):
+      continue
+    names = check_nameable(place, stack)
+    check_matrix(place)
+    lora: Any = place.module
+    written = peft_layers(place, names, save_embedding_layers)
+    layers |= {name: _as_held(lora, layer) for name, layer in written.items()}
+    linear = not isinstance(lora, LoRAEmbed)
+    rate = 0.0 if lora.dropout is None else lora.dropout.rate
+    key = (lora.use_rslora, lora.use_dora, *((rate, lora.lora_bias is not None) if linear else ()))
+    settings.setdefault(key, place.path)
+  if not layers:
+    raise ValueError("`model` holds no LoRALinear, there is no adapter to save.")
+  longest = max(settings, key=len)
+  if any(key != longest[: len(key)] for key in settings):
+    raise ValueError(
+      "`model` has adapters of different (use_rslora, use_dora, dropout, lora_bias): "
+      + ", ".join(f"{value} at `{path}`" for value, path in settings.items())
+      + ". One adapter file holds one of each."
+    )
+  filled: Any = (*longest, 0.0, False)
+  use_rslora, use_dora, rate, lora_bias = filled[:4]
+  if lora_bias and len(settings) > 1:
+    raise ValueError(
+      "`lora_bias` on linear layers does not go with adapters on embeddings in PEFT."
+    )
+  tensors = {
+    f"{PREFIX}{name}.{end}": np.ascontiguousarray(value)
+    for name, layer in layers.items()
+    for end, value in layer.tensors.items()
+  }
+  all_names = [n for p in adaptable(everything) for n in layer_names(p, stack)]
+  bias, modules = _beside(everything, stack, set(layers), tensors)
+  for name in modules:
+    others = {n for n in all_names if n.endswith(name)} - set(modules)
+    if others:
+      raise ValueError(
+        f"`{name}` is trained whole, and PEFT would take {sorted(others)[0]!r} for it too, whose "
+        "name ends in the same letters. Train both, or rename one."
+      )
+  tying = bool(modules) and is_tied(model)
+  if tying:  # PEFT looks for the tied output layer's own copy
+    for name in [name for name in tensors if name.endswith(TABLE)]:
+      root = name.removesuffix(TABLE).removesuffix("model.")
+      tensors[root + HEAD_WEIGHT] = tensors[name].copy()
+  config = configuration(
+    {name: layer.rank for name, layer in layers.items()},
+    {name: layer.alpha for name, layer in layers.items()},
+    all_names,
+    base_model=base_model,
+    task_type=task_type,
+    dropout=rate,
+    use_rslora=use_rslora,
+    use_dora=use_dora,
+    lora_bias=lora_bias,
+    bias=bias,
+    modules_to_save=modules,
+    ensure_weight_tying=tying,
+  )
+  write_adapter(dir, config, tensors)
+  return dir
+
+
+def _as_held(lora: Any, layer: Layer) -> Layer:
+  """The layer with what is trained in the dtype it is trained in, as PEFT writes it."""
+  parts = [lora.lora_a, lora.lora_b, lora.magnitude, getattr(lora, "lora_bias", None)]
+  parts += [lora.start_a, lora.start_b] if lora.start_a is not None else []
+  dtype = functools.reduce(jnp.promote_types, (x[...].dtype for x in parts if x is not None))
+  tensors = {
+    end: value if end.startswith("base_layer") else value.astype(dtype)
+    for end, value in layer.tensors.items()
+  }
+  return layer._replace(tensors=tensors)
+
+
+def is_tied(model: Any) -> bool:
+  """Whether the model says that its output layer is its embedding."""
+  return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def _beside(
+  everything: Sequence[Place], stack: str, adapted: set[str], tensors: dict[str, np.ndarray]
+) -> tuple[str, list[str]]:
+  """Adds what is trained beside adapters to `tensors`; returns `bias` and `modules_to_save`."""
+  biases, modules = set(), dict[str, set[str]]()
+  for tensor, names in trained_beside(everything, stack).values():
+    value = tensor.to_torch(np.asarray(tensor.variable[...], np.float32))
+    for name, one in zip(names, value if tensor.lead else value[None], strict=True):
+      inner = f"{name}.base_layer" if name in adapted else name
+      tensors[f"{PREFIX}{inner}.{tensor.suffix}"] = np.ascontiguousarray(one)
+      modules.setdefault(name, set()).add(tensor.suffix)
+  for name, suffixes in list(modules.items()):
+    if suffixes == {"bias"}:
+      biases.add(name)
+      del modules[name]
+    elif name in adapted:
+      raise ValueError(
+        f"`{name}` has an adapter, and its weight is trained too. Train one of them."
+      )
+  if not biases:
+    return "none", sorted(modules)
+  return ("lora_only" if biases <= adapted else "all"), sorted(modules)

@@ -1,0 +1,1 @@
+"""Which modules are one matrix product, by proof from what they compute."""

@@ -1,0 +1,246 @@
+"""Modules of any class that are proved to multiply by one matrix.
+
+Packages of models have linear layers of their own: an `Einsum` with a Param `w`, a `Dense` that
+computes `x @ self.kernel + self.bias`. They are not recognized by name. Such a module is called on
+abstract inputs, and its jaxpr is read: see `_product`. What is proved for one shape of the input
+is proved again for each shape that it is used with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optax_lowmem.nn._proofs.contraction import Contraction
+from optax_lowmem.nn._proofs.product import NotAProduct, Product, prove
+
+# What `nnx.Module.train` and `eval` switch: what is proved of one mode is not of the other.
+_MODES = ("deterministic", "training", "use_running_average")
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+_FREE = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # lengths of axes that the weight knows nothing of
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+  """A module's class and settings, without its arrays: hashable, so it can rest in a graphdef.
+
+  Attributes:
+    graphdef: of the module.
+    treedef: of its state.
+    fields: the names of its arrays, in the order of the state's leaves.
+    shapes: of its arrays, of one layer, in the same order.
+    dtypes: the same.
+    constants: the names of those that are no Variables, and that the product is made without.
+    weight: the name of the matrix.
+    bias: the name of the bias, or None.
+    plain: whether the product accumulates in its own dtype.
+    sides: which axes of the weight are shared with the input and the output, are inputs, and are
+      outputs; None while that is looked for.
+  """
+
+  graphdef: Any
+  treedef: Any
+  fields: tuple[str, ...]
+  shapes: tuple[tuple[int, ...], ...]
+  dtypes: tuple[Any, ...]
+  constants: tuple[str, ...]
+  weight: str
+  bias: str | None
+  plain: bool = True
+  sides: tuple[tuple[int, ...], ...] | None = None
+
+  @property
+  def kernel_shape(self) -> tuple[int, ...]:
+    return self.shapes[self.fields.index(self.weight)]
+
+  def at(self, shape: tuple[int, ...], dtype: Any) -> Product:
+    """What the module computes from an input of that shape and dtype.
+
+    Raises:
+      NotAProduct: something else than a product, or one of other axes of the weight than what is
+        kept of it, a matrix, was made by.
+    """
+    # A program depends on these too, and may be asked for under several of them.
+    config: Any = jax.config
+    under = config.jax_default_matmul_precision, config.jax_enable_x64
+    product = _prove(self, tuple(shape), jnp.dtype(dtype), under)
+    if self.sides is not None and self.contraction(product).sides != self.sides:
+      raise NotAProduct("it uses other axes of its weight as inputs")
+    return product
+
+  def contraction(self, product: Product) -> Contraction:
+    return Contraction(product.equation, (), 0, self.kernel_shape)
+
+  def build(self, **values: Any) -> Any:
+    """The module with these arrays in its Variables."""
+    return nnx.merge(self.graphdef, self.treedef.unflatten([values[name] for name in self.fields]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _prove(foreign: Foreign, shape: tuple[int, ...], dtype: Any, under: Any) -> Product:
+  kinds = dict.fromkeys(foreign.constants, "c") | {foreign.weight: "w", foreign.bias: "b"}
+
+  def call(arrays: Any, x: jax.Array) -> Any:
+    module = foreign.build(**dict(zip(foreign.fields, arrays, strict=True)))
+    before = set(vars(module))
+    y = module(x, **placement(module, None))
+    if set(vars(module)) != before:
+      raise NotAProduct("it changes itself when it is called")
+    return y
+
+  arrays = [jax.ShapeDtypeStruct(*a) for a in zip(foreign.shapes, foreign.dtypes, strict=True)]
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    jaxpr = jax.make_jaxpr(call)(arrays, jax.ShapeDtypeStruct(shape, dtype))
+  return prove(jaxpr, "".join(kinds[name] for name in foreign.fields) + "x")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """What is known of a module that is not of flax's kinds.
+
+  Attributes:
+    foreign: the module without its arrays, or None if it is no product.
+    contraction: how the axes of its weight make a matrix.
+    reason: why it is none.
+  """
+
+  foreign: Foreign | None = None
+  contraction: Contraction | None = None
+  reason: str = ""
+
+
+NOTHING = Reading()
+
+
+def read(module: Any) -> Reading:
+  """Whether a module is a product of its input and a weight of its own."""
+  if not isinstance(module, nnx.Module) or not callable(module):
+    return NOTHING
+  variables = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
+  constants = {k for k, v in vars(module).items() if isinstance(v, _ARRAYS)}
+  arrays = {k: v.get_value() for k, v in variables.items()}
+  if not all(isinstance(v, jax.Array | jax.ShapeDtypeStruct) for v in arrays.values()):
+    return NOTHING
+  if not any(_is_matrix(v) for v in arrays.values()):
+    return NOTHING
+  names = ", ".join(f"`{name}`" for name in variables)
+  if sum(1 for _ in nnx.iter_modules(module)) > 1:
+    return Reading(reason=f"it holds {names} beside other modules")
+  if any(name in vars(module) for name in _MODES):
+    return Reading(reason="it may compute something else in training")
+  if not all(isinstance(v, nnx.Param) for v in variables.values()):
+    return Reading(reason="it holds other Variables than an nnx.Param")
+  if len(variables) > 2:
+    return Reading(reason=f"it holds {names}")
+  graphdef, state = nnx.split(module)
+  leaves, treedef = jax.tree.flatten_with_path(state)
+  if len(leaves) != len(variables) + len(constants):
+    return Reading(reason="it holds trees of arrays that are no Variables")
+  if more := _more_arguments(module):
+    return Reading(reason=f"its `__call__` needs {more}, on which what it computes may depend")
+  order = {str(getattr(path[0], "key", path[0])): leaf for path, leaf in leaves}
+  shapes = tuple(tuple(leaf.shape) for leaf in order.values())
+  dtypes = tuple(leaf.dtype for leaf in order.values())
+  try:
+    fixed = tuple(name for name in order if name in constants)
+    return _search(graphdef, treedef, tuple(order), shapes, dtypes, fixed)
+  except TypeError as error:
+    if "unhashable" not in str(error):
+      raise
+    return Reading(reason="its settings cannot be hashed")
+
+
+def placement(module: Any, out_sharding: Any) -> dict[str, Any]:
+  """`out_sharding` as keyword arguments for a layer: none where it is None and may be left out."""
+  if out_sharding is None and "out_sharding" not in _required(module):
+    return {}
+  return {"out_sharding": out_sharding}
+
+
+def _more_arguments(module: Any) -> str:
+  """The arguments that a module must be given besides an input and an `out_sharding`."""
+  more = [name for name in _required(module)[1:] if name != "out_sharding"]
+  return ", ".join(f"`{name}`" for name in more)
+
+
+def _required(module: Any) -> list[str]:
+  parameters = inspect.signature(module.__call__).parameters.values()
+  several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  return [p.name for p in parameters if p.default is p.empty and p.kind not in several]
+
+
+def _is_matrix(value: Any) -> bool:
+  return value.ndim >= 2 and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+@functools.lru_cache(maxsize=4096)
+def _search(
+  graphdef: Any, treedef: Any, fields: Any, shapes: Any, dtypes: Any, constants: Any
+) -> Reading:
+  """Looks for the input that a module takes, and for the axes of its weight that stack layers."""
+  ranks = [
+    0 if name in constants else len(shape) for name, shape in zip(fields, shapes, strict=True)
+  ]
+  weight = ranks.index(max(ranks))
+  own = [i for i, name in enumerate(fields) if name not in constants]
+  bias = next((fields[i] for i in own if i != weight), None)
+  reason = ""
+  for free in (2, 1, 3):
+    found: list[Reading] = []
+    for lead in range(max(ranks) - 1):
+      if len({shapes[i][:lead] for i in own}) > 1:
+        continue
+      inner = tuple(shape[lead:] if i in own else shape for i, shape in enumerate(shapes))
+      foreign = Foreign(graphdef, treedef, fields, inner, dtypes, constants, fields[weight], bias)
+      for shape in _inputs(inner[weight], free):
+        try:
+          product = foreign.at(shape, jnp.float32)
+        except NotAProduct as error:
+          reason = reason or str(error)
+        except Exception:  # whatever a module raises when it is given what it does not take
+          continue
+        else:
+          contraction = foreign.contraction(product)
+          foreign = dataclasses.replace(foreign, plain=product.plain, sides=contraction.sides)
+          found.append(Reading(foreign, contraction))
+          break
+    if len(found) > 1:
+      return Reading(reason="what it computes with a stack of weights is not clear")
+    if found:
+      return found[0]
+  return Reading(reason=reason or "it takes no input that could be guessed from its weight")
+
+
+def _inputs(kernel: tuple[int, ...], free: int) -> Iterator[tuple[int, ...]]:
+  """Shapes of inputs: `free` axes of their own, then some of the weight's."""
+  own = [n for n in _FREE if n not in kernel][:free]
+  for count in range(1, len(kernel) + 1):
+    for axes in itertools.combinations(kernel, count):
+      yield (*own, *axes)
+
+
+def setting_of(wrapper: Any, layer: Any, name: str) -> Any:
+  """What a wrapper of `layer` gives for an attribute that it does not have itself.
+
+  Models ask their layers for more than a call: `self.query.features`, `self.query.kernel.shape`.
+  Settings are those of the layer. Of an array there is a `jax.ShapeDtypeStruct`, and of a method
+  nothing: who computes past the wrapper gets an error, not a result that lacks the adapter.
+  """
+  value = None if layer is None or name.startswith("_") else getattr(layer, name)
+  array = value.get_value() if isinstance(value, nnx.Variable) else None
+  if isinstance(array, jax.Array | jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+  if layer is None or name.startswith("_") or array is not None or inspect.ismethod(value):
+    raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
+  return value
