@@ -17,7 +17,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "qlora"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 ODD = [None, True, 0, -1, 10**9, 10**18, 10**400, 1e308, "", "x", "(a+)+$", [], {}, [[]], {"a": {}}]
 ODD += ["../../etc/passwd", "/etc/passwd", "\0", "é" * 9, [1] * 1000, {"a": "b" * 1000}]
@@ -119,8 +119,8 @@ def write_sources(folder: pathlib.Path) -> None:
   """What is damaged: a model, its GGUF file, an adapter, rows, settings, and a run's record."""
   from safetensors.numpy import load_file
 
-  from config_files import config_from_hf
   from conftest import GOLDEN
+  from optax_lowmem.qlora.loading.config_files import config_from_hf
   from qlora_cases import save_model, save_rows
   from test_llama_files import write_gguf
 
@@ -190,12 +190,12 @@ def read(kind: str, path: pathlib.Path, source: pathlib.Path, work: pathlib.Path
   """Does with a file what the script does with it."""
   import numpy as np
 
-  from arguments import of_record, parse
-  from chat import ChatTokenizer
-  from data import load
   from optax_lowmem import nn
-  from runs import read_run
-  from weights import open_checkpoint
+  from optax_lowmem.qlora.data.dataset import load
+  from optax_lowmem.qlora.loading.weights import open_checkpoint
+  from optax_lowmem.qlora.run.runs import read_run
+  from optax_lowmem.qlora.run.settings import of_record, parse
+  from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
   if kind == "YAML":
     parse("", ["--config", str(path)])

@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import argparse
 import functools
-import pathlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "qlora"))
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from _measure import write
-from arguments import Settings
-from batches import Batch
 from compiled import compile_for
-from llama_config import LlamaConfig
-from recipe import abstract_model, optimizer
-from training import split, train_step
+from optax_lowmem.qlora.data.batches import Batch
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.training.step import split, train_step
 
 GIB = 2**30
 MODELS = {

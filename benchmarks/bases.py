@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from _measure import write
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "qlora"))
-from batches import Batches
-from chat import ChatTokenizer
-from data import load
-from evaluation import HeldOut
-from fetch import default_data, default_model
-from llama import load_llama
 from optax_lowmem import nn as lowmem_nn
-from training import State
-from weights import open_checkpoint
+from optax_lowmem.qlora.data.batches import Batches
+from optax_lowmem.qlora.data.dataset import load
+from optax_lowmem.qlora.files.fetch import default_data, default_model
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.loading.weights import open_checkpoint
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.training.evaluation import HeldOut
+from optax_lowmem.qlora.training.step import State
 
 
 def bits(model: nnx.Module) -> float:

@@ -7,8 +7,6 @@ Both ways are compiled, greedy and timed in turn in one process, the best of `--
 """
 
 import argparse
-import pathlib
-import sys
 import time
 from functools import partial
 
@@ -17,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "qlora"))
-from generation import generate
-from llama import Llama, load_llama
-from llama_config import LlamaConfig
+from optax_lowmem.qlora.loading.llama import Llama, load_llama
+from optax_lowmem.qlora.models.generation import generate
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
 
 
 def without_cache(graph, new_tokens, variables, ids, start):

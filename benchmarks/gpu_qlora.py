@@ -19,7 +19,6 @@ import traceback
 from typing import Any
 
 EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "qlora"
-sys.path.insert(0, str(EXAMPLE))
 
 
 def random_weights(steps: int) -> dict[str, Any]:
@@ -28,12 +27,12 @@ def random_weights(steps: int) -> dict[str, Any]:
   import jax.numpy as jnp
   from flax import nnx
 
-  from arguments import Settings
-  from data import Batch
-  from finetune import adapted, compiled, optimizer, split
-  from llama import Llama
-  from llama_config import LlamaConfig
   from optax_lowmem import nn as lowmem_nn
+  from optax_lowmem.qlora.commands.finetune import adapted, compiled, optimizer, split
+  from optax_lowmem.qlora.data.dataset import Batch
+  from optax_lowmem.qlora.loading.llama import Llama
+  from optax_lowmem.qlora.models.llama_config import LlamaConfig
+  from optax_lowmem.qlora.run.settings import Settings
 
   on_gpu = jax.devices()[0].platform == "gpu"
   if on_gpu:

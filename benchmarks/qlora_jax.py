@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +21,14 @@ from safetensors.numpy import save_file
 
 from _turns import arguments, resident, serve
 from optax_lowmem import nn as lowmem_nn
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples" / "qlora"))
-
-from chat import ChatTokenizer
-from config_files import config_to_hf
-from data import Batch, load
-from fetch import default_data, default_model
-from finetune import compiled, split
-from llama import load_llama
-from llama_config import LlamaConfig
-from weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.commands.finetune import compiled, split
+from optax_lowmem.qlora.data.dataset import Batch, load
+from optax_lowmem.qlora.files.fetch import default_data, default_model
+from optax_lowmem.qlora.loading.config_files import config_to_hf
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.loading.weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
 # vocabulary, width, ff, layers, heads, key-value heads, head, eps, rope base, positions, tied
 SHAPES = {

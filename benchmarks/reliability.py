@@ -110,7 +110,7 @@ def kills(runs: Runs, count: int, rng: random.Random) -> dict[str, object]:
       return {"tried": i + 1, "survived": i, "said": said[-500:]}
   from safetensors import safe_open
 
-  from checkpoints import found
+  from optax_lowmem.qlora.run.checkpoints import found
 
   with safe_open(found(out / "last") / "state.safetensors", "np") as file:
     done = int(file.metadata()["step"])

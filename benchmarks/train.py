@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,8 +113,7 @@ def sweep(steps: int, peak: float) -> None:
 
 def text() -> tuple[np.ndarray, np.ndarray]:
   """Bytes to learn from, and bytes held out."""
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "qlora"))
-  from fetch import default_data
+  from optax_lowmem.qlora.files.fetch import default_data
 
   rows = [json.loads(line) for line in default_data().read_text("utf-8").splitlines()]
   lines = "\n\n".join("\n".join(m["content"] for m in row["messages"]) for row in rows)

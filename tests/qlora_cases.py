@@ -1,10 +1,17 @@
 """A tiny random model with a tokenizer, small runs of the script, and what they leave."""
 
+import functools
 import json
+import pathlib
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from optax_lowmem.qlora import cli
+
+SCRIPT = str(pathlib.Path(__file__).parents[1] / "examples" / "qlora" / "finetune.py")
+main = functools.partial(cli.main, default="finetune")  # as the script calls it
 
 LAYERS, WIDTH, INNER, HEADS, GROUPS = 2, 64, 128, 4, 2
 

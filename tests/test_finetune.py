@@ -18,26 +18,35 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-import batches
-import data
-import finetune
 import optax_lowmem as lowmem
-import report
-import training
-from arguments import Settings
-from chat import ChatTokenizer
-from llama import load_llama
 from optax_lowmem import nn as lowmem_nn
-from qlora_cases import INNER, LAYERS, WIDTH, adapter, arguments, records, same, save_model
-
-SCRIPT = Path(finetune.__file__)
+from optax_lowmem.qlora.commands import finetune
+from optax_lowmem.qlora.data import batches
+from optax_lowmem.qlora.data import dataset as data
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.training import report
+from optax_lowmem.qlora.training import step as training
+from qlora_cases import (
+  INNER,
+  LAYERS,
+  SCRIPT,
+  WIDTH,
+  adapter,
+  arguments,
+  main,
+  records,
+  same,
+  save_model,
+)
 
 
 def test_a_whole_run(files, tmp_path, capsys, caplog):
   out = tmp_path / "out"
   with jax.log_compiles():
     options = "--lr 3e-3 --eval-every 4 --samples 2".split()
-    assert finetune.main(arguments(files, out, *options)) == 0
+    assert main(arguments(files, out, *options)) == 0
   printed = capsys.readouterr().out
   for name in ("train_step", "eval_step", "generate"):  # before training and after it
     assert caplog.text.count(f"Finished XLA compilation of jit({name})") == 1, name
@@ -91,10 +100,10 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(files, tmp_path):
   """With dropout, accumulation and a schedule, over an epoch's end."""
   options = "--dropout 0.2 --grad-accum 2 --steps 10 --warmup 2 --rank 64 --batch-size 3".split()
   options += ["--targets", "q_proj"]
-  assert finetune.main(arguments(files, tmp_path / "a", *options)) == 0
-  assert finetune.main(arguments(files, tmp_path / "b", *options, "--stop-after", "4")) == 0
+  assert main(arguments(files, tmp_path / "a", *options)) == 0
+  assert main(arguments(files, tmp_path / "b", *options, "--stop-after", "4")) == 0
   assert not same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
-  assert finetune.main(["--resume", str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
+  assert main(["--resume", str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
   assert same(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
   state = [load_file(tmp_path / run / "last/state.safetensors") for run in "ac"]
   assert same(*state) and any(a.dtype == np.uint8 for a in state[0].values())
@@ -111,7 +120,7 @@ def test_the_same_command_gives_the_same_adapter_and_the_seed_matters(files, tmp
   short = ["--steps", "2", "--optim", "lion_8bit", "--quantize", "none", "--schedule", "constant"]
   short += ["--targets", "q_proj"]
   for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-    assert finetune.main(arguments(files, tmp_path / name, *short, "--seed", seed)) == 0
+    assert main(arguments(files, tmp_path / name, *short, "--seed", seed)) == 0
   assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
   assert not same(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
 
@@ -213,7 +222,7 @@ def same_bits(a, b):
 def refused(argv, capsys):
   """The error of a run that must be refused with status 2, as one sentence on one line."""
   with pytest.raises(SystemExit) as exit:
-    finetune.main(argv)
+    main(argv)
   error = capsys.readouterr().err
   assert exit.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
   return error
@@ -251,7 +260,7 @@ class TestBadInput:
 
   def test_unknown_schedule_lists_the_known(self, files, tmp_path, capsys):
     with pytest.raises(SystemExit):
-      finetune.main(arguments(files, tmp_path / "out", "--schedule", "square"))
+      main(arguments(files, tmp_path / "out", "--schedule", "square"))
     assert "constant" in capsys.readouterr().err
 
   def test_out_is_never_overwritten(self, files, tmp_path, capsys):
@@ -272,7 +281,7 @@ class TestBadInput:
     assert "bad.jsonl, line 2: expected the keys 'messages'" in error
 
   def test_a_resumed_run_is_not_changed_unnoticed(self, files, tmp_path, capsys):
-    assert finetune.main(arguments(files, tmp_path / "a", "--stop-after", "1")) == 0
+    assert main(arguments(files, tmp_path / "a", "--stop-after", "1")) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     resume = ["--resume", str(tmp_path / "a")]
     assert "--rank 8 contradicts the run" in refused([*resume, "--rank", "8"], capsys)
@@ -288,7 +297,7 @@ class TestBadInput:
 
   def test_divergence_ends_the_run_with_a_sentence(self, files, tmp_path, capsys):
     options = ["--lr", "1e30", "--max-grad-norm", "0", "--warmup", "0"]
-    assert finetune.main(arguments(files, tmp_path / "out", *options)) == 1
+    assert main(arguments(files, tmp_path / "out", *options)) == 1
     assert "Try a lower --lr" in capsys.readouterr().err
     assert not (tmp_path / "out" / "adapter").exists()
 
@@ -299,7 +308,7 @@ def test_dry_run_reads_no_weights(files, tmp_path, capsys):
   save_file({k: v * np.nan for k, v in weights.items()}, str(folder / "model.safetensors"))
   options = ["--model", str(folder), "--data", "nowhere.json"]
   assert "no such file" in refused(arguments(files, tmp_path / "out", *options), capsys)
-  assert finetune.main(["--model", str(folder), "--seq-len", "32", "--dry-run"]) == 0
+  assert main(["--model", str(folder), "--seq-len", "32", "--dry-run"]) == 0
   printed = capsys.readouterr().out
   assert "model.layers.self_attn.q_proj.lora_a" in printed and "(2, 64, 16)" in printed
   assert "temporaries of a training step" in printed and "4-bit base weights" in printed
@@ -332,7 +341,7 @@ def test_ctrl_c_saves_the_adapter_and_says_where(files, tmp_path):
   last = [r for r in records(out) if "loss" in r][-1]["step"]
   assert f"Stopped after step {last}" in printed
   assert all(np.isfinite(x).all() for x in adapter(out).values())
-  assert finetune.main(["--resume", str(out), "--stop-after", str(last + 1)]) == 0
+  assert main(["--resume", str(out), "--stop-after", str(last + 1)]) == 0
   assert [r for r in records(out) if "loss" in r][-1]["step"] == last + 1
 
 

@@ -14,14 +14,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-import llama
-import llama_config
 import optax_lowmem as lowmem
 from conftest import GOLDEN
-from llama import abstract_llama, load_llama
-from llama_config import LlamaConfig, linear_shapes
 from optax_lowmem import nn
-from weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.loading import llama
+from optax_lowmem.qlora.loading.llama import abstract_llama, load_llama
+from optax_lowmem.qlora.loading.weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.models import llama_config
+from optax_lowmem.qlora.models.llama_config import LlamaConfig, linear_shapes
 
 BASE = GOLDEN / "peft" / "base"
 IDS = np.load(GOLDEN / "peft" / "input_ids.npy")
@@ -257,8 +257,8 @@ def test_real_model_against_transformers():
   torch = pytest.importorskip("torch", reason="compares with transformers, which needs torch")
   transformers = pytest.importorskip("transformers", reason="compares with transformers")
   pytest.importorskip("accelerate", reason="transformers needs it to read GGUF")
-  from chat import ChatTokenizer
-  from fetch import FetchError, default_model
+  from optax_lowmem.qlora.files.fetch import FetchError, default_model
+  from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
   try:
     path = default_model()

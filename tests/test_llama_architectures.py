@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import config_files
-import gguf_files
 import optax_lowmem as lowmem
-import rope_scaling
-import scores
-from config_files import config_from_hf, config_to_hf
 from conftest import GOLDEN
-from llama import abstract_llama, load_llama
-from llama_config import linear_shapes
 from optax_lowmem import nn
-from weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.loading import config_files, gguf_files
+from optax_lowmem.qlora.loading.config_files import config_from_hf, config_to_hf
+from optax_lowmem.qlora.loading.llama import abstract_llama, load_llama
+from optax_lowmem.qlora.loading.weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.models import rope_scaling, scores
+from optax_lowmem.qlora.models.llama_config import linear_shapes
 
 sys.path.insert(0, str(GOLDEN))
 import make_llama

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import attention
-from arguments import Settings
-from attention import attend_within
-from checks import check_attention
-from chunked_attention import CHUNK, chunked_attention
-from llama import Llama
-from llama_config import LlamaConfig
-from scores import PLAIN, Scoring
+from optax_lowmem.qlora.loading.llama import Llama
+from optax_lowmem.qlora.models import attention
+from optax_lowmem.qlora.models.attention import attend_within
+from optax_lowmem.qlora.models.chunked_attention import CHUNK, chunked_attention
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from optax_lowmem.qlora.models.scores import PLAIN, Scoring
+from optax_lowmem.qlora.run.checks import check_attention
+from optax_lowmem.qlora.run.settings import Settings
 
 
 def inputs(time, heads, groups, size=8, dtype=jnp.float32, rows=2):

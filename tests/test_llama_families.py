@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 from conftest import GOLDEN
-from llama import abstract_llama, load_llama
-from llama_config import LlamaConfig, linear_shapes
-from norms import OffsetRMSNorm
 from optax_lowmem import nn
-from weights import open_checkpoint
+from optax_lowmem.qlora.loading.llama import abstract_llama, load_llama
+from optax_lowmem.qlora.loading.weights import open_checkpoint
+from optax_lowmem.qlora.models.llama_config import LlamaConfig, linear_shapes
+from optax_lowmem.qlora.models.norms import OffsetRMSNorm
 
 sys.path.insert(0, str(GOLDEN))
 import make_llama

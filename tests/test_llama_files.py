@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from config_files import config_from_hf
 from conftest import GOLDEN
-from llama import load_llama
-from weights import open_checkpoint
+from optax_lowmem.qlora.loading.config_files import config_from_hf
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.loading.weights import open_checkpoint
 
 BASE = GOLDEN / "peft" / "base"
 

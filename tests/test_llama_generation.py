@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from conftest import GOLDEN
-from generation import Generator, choose, generate
-from llama import Llama, load_llama
-from llama_config import LlamaConfig
 from optax_lowmem import nn
+from optax_lowmem.qlora.loading.llama import Llama, load_llama
+from optax_lowmem.qlora.models.generation import Generator, choose, generate
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
 
 sys.path.insert(0, str(GOLDEN))
 import make_llama

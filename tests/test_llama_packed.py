@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import attention
-from llama import Llama
-from llama_config import LlamaConfig
 from optax_lowmem import nn
+from optax_lowmem.qlora.loading.llama import Llama
+from optax_lowmem.qlora.models import attention
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
 
 CONFIG = LlamaConfig(64, 32, 48, 3, 4, 2, 8)
 LENGTHS = ((5, 9, 1), (7, 4, 3))  # sequences of each row; what is left of 17 is padding

@@ -6,9 +6,9 @@ factors of Phi-4 mini's LongRoPE are left out: 48 numbers each stand in their pl
 
 import pytest
 
-from config_files import config_from_hf
-from families import FAMILIES
-from llama_config import expected_shapes
+from optax_lowmem.qlora.families import FAMILIES
+from optax_lowmem.qlora.loading.config_files import config_from_hf
+from optax_lowmem.qlora.models.llama_config import expected_shapes
 
 SHARED = {
   "attention_bias": False,

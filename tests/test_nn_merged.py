@@ -15,9 +15,9 @@ import safetensors.numpy
 from flax import nnx
 
 import nn_llama
-from llama import load_llama
 from optax_lowmem import nn
 from optax_lowmem.nn._merging import delta as _delta
+from optax_lowmem.qlora.loading.llama import load_llama
 from peft_cases import ADAPTERS, BASE, GOLDEN, KINDS, logits, randomized, torch_base
 
 INDEX = "model.safetensors.index.json"

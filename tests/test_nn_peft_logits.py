@@ -14,8 +14,8 @@ import safetensors.numpy
 from flax import nnx
 
 import nn_llama
-from llama import load_llama
 from optax_lowmem import nn
+from optax_lowmem.qlora.loading.llama import load_llama
 from peft_cases import (
   ADAPTERS,
   BASE,

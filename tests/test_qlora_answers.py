@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from chat import ChatTokenizer
-from data import DataError, load
+from optax_lowmem.qlora.data.dataset import DataError, load
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from test_qlora_data import CHATML, chat, raw_decode, save_tokenizer
 
 # As Qwen3 has it: thoughts, empty ones too, before the last answers, none before earlier ones.

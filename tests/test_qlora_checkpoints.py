@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file
 
-import checkpoints
-import finetune
 import optax_lowmem as lowmem
-from qlora_cases import adapter, arguments, records, same
+from optax_lowmem.qlora.commands import finetune
+from optax_lowmem.qlora.run import checkpoints
+from qlora_cases import SCRIPT, adapter, arguments, main, records, same
 
 
 class Killed(BaseException):
@@ -68,11 +68,11 @@ def test_killed_at_a_random_step_and_resumed_is_bit_for_bit_the_same(files, tmp_
   # Far more steps than the last after which it is killed: a run that has ended cannot be.
   options = "--steps 80 --dropout 0.2 --grad-accum 2 --batch-size 2 --rank 64 --packing".split()
   options += "--save-every 2 --eval-every 4 --targets q_proj".split()
-  assert finetune.main(arguments(files, tmp_path / "whole", *options)) == 0
+  assert main(arguments(files, tmp_path / "whole", *options)) == 0
   seed = random.SystemRandom().randrange(1 << 32)
   print("seed", seed)  # shown where the test fails
   after, out = random.Random(seed).randrange(1, 20), tmp_path / "killed"
-  script = str(Path(finetune.__file__))
+  script = SCRIPT
   with subprocess.Popen(
     [sys.executable, script, *arguments(files, out, *options)],
     stdout=subprocess.DEVNULL,
@@ -84,7 +84,7 @@ def test_killed_at_a_random_step_and_resumed_is_bit_for_bit_the_same(files, tmp_
       time.sleep(0.002)
     process.send_signal(number)
   assert process.returncode == (-number if number == signal.SIGKILL else 130)
-  assert finetune.main(["--resume", str(out)]) == 0
+  assert main(["--resume", str(out)]) == 0
   assert same(adapter(tmp_path / "whole"), adapter(out))
   for name in ("last/state", "last/adapter_model", "best/adapter_model"):
     states = [load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "killed")]
@@ -120,13 +120,13 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(files, tmp_path):
   """At a learning rate that ruins the model, the first measurements are the best."""
   options = "--steps 30 --eval-every 2 --patience 2 --lr 2.0 --warmup 0 --schedule constant"
   options += " --targets q_proj"
-  assert finetune.main(arguments(files, tmp_path / "out", *options.split())) == 0
+  assert main(arguments(files, tmp_path / "out", *options.split())) == 0
   measured = [r for r in records(tmp_path / "out") if "held_out_loss" in r and r["step"]]
   losses = [r["held_out_loss"] for r in measured]
   best = losses.index(min(losses))
   assert best == len(losses) - 3 and measured[-1]["step"] < 30
   again = [*options.split(), "--stop-after", str(measured[best]["step"])]
-  assert finetune.main(arguments(files, tmp_path / "again", *again)) == 0
+  assert main(arguments(files, tmp_path / "again", *again)) == 0
   kept = load_file(tmp_path / "out/best/adapter_model.safetensors")
   assert same(kept, adapter(tmp_path / "again"))
   assert not same(kept, adapter(tmp_path / "out"))
@@ -137,12 +137,12 @@ SHORT = "--steps 2 --targets q_proj --save-every 0".split()
 
 def test_a_run_continued_elsewhere_can_be_killed_at_once(files, tmp_path, monkeypatch):
   whole, first, second = (tmp_path / name for name in "abc")
-  assert finetune.main(arguments(files, whole, *SHORT)) == 0
-  assert finetune.main(arguments(files, first, *SHORT, "--stop-after", "1")) == 0
+  assert main(arguments(files, whole, *SHORT)) == 0
+  assert main(arguments(files, first, *SHORT, "--stop-after", "1")) == 0
   with monkeypatch.context() as patch, pytest.raises(Killed):
     patch.setattr(finetune.Steps, "ready", lambda *_: (_ for _ in ()).throw(Killed))
-    finetune.main(["--resume", str(first), "--out", str(second)])
-  assert finetune.main(["--resume", str(second)]) == 0
+    main(["--resume", str(first), "--out", str(second)])
+  assert main(["--resume", str(second)]) == 0
   assert same(adapter(whole), adapter(second))
 
 
@@ -151,16 +151,16 @@ def test_a_run_killed_before_its_results_writes_them_and_no_run_is_done_twice(
 ):
   patient = "--steps 4 --eval-every 1 --patience 1 --lr 5.0 --warmup 0 --schedule constant".split()
   for out, more in ((tmp_path / "a", SHORT), (tmp_path / "b", [*SHORT, *patient])):
-    assert finetune.main(arguments(files, out, *more)) == 0
+    assert main(arguments(files, out, *more)) == 0
     before, end = adapter(out), records(out)
     for name in ("summary.json", "loss.png"):
       (out / name).unlink()
-    assert finetune.main(["--resume", str(out)]) == 0
+    assert main(["--resume", str(out)]) == 0
     assert same(adapter(out), before) and records(out) == end
     assert (out / "summary.json").exists() and (out / "loss.png").exists()
     capsys.readouterr()
     with pytest.raises(SystemExit):
-      finetune.main(["--resume", str(out)])
+      main(["--resume", str(out)])
     assert ("--patience 1 ended it" if "--patience" in more else "done already") in (
       capsys.readouterr().err
     )

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-import fetch
-import locks
-from batches import Batches, pad
-from chat import ChatTokenizer
-from data import DataError, blocks, load
+from optax_lowmem.qlora.data.batches import Batches, pad
+from optax_lowmem.qlora.data.dataset import DataError, blocks, load
+from optax_lowmem.qlora.files import fetch, locks
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -456,7 +455,7 @@ class TestData:
     assert [*map(len, blocks("a" * 2500, 1000))] == [1000, 1000, 500]
     (tmp_path / "book").write_text(text)
     whole = load(tmp_path / "book", tokenizer, 32)
-    monkeypatch.setattr("data.BLOCK", 1000)
+    monkeypatch.setattr("optax_lowmem.qlora.data.dataset.BLOCK", 1000)
     rows = load(tmp_path / "book", tokenizer, 32).rows
     if between in ("\n", " "):  # where the tokenizer's own words end; elsewhere a token may differ
       assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in whole.rows]
@@ -465,7 +464,7 @@ class TestData:
     assert all(row.learned.all() and len(row.learned) == len(row.ids) for row in rows)
 
   def test_a_file_is_read_in_few_bytes_for_each_of_its_own(self, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("data.BLOCK", 20_000)
+    monkeypatch.setattr("optax_lowmem.qlora.data.dataset.BLOCK", 20_000)
     (tmp_path / "book").write_text("the cat sat on the mat\n" * 20_000)
     words = "the cat sat " * 400
     (tmp_path / "rows").write_text((json.dumps({"text": words}) + "\n") * 100)

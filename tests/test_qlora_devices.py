@@ -8,23 +8,22 @@ from pathlib import Path
 
 import pytest
 
-import finetune
 import optax_lowmem as lowmem
-from qlora_cases import arguments
+from qlora_cases import SCRIPT, arguments
 
 STEPS = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from arguments import Settings
-from batches import Batches
-from chat import ChatTokenizer
-from data import load
-from evaluation import HeldOut
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.data.batches import Batches
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.data.dataset import load
+from optax_lowmem.qlora.training.evaluation import HeldOut
 from pathlib import Path
-from recipe import loaded_model, optimizer
-from spreading import dealt, devices_in_a_row, everywhere, in_parts
-from training import Steps, merged, split
+from optax_lowmem.qlora.run.recipe import loaded_model, optimizer
+from optax_lowmem.qlora.training.devices import dealt, devices_in_a_row, everywhere, in_parts
+from optax_lowmem.qlora.training.step import Steps, merged, split
 
 folder = Path(sys.argv[1])
 # Rank 64 makes the adapters large enough to be held in codes, and those in host memory.
@@ -58,10 +57,9 @@ for count, place in ((1, everywhere), (8, everywhere), (8, in_parts)):
 
 
 def run(command, *more):
-  paths = [Path(lowmem.__file__).parents[1], Path(finetune.__file__).parent]
   environment = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    "PYTHONPATH": str(Path(lowmem.__file__).parents[1]),
   }
   return subprocess.run(
     [sys.executable, *command, *more], env=os.environ | environment, capture_output=True, text=True
@@ -89,7 +87,7 @@ def test_the_numbers_of_one_device(files):
 )
 def test_rows_that_cannot_be_dealt_out_are_refused(files, tmp_path, options, message):
   argv = arguments(files, tmp_path / "out", *options.split())
-  done = run([finetune.__file__], *argv)
+  done = run([SCRIPT], *argv)
   said = done.stderr.removeprefix("Starting ...\n")
   assert done.returncode == 2 and message in said and said.count("\n") == 1
 
@@ -97,6 +95,6 @@ def test_rows_that_cannot_be_dealt_out_are_refused(files, tmp_path, options, mes
 @pytest.mark.slow
 def test_a_whole_run(files, tmp_path):
   options = "--steps 1 --batch-size 8 --targets q_proj --fsdp"
-  done = run([finetune.__file__], *arguments(files, tmp_path / "out", *options.split()))
+  done = run([SCRIPT], *arguments(files, tmp_path / "out", *options.split()))
   assert done.returncode == 0, done.stderr[-4000:]
   assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()

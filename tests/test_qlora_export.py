@@ -12,17 +12,16 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-import finetune
-from arguments import Settings
-from chat import ChatTokenizer
 from conftest import GOLDEN
-from exporting import read_factors, write_factors
-from gguf_files import by_adjacent_pairs, by_halves
-from llama import load_llama
-from llama_config import linear_shapes
 from optax_lowmem import nn
-from qlora_cases import save_model
-from weights import open_checkpoint
+from optax_lowmem.qlora.commands.export import read_factors, write_factors
+from optax_lowmem.qlora.loading.gguf_files import by_adjacent_pairs, by_halves
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.loading.weights import open_checkpoint
+from optax_lowmem.qlora.models.llama_config import linear_shapes
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from qlora_cases import main, save_model
 
 sys.path.insert(0, str(GOLDEN))
 import make_llama
@@ -188,7 +187,7 @@ def test_the_command_exports_a_run_once(tmp_path, capsys):
   settings = dataclasses.asdict(Settings(model=str(base)))
   (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
   argv = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "a.gguf")]
-  assert finetune.main(argv) == 0
+  assert main(argv) == 0
   assert "The adapter, of 14 layers" in capsys.readouterr().out
   assert len(read(tmp_path / "a.gguf")[1]) == 28
   assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "run"]
@@ -196,7 +195,7 @@ def test_the_command_exports_a_run_once(tmp_path, capsys):
     if more:
       (tmp_path / "a.gguf").unlink()
     with pytest.raises(SystemExit) as exit:
-      finetune.main([*argv, *more])
+      main([*argv, *more])
     assert exit.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
 
 

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import finetune
-from chat import ChatTokenizer
-from config_files import config_from_hf
-from finished import of_run
-from llama import load_llama
-from llama_config import expected_shapes
 from optax_lowmem import nn
-from qlora_cases import adapter, arguments, records, save_model, save_rows
-from recipe import trained_model
-from talking import Speaker
+from optax_lowmem.qlora.commands.chat import Speaker
+from optax_lowmem.qlora.loading.config_files import config_from_hf
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.models.llama_config import expected_shapes
+from optax_lowmem.qlora.run.finished import of_run
+from optax_lowmem.qlora.run.recipe import trained_model
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from qlora_cases import adapter, arguments, main, records, save_model, save_rows
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -54,8 +53,8 @@ def test_the_script_trains_and_merges(tmp_path, kind, capsys):
   save_family(tmp_path, kind)
   options = "--packing --seq-len 64 --lr 1e-2 --steps 4 --stop-after 2 --adapter-dtype bfloat16"
   run = tmp_path / "run"
-  assert finetune.main(arguments(tmp_path, run, *options.split())) == 0
-  assert finetune.main(["--resume", str(run)]) == 0
+  assert main(arguments(tmp_path, run, *options.split())) == 0
+  assert main(["--resume", str(run)]) == 0
   losses = [r["held_out_loss"] for r in records(run) if "held_out_loss" in r]
   assert losses[-1] < losses[0] - 0.05
   targets = {name.split(".")[-3] for name in adapter(run)}
@@ -73,10 +72,10 @@ def test_the_script_trains_and_merges(tmp_path, kind, capsys):
   assert len(said) and (logits[0, len(prompt) - 1 : -1].argmax(-1) == said).all()
 
   argv = ["merge", str(run), "--out", str(tmp_path / "merged"), "--dtype", "float32"]
-  assert finetune.main(argv) == 0
+  assert main(argv) == 0
   want = jax.jit(lambda ids: nn.load_peft(load_llama(path), folder)(ids))(ids)
   got = load_llama(tmp_path / "merged")(ids)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
   stored = load_file(tmp_path / "merged" / "model.safetensors")
   assert {k: v.shape for k, v in stored.items()} == expected_shapes(model.config)
-  assert finetune.main(["export", str(run), "--out", str(tmp_path / "adapter.gguf")]) == 0
+  assert main(["export", str(run), "--out", str(tmp_path / "adapter.gguf")]) == 0

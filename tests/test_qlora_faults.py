@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -14,17 +15,17 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-import disk
-import finetune
-import locks
-from arguments import Settings
-from fingerprints import of_file
-from llama import load_llama
+import optax_lowmem
 from optax_lowmem import nn as lowmem_nn
-from qlora_cases import adapter, arguments, records, same, save_model
-from report import read_records
-from run_folder import output_folder
-from terminal import CtrlC
+from optax_lowmem.qlora.commands import finetune
+from optax_lowmem.qlora.files import disk, locks
+from optax_lowmem.qlora.loading.fingerprints import of_file
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.run.run_folder import output_folder
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.run.terminal import CtrlC
+from optax_lowmem.qlora.training.report import read_records
+from qlora_cases import adapter, arguments, main, records, same, save_model
 
 SHORT = "--steps 2 --targets q_proj --save-every 0".split()
 
@@ -33,8 +34,8 @@ SHORT = "--steps 2 --targets q_proj --save-every 0".split()
 def runs(files, tmp_path_factory):
   """A whole run, and the same one stopped after its first step."""
   folder = tmp_path_factory.mktemp("runs")
-  assert finetune.main(arguments(files, folder / "whole", *SHORT)) == 0
-  assert finetune.main(arguments(files, folder / "stopped", *SHORT, "--stop-after", "1")) == 0
+  assert main(arguments(files, folder / "whole", *SHORT)) == 0
+  assert main(arguments(files, folder / "stopped", *SHORT, "--stop-after", "1")) == 0
   return folder
 
 
@@ -45,7 +46,7 @@ def stopped(runs, tmp_path):
 
 def refused(argv, capsys):
   with pytest.raises(SystemExit) as exit:
-    finetune.main(argv)
+    main(argv)
   assert exit.value.code == 2
   said = capsys.readouterr().err
   assert said.startswith("error: ") and said.count("\n") == 1
@@ -54,7 +55,7 @@ def refused(argv, capsys):
 
 # --- two processes --------------------------------------------------------------------------------
 
-HOLD = "import sys; from pathlib import Path; import locks\n"
+HOLD = "import sys; from pathlib import Path; from optax_lowmem.qlora.files import locks\n"
 HOLD += "with locks.held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
@@ -65,7 +66,7 @@ def test_a_folder_is_written_to_by_one_process_and_the_lock_dies_with_it(
     [sys.executable, "-c", HOLD, str(stopped)],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
-    cwd=os.path.dirname(locks.__file__),
+    env=os.environ | {"PYTHONPATH": str(pathlib.Path(optax_lowmem.__file__).parents[1])},
   ) as other:
     assert other.stdout.readline() == b"held\n"
     for argv in (["--resume", str(stopped)], ["merge", str(stopped), "--out", str(stopped)]):
@@ -130,7 +131,7 @@ def test_what_a_killed_merge_has_left_is_cleared_away(files, tmp_path):
   (tmp_path / "merged" / locks.LOCK).write_text("7")
   (tmp_path / ".merged.partial.0123abcd.partial" / "model.safetensors").write_text("half")
   merge = ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]
-  assert finetune.main(merge) == 0
+  assert main(merge) == 0
   assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "model", "run"]
   assert locks.LOCK not in [path.name for path in (tmp_path / "merged").iterdir()]
 
@@ -199,10 +200,10 @@ def test_another_base_of_the_same_shapes_is_refused(files, stopped, tmp_path, ca
 
 
 def test_large_files_are_told_apart_by_pieces(tmp_path, monkeypatch):
-  monkeypatch.setattr("fingerprints.WHOLE", 1 << 16)
-  monkeypatch.setattr("fingerprints.START", 1 << 12)
-  monkeypatch.setattr("fingerprints.PIECES", 16)
-  monkeypatch.setattr("fingerprints.PIECE", 1 << 10)
+  monkeypatch.setattr("optax_lowmem.qlora.loading.fingerprints.WHOLE", 1 << 16)
+  monkeypatch.setattr("optax_lowmem.qlora.loading.fingerprints.START", 1 << 12)
+  monkeypatch.setattr("optax_lowmem.qlora.loading.fingerprints.PIECES", 16)
+  monkeypatch.setattr("optax_lowmem.qlora.loading.fingerprints.PIECE", 1 << 10)
   content = np.random.default_rng(0).bytes(1 << 18)
   path, digests = tmp_path / "f", []
   other = np.random.default_rng(1).bytes(1 << 18)
@@ -230,7 +231,7 @@ def test_metrics_never_decide_whether_a_run_goes_on(runs, stopped, damage, name)
     flip(file, 0.5)
   else:
     file.write_bytes(b"{oops\n[]\n" if damage == "garbage" else b"\xff\0\n" * 9)
-  assert finetune.main(["--resume", str(stopped)]) == 0
+  assert main(["--resume", str(stopped)]) == 0
   assert same(adapter(stopped), adapter(runs / "whole"))
   timeless = [
     [{k: v for k, v in r.items() if k != "seconds"} for r in records(run)]
@@ -243,7 +244,7 @@ def test_a_run_whose_metrics_are_lost_altogether_goes_on(runs, stopped):
   """As of a run from before there was a copy beside the state."""
   for name in ("metrics.jsonl", "last/metrics.jsonl", "last/checksums.json"):
     (stopped / name).unlink()
-  assert finetune.main(["--resume", str(stopped)]) == 0
+  assert main(["--resume", str(stopped)]) == 0
   assert same(adapter(stopped), adapter(runs / "whole"))
 
 
@@ -290,12 +291,12 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on(
 
   with monkeypatch.context() as patch:
     patch.setattr(finetune, "save_state", full)
-    assert finetune.main(arguments(files, out, *SHORT)) == 1
+    assert main(arguments(files, out, *SHORT)) == 1
   said = capsys.readouterr().err
   assert said.startswith(f"error: {out}: nothing more can be written there (no space left on")
   assert f"--resume {out}" in said and said.count("\n") == 1
   again = arguments(files, out, *SHORT) if save == 1 else ["--resume", str(out)]
-  assert finetune.main(again) == 0
+  assert main(again) == 0
   assert same(adapter(out), adapter(runs / "whole"))
 
 

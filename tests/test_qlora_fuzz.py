@@ -21,7 +21,7 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_is_read_or_refused_by_name(sources, kind, monkeypatch):
-  monkeypatch.setattr("confined.SECONDS", 1.0)
+  monkeypatch.setattr("optax_lowmem.qlora.text.confined.SECONDS", 1.0)
   for number in range(12):
     got = _fuzz.result({"seed": 1, "kind": kind, "number": number}, sources)
     assert got["what"] in ("read", "refused"), got

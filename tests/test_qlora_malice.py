@@ -13,15 +13,14 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-import finetune
-from arguments import parse
-from chat import ChatTokenizer
-from data import DataError, load
-from model_files import MOST_JSON
-from qlora_cases import arguments, save_model
-from templates import Template
+from optax_lowmem.qlora.data.dataset import DataError, load
+from optax_lowmem.qlora.files.model_files import MOST_JSON
+from optax_lowmem.qlora.loading.weights import open_checkpoint
+from optax_lowmem.qlora.run.settings import parse
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.text.templates import Template
+from qlora_cases import arguments, main, save_model
 from test_llama_files import BASE, directory, write_gguf
-from weights import open_checkpoint
 
 DEEP = "[" * 100_000
 
@@ -287,7 +286,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("what", ENDLESS)
 def test_a_template_has_a_limit_of_time_memory_and_output(what, within, monkeypatch):
-  monkeypatch.setattr("confined.SECONDS", 1.0)
+  monkeypatch.setattr("optax_lowmem.qlora.text.confined.SECONDS", 1.0)
   template = Template("own", ENDLESS[what], origin="model/chat_template.jinja")
   for _ in range(1 if what == "nested loops" else 2):
     with within, pytest.raises(ValueError) as error:
@@ -299,7 +298,7 @@ def test_a_template_has_a_limit_of_time_memory_and_output(what, within, monkeypa
 
 
 def test_a_limit_holds_in_every_thread(monkeypatch):
-  monkeypatch.setattr("confined.SECONDS", 1.0)
+  monkeypatch.setattr("optax_lowmem.qlora.text.confined.SECONDS", 1.0)
   found = []
 
   def run():
@@ -315,7 +314,7 @@ def test_a_limit_holds_in_every_thread(monkeypatch):
 
 
 def test_a_slow_template_does_not_take_its_limit_again_and_again(model, tmp_path, monkeypatch):
-  monkeypatch.setattr("confined.SECONDS", 1.0)
+  monkeypatch.setattr("optax_lowmem.qlora.text.confined.SECONDS", 1.0)
   copy = save_model(tmp_path / "model")
   # Half a second or so, each time it is run.
   slow = "{% for i in range(3000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
@@ -431,17 +430,17 @@ def test_merge_keys_are_still_read(tmp_path):
 
 
 def test_patterns_of_settings_have_a_limit_too(tmp_path, capsys, files, monkeypatch):
-  monkeypatch.setattr("confined.SECONDS", 1.0)
+  monkeypatch.setattr("optax_lowmem.qlora.text.confined.SECONDS", 1.0)
   for option in ("--targets", "--rank-pattern"):
     bad = r"(.*.*)*x" + ("=8" if "pattern" in option else "")
     begun = time.monotonic()
     with pytest.raises(SystemExit):
-      finetune.main(arguments(files, tmp_path / "out", option, bad))
+      main(arguments(files, tmp_path / "out", option, bad))
     said = capsys.readouterr().err
     assert f"{option} " in said and "more than 1 seconds" in said
     assert time.monotonic() - begun < 12
   with pytest.raises(SystemExit):
-    finetune.main(arguments(files, tmp_path / "out", "--rank", "1000"))
+    main(arguments(files, tmp_path / "out", "--rank", "1000"))
   assert "--rank must be at most 128 for this model, got 1,000" in capsys.readouterr().err
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import finetune
-from arguments import Settings, flag_of
-from qlora_cases import LAYERS, adapter, arguments, records, same, save_model
+from optax_lowmem.qlora.run.settings import Settings, flag_of
+from qlora_cases import LAYERS, adapter, arguments, main, records, same, save_model
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def paged(out, files, printed):
   ]
   halves = out.parent / "halves"
   argv = arguments(files, halves, "--steps", "2", *again, "--stop-after", "1")
-  assert finetune.main(argv) == 0 and finetune.main(["--resume", str(halves)]) == 0
+  assert main(argv) == 0 and main(["--resume", str(halves)]) == 0
   assert same(adapter(out), adapter(halves))
   assert {value.dtype.name for value in adapter(out).values()} == {"bfloat16"}
   states = [load_file(folder / "last/state.safetensors") for folder in (out, halves)]
@@ -160,7 +159,7 @@ def test_options(files, tmp_path, capsys, name):
   argv = arguments(files, out)
   at = argv.index("--steps")
   argv = argv[:at] + argv[at + 2 :] + steps + options
-  assert finetune.main(argv) == 0
+  assert main(argv) == 0
   printed = capsys.readouterr().out
   if look:
     look(out, files, printed)

@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import attention
-import batches
-import packing
-import training
-from arguments import Settings
-from batches import Batches, Row
-from llama import load_llama
+from optax_lowmem.qlora.data import batches, packing
+from optax_lowmem.qlora.data.batches import Batches, Row
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.models import attention
+from optax_lowmem.qlora.run.recipe import adapted
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.training import step as training
 from qlora_cases import save_model
-from recipe import adapted
 
 
 def numbered(lengths):

@@ -25,12 +25,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import optax_lowmem as lowmem
-from config_files import config_to_hf
 from conftest import GOLDEN
-from llama import load_llama
-from llama_config import LlamaConfig, linear_shapes
 from optax_lowmem import nn
-from weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.loading.config_files import config_to_hf
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.loading.weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.models.llama_config import LlamaConfig, linear_shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILE = GOLDEN / "qlora.npz"
@@ -265,9 +265,9 @@ def test_live_on_a_real_model(tmp_path):
   With the bits packed here, 0.2 % of the scales differing, losses were within 9.8e-4.
   """
   torch_side()
-  from chat import ChatTokenizer
-  from data import load
-  from fetch import FetchError, default_data, default_model
+  from optax_lowmem.qlora.data.dataset import load
+  from optax_lowmem.qlora.files.fetch import FetchError, default_data, default_model
+  from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
   try:
     path, data = default_model(), default_data()

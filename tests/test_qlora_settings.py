@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from arguments import CHOICES, HELP, Settings, flag_of, kind_of, parse
-from runs import save_settings
+from optax_lowmem.qlora.run.runs import save_settings
+from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, flag_of, kind_of, parse
 
 
 def write(path, text):

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from chat import ChatTokenizer
-from data import DataError, load
+from optax_lowmem.qlora.data.dataset import DataError, load
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from test_qlora_data import chat, save_tokenizer
 
 pa = pytest.importorskip("pyarrow")

@@ -10,20 +10,19 @@ import types
 import numpy as np
 import pytest
 
-import finetune
-import hub
-import terminal
-from arguments import HELP, Settings, parse
-from batches import Batches, Row
-from qlora_cases import arguments, records
-from spellings import ELSEWHERE, SPELLINGS, translated
+from optax_lowmem.qlora.data.batches import Batches, Row
+from optax_lowmem.qlora.files import hub
+from optax_lowmem.qlora.run import terminal
+from optax_lowmem.qlora.run.settings import HELP, Settings, parse
+from optax_lowmem.qlora.run.spellings import ELSEWHERE, SPELLINGS, translated
+from qlora_cases import SCRIPT, arguments, main, records
 from test_finetune import refused
 
 
 def test_what_a_run_says(files, tmp_path, capsys):
   out = tmp_path / "out"
   options = ["--eval-every", "4", "--steps", "8", "--rank", "2", "--targets", "q_proj"]
-  assert finetune.main(arguments(files, out, *options)) == 0
+  assert main(arguments(files, out, *options)) == 0
   printed = capsys.readouterr().out
   lines = {int(m[1]): m[0] for m in re.finditer(r"step (\d+)/8 · .*", printed)}
   steps = [r for r in records(out) if "loss" in r]
@@ -45,7 +44,7 @@ def test_what_a_run_says(files, tmp_path, capsys):
 
 def test_something_is_said_before_jax_is_there(tmp_path):
   """By the script itself, before its imports."""
-  command = [sys.executable, "-X", "importtime", finetune.__file__, "plan", "--steps", "0"]
+  command = [sys.executable, "-X", "importtime", SCRIPT, "plan", "--steps", "0"]
   begun = time.monotonic()
   with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
     before = []
@@ -120,13 +119,13 @@ def test_epochs_are_passes_over_the_rows(options):
 
 def test_a_run_of_epochs_is_one_of_as_many_steps(files, tmp_path, capsys):
   options = ["--epochs", "0.5", "--rank", "2", "--targets", "q_proj", "--batch-size", "8"]
-  assert finetune.main(arguments(files, tmp_path / "a", *options)) == 0
+  assert main(arguments(files, tmp_path / "a", *options)) == 0
   steps = [r["step"] for r in records(tmp_path / "a") if "loss" in r]
   assert steps[-1] == 4  # half of 57 rows, 8 a step
   settings = json.loads((tmp_path / "a" / "run.json").read_text())["settings"]
   assert settings["steps"] == 4 and settings["epochs"] == 0
   resumed = ["--resume", str(tmp_path / "a"), "--epochs", "1"]
-  assert finetune.main(resumed) == 0
+  assert main(resumed) == 0
   assert [r["step"] for r in records(tmp_path / "a") if "loss" in r][-1] == 8
 
 
@@ -163,7 +162,7 @@ def test_a_name_of_the_hub_is_fetched(files, tmp_path, monkeypatch, capsys):
   fake.snapshot_download = lambda name, **more: asked.append((name, more)) or f"{files}/model"
   monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
   options = ["--rank", "2", "--targets", "q_proj", "--steps", "1", "--model", "org/tiny"]
-  assert finetune.main(arguments(files, tmp_path / "out", *options)) == 0
+  assert main(arguments(files, tmp_path / "out", *options)) == 0
   assert [name for name, _ in asked] == ["org/tiny"]
   assert asked[0][1] == {"allow_patterns": hub.FILES}
   config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())

@@ -16,20 +16,19 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-import finetune
 import optax_lowmem as lowmem
-from chat import ChatTokenizer
-from finished import of_run
-from generation import Generator
-from llama import load_llama
-from merging import template_of, write_companions
 from optax_lowmem import nn as lowmem_nn
-from qlora_cases import arguments, same, save_model, save_rows
-from recipe import trained_model
-from runs import began
-from talking import Speaker
+from optax_lowmem.qlora.commands.chat import Speaker
+from optax_lowmem.qlora.commands.merge import template_of, write_companions
+from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.loading.weights import open_checkpoint
+from optax_lowmem.qlora.models.generation import Generator
+from optax_lowmem.qlora.run.finished import of_run
+from optax_lowmem.qlora.run.recipe import trained_model
+from optax_lowmem.qlora.run.runs import began
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from qlora_cases import SCRIPT, arguments, main, same, save_model, save_rows
 from test_llama_files import write_gguf
-from weights import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +37,13 @@ def run(tmp_path_factory):
   save_model(folder / "model", tied=False)
   save_rows(folder / "rows.json")
   options = "--lr 3e-2 --targets all-linear --eval-every 4 --warmup 0 --schedule constant".split()
-  assert finetune.main(arguments(folder, folder / "run", *options)) == 0
+  assert main(arguments(folder, folder / "run", *options)) == 0
   return folder / "run"
 
 
 def refused(argv, capsys):
   with pytest.raises(SystemExit) as exit:
-    finetune.main(argv)
+    main(argv)
   assert exit.value.code == 2
   return capsys.readouterr().err
 
@@ -65,7 +64,7 @@ def test_chat_reads_lines_and_remembers(run):
   root = str(Path(lowmem.__file__).parents[1])
   options = "--temperature 0 --max-tokens 24 --best".split()
   done = subprocess.run(
-    [sys.executable, finetune.__file__, "chat", str(run), *options],
+    [sys.executable, SCRIPT, "chat", str(run), *options],
     input=lines,
     capture_output=True,
     text=True,
@@ -89,7 +88,7 @@ def test_chat_reads_lines_and_remembers(run):
 def test_merged_model_is_base_and_adapter(run, tmp_path, dtype, capsys):
   out = tmp_path / "merged"
   argv = ["merge", str(run), "--out", str(out), "--dtype", dtype]
-  assert finetune.main(argv) == 0
+  assert main(argv) == 0
   assert "merged model" in capsys.readouterr().out
   ids = jnp.arange(24).reshape(2, 12) * 7 % 270
   _, path, adapter = of_run(run)
@@ -132,7 +131,7 @@ def test_merged_model_of_a_gguf_file_is_that_of_its_directory(run, tmp_path):
   (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
   outs = [tmp_path / "of_file", tmp_path / "of_directory"]
   for folder, out in zip((tmp_path / "run", run), outs, strict=True):
-    assert finetune.main(["merge", str(folder), "--out", str(out)]) == 0
+    assert main(["merge", str(folder), "--out", str(out)]) == 0
   files = [load_file(out / "model.safetensors") for out in outs]
   assert files[0].keys() == files[1].keys() == weights.keys()
   assert all(files[0][name].tobytes() == files[1][name].tobytes() for name in weights)
@@ -211,7 +210,7 @@ def test_a_merged_directory_has_the_template_of_the_run(tmp_path, place):
   for name in ("auto", "plain"):
     settings = {"settings": {"model": str(model), "chat_template": name}}
     (run / "run.json").write_text(json.dumps(settings))
-    assert finetune.main(["merge", str(run), "--out", str(tmp_path / name)]) == 0
+    assert main(["merge", str(run), "--out", str(tmp_path / name)]) == 0
     of_it, want = ChatTokenizer.from_model(tmp_path / name), ChatTokenizer.from_model(model, name)
     assert of_it.encode_chat(talk) == want.encode_chat(talk)
     assert set(of_it.stop_ids) == set(want.stop_ids)
@@ -230,7 +229,7 @@ def test_what_was_merged_from_a_directory_stops(tmp_path, ends):
   save_adapter(model, run)
   settings = {"settings": {"model": str(model), "chat_template": "auto"}}
   (run / "run.json").write_text(json.dumps(settings))
-  assert finetune.main(["merge", str(run), "--out", str(tmp_path / "out")]) == 0
+  assert main(["merge", str(run), "--out", str(tmp_path / "out")]) == 0
   used, merged = (ChatTokenizer.from_model(tmp_path / name) for name in ("model", "out"))
   stops = {0, 2} | {*(ends if isinstance(ends, list) else ())}  # 2 is <|im_end|>, ChatML's
   assert set(used.stop_ids) == set(merged.stop_ids) == stops
@@ -256,7 +255,7 @@ def test_a_base_model_that_has_moved_is_named(tmp_path, capsys):
     said = refused(argv, capsys)
     assert f"no model at {tmp_path / 'model'}" in said and "name it with --model" in said
     assert f"no model at {tmp_path}/else" in refused([*argv, "--model", f"{tmp_path}/else"], capsys)
-  assert finetune.main([*merge, "--model", str(moved), "--dtype", "float32"]) == 0
+  assert main([*merge, "--model", str(moved), "--dtype", "float32"]) == 0
   merged = load_file(tmp_path / "merged" / "model.safetensors")
   assert same(merged, load_file(moved / "model.safetensors"))
   assert of_run(tmp_path / "run", model=moved)[1] == moved

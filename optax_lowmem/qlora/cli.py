@@ -1,0 +1,78 @@
+"""``lowmem``: its commands, and what is said where one is unknown or an extra is missing."""
+
+import difflib
+import importlib
+import sys
+
+# By name: the module, the function, and what it does. Modules are imported when they are asked for:
+# together they take seconds, and need packages of the extra `qlora`.
+_COMMANDS = {
+  "finetune": ("finetune", "train", "train adapters on a language model in 4 bits"),
+  "plan": ("finetune", "plan", "print what a run would hold in memory, from shapes alone"),
+  "chat": ("chat", "talk", "talk to what a run has trained"),
+  "merge": ("merge", "merge", "write a model without adapters, as Hugging Face loads it"),
+  "export": ("export", "export", "write an adapter as llama.cpp takes it"),
+}
+_NEEDED = {
+  "flax": "flax",
+  "gguf": "gguf",
+  "jinja2": "jinja2",
+  "matplotlib": "matplotlib",
+  "rich": "rich",
+  "safetensors": "safetensors",
+  "tokenizers": "tokenizers",
+  "yaml": "pyyaml",
+}
+
+
+def main(argv: list[str] | None = None, default: str | None = None) -> int:
+  """Runs a command; returns the process's exit status.
+
+  Args:
+    argv: the command and its arguments; by default those of the process.
+    default: the command where none is named; None asks for one.
+  """
+  argv = sys.argv[1:] if argv is None else argv
+  if argv and argv[0] in _COMMANDS:
+    command, rest = argv[0], argv[1:]
+  elif default is not None:
+    command, rest = default, argv
+  elif not argv or argv[0] in ("-h", "--help"):
+    print(_usage())
+    return 0
+  elif argv[0] == "--version":
+    from optax_lowmem import __version__
+
+    print(__version__)
+    return 0
+  else:
+    near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    print(f"error: {argv[0]!r} is no command.{hint}\n\n{_usage()}", file=sys.stderr)
+    return 2
+  module, name, _ = _COMMANDS[command]
+  try:
+    run = getattr(importlib.import_module(f"optax_lowmem.qlora.commands.{module}"), name)
+  except ImportError as error:
+    missing = (error.name or "").partition(".")[0]
+    if missing not in _NEEDED and "optax_lowmem[" not in str(error):
+      raise
+    package = _NEEDED.get(missing, "flax")
+    print(
+      f"error: `lowmem {command}` needs {package}, which is not installed. Run "
+      "`pip install 'optax_lowmem[qlora]'`.",
+      file=sys.stderr,
+    )
+    return 1
+  try:
+    return run(rest)
+  except KeyboardInterrupt:
+    print("Stopped at once; what was not saved yet is lost.", file=sys.stderr)
+    return 130
+
+
+def _usage() -> str:
+  lines = [f"  {name:10} {what}" for name, (_, _, what) in _COMMANDS.items()]
+  return "\n".join(
+    ["usage: lowmem COMMAND ...", "", *lines, "", "`lowmem COMMAND --help` lists its arguments."]
+  )

@@ -1,0 +1,1 @@
+"""What `lowmem` can be told to do."""

@@ -1,0 +1,1 @@
+"""Models from directories of Hugging Face and from GGUF files."""

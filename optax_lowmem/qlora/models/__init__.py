@@ -1,0 +1,1 @@
+"""A Llama, or one of its relatives, in Flax NNX."""

@@ -1,0 +1,100 @@
+"""All local devices: each takes some rows of a batch, and holds the whole model or a part of it.
+
+The numbers are those of one device, up to rounding: JAX partitions the program, and adds up what
+the devices found.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optax_lowmem.qlora.data.batches import Batch
+
+T = TypeVar("T")
+
+
+def devices_in_a_row(count: int, batch_size: int) -> Mesh | None:
+  """The devices to train on, `count` of them or all; None for a single one.
+
+  Raises:
+    ValueError: where there are fewer, or the rows of a batch cannot be dealt out evenly.
+  """
+  there = jax.local_devices()
+  if count > len(there):
+    raise ValueError(f"--devices {count}: there are only {len(there)} here.")
+  count = count or len(there)
+  if batch_size % count:
+    raise ValueError(
+      f"--batch-size {batch_size} is not a multiple of the {count} devices, over which its rows "
+      f"are spread. Choose another one, or fewer --devices."
+    )
+  if count == 1:
+    return None
+  return Mesh(np.array(there[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+
+@contextmanager
+def in_host_memory() -> Iterator[None]:
+  """Makes new arrays on the CPU, for a model that no one device could hold.
+
+  Raises:
+    ValueError: where JAX was told to do without its CPU backend.
+  """
+  try:
+    cpu = jax.local_devices(backend="cpu")[0]
+  except RuntimeError as error:
+    raise ValueError(
+      "--fsdp reads the model into host memory first, for which JAX needs its CPU backend too. "
+      "Unset JAX_PLATFORMS, or add ,cpu to it."
+    ) from error
+  with jax.default_device(cpu):
+    yield
+
+
+def everywhere(tree: T, mesh: Mesh | None) -> T:
+  """A copy of each array on every device, in the kind of memory in which it is."""
+
+  if mesh is None:
+    # Fixed to the device it is on, as the results of a step are: to `jax.jit` an array that may
+    # still move is another argument, and held-out loss and samples would be compiled twice.
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+
+  def put(x: jax.Array) -> jax.Array:
+    (default,) = {device.default_memory().kind for device in x.sharding.device_set}
+    kind = x.sharding.memory_kind
+    kind = None if kind == default else kind  # a CPU calls its own memory otherwise than a GPU
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(), memory_kind=kind))
+
+  return jax.tree.map(put, tree)
+
+
+def in_parts(tree: T, mesh: Mesh | None) -> T:
+  """A part of each array on every device (as in FSDP), for a model too large for one of them.
+
+  Layers are stacked along their first axis and are used one after another, so that one is never
+  cut. Of the others, the first is that divides evenly; where none does, the array is copied.
+  """
+
+  if mesh is None:
+    return tree
+
+  def put(path: tuple[object, ...], x: jax.Array) -> jax.Array:
+    first = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
+    even = [axis for axis in range(first, x.ndim) if x.shape[axis] % mesh.size == 0]
+    spec = PartitionSpec(*[None] * even[0], "data") if even else PartitionSpec()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def dealt(batch: Batch, mesh: Mesh | None) -> Batch:
+  """Some rows of the batch on every device."""
+  if mesh is None:
+    return batch
+  parts = batch.inputs.ndim - 2  # a leading axis, in training
+  rows = NamedSharding(mesh, PartitionSpec(*[None] * parts, "data"))
+  return jax.tree.map(lambda x: jax.device_put(x, rows), batch)

@@ -1,0 +1,229 @@
+"""One step of training: the loss in pieces, its gradient, the optimizer."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import optax_lowmem as lowmem
+from optax_lowmem.qlora.data.batches import Batch
+
+
+class State(NamedTuple):
+  """All that training changes, and all that a resumed run needs."""
+
+  lora: Any  # what is trained: the adapters, and whole layers where asked for
+  opt_state: Any
+  rngs: Any  # of dropout and noise; empty without
+
+
+class HeadLoss(NamedTuple):
+  """What `head_loss` gives; the gradients are None where they were not asked for."""
+
+  loss: jax.Array
+  hidden: Any  # the gradient in the hidden states
+  head: Any  # the gradients in the head's own trained leaves, a list
+  rngs: Any
+
+
+def split(model: nnx.Module, init: Any) -> tuple[Any, State, Any]:
+  """``(graph, what is trained, what is frozen)``; `merged` puts them together again."""
+  graph, lora, rngs, frozen = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+  return graph, State(lora, init(lora), rngs), frozen
+
+
+def abstract_state(tx: Any, lora: Any) -> Any:
+  """The shapes of an optimizer's state; those of pages say that they are in host memory."""
+
+  def is_paged(x):
+    return isinstance(x, lowmem.Paged)
+
+  state = jax.eval_shape(tx.init, lora)
+  pages = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
+  return lowmem.paged(state) if pages else state
+
+
+def merged(graph: Any, state: State, frozen: Any) -> Any:
+  return nnx.merge(graph, state.lora, state.rngs, frozen, copy=True)
+
+
+def of_head(lora: Any, tied: bool) -> list[int]:
+  """Which leaves of what is trained belong to the output layer, by number.
+
+  With tied embeddings the output layer is the table of the input.
+  """
+  name = "['model']['embed_tokens']" if tied else "['lm_head']"
+  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(lora)]
+  return [i for i, path in enumerate(paths) if path.startswith(name)]
+
+
+def head_loss(
+  graph: Any,
+  state: State,
+  frozen: Any,
+  hidden: jax.Array,
+  batch: Batch,
+  *,
+  divisor: jax.Array | float,
+  with_gradient: bool,
+  shards: int = 1,
+  chunk: int = 128,
+) -> HeadLoss:
+  """Cross-entropy summed over the learned tokens, by `divisor`; its gradients.
+
+  The logits of all positions would be the largest array of the run: 49,152 numbers a token for
+  SmolLM2. So the head is applied to `chunk` positions at a time, and only to learned ones. A
+  chunk's gradient is taken at once, in the hidden states and in what of the head is trained, and
+  its logits are never needed again.
+
+  Args:
+    graph, state, frozen: the model, as `split` gives it.
+    hidden: (rows, length, hidden_size).
+    batch: of the same rows.
+    divisor: of the sum.
+    with_gradient: whether gradients are wanted.
+    shards: the devices over which rows are spread. Each takes its own chunks, so that no hidden
+      state travels.
+    chunk: positions at a time, on each device.
+  """
+  flat = hidden.reshape(shards, -1, hidden.shape[-1])
+  targets, learned = (x.reshape(shards, -1) for x in (batch.targets, batch.learned))
+  first = jnp.argsort(~learned, axis=1, stable=True)  # learned positions first
+  first = jnp.pad(first, ((0, 0), (0, -first.shape[1] % chunk))).reshape(shards, -1, chunk)
+  counted = jnp.arange(first[0].size).reshape(1, -1, chunk) < learned.sum(1)[:, None, None]
+  leaves, structure = jax.tree.flatten(state.lora)
+  tied = merged(graph, state, frozen).config.tie_word_embeddings
+  numbers = of_head(state.lora, tied) if with_gradient else []
+
+  def losses(
+    head: list[jax.Array], rows: jax.Array, rngs: Any, targets: jax.Array, counted: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    replaced = dict(zip(numbers, head, strict=True))
+    lora = structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
+    model = merged(graph, State(lora, None, rngs), frozen)
+    logits = model.head(rows).astype(jnp.float32)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(counted, each, 0.0).sum() / divisor, nnx.state(model, nnx.RngState)
+
+  def one_chunk(i: jax.Array, carry: HeadLoss) -> HeadLoss:
+    at = first[:, i]
+    rows = jnp.take_along_axis(flat, at[..., None], axis=1)
+    rest = (carry.rngs, jnp.take_along_axis(targets, at, axis=1), counted[:, i])
+    head = [leaves[n] for n in numbers]
+    if not with_gradient:
+      loss, rngs = losses(head, rows, *rest)
+      return carry._replace(loss=carry.loss + loss, rngs=rngs)
+    slopes = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
+    (loss, rngs), (of_leaves, slope) = slopes(head, rows, *rest)
+    return HeadLoss(
+      carry.loss + loss,
+      carry.hidden.at[jnp.arange(shards)[:, None], at].add(slope),
+      jax.tree.map(jnp.add, carry.head, of_leaves),
+      rngs,
+    )
+
+  start = HeadLoss(
+    jnp.zeros(()),
+    jnp.zeros_like(flat) if with_gradient else None,
+    [jnp.zeros_like(leaves[n]) for n in numbers],
+    state.rngs,
+  )
+  chunks = counted.any(axis=(0, 2)).sum()
+  done = jax.lax.fori_loop(0, chunks, one_chunk, start)
+  return done._replace(hidden=done.hidden.reshape(hidden.shape)) if with_gradient else done
+
+
+def hidden_states(model: Any, batch: Batch) -> jax.Array:
+  """The model's last hidden states, of rows that stand alone or are packed."""
+  if batch.segments is None:  # padding is on the right, where causal attention does not look
+    return model.hidden(batch.inputs)
+  return model.hidden(batch.inputs, positions=batch.positions, segments=batch.segments)
+
+
+def train_step(
+  graph: Any, tx: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1
+) -> tuple[State, Any]:
+  """One step of the optimizer; the gradients of `batch`'s leading axis are summed."""
+  learned = batch.learned.sum()
+  tied = merged(graph, state, frozen).config.tie_word_embeddings
+  numbers = of_head(state.lora, tied)
+
+  def accumulate(carry: Any, part: Batch) -> tuple[Any, jax.Array]:
+    total, rngs = carry
+
+    def hidden_of(lora: Any) -> tuple[jax.Array, Any]:
+      model = merged(graph, State(lora, None, rngs), frozen)
+      return hidden_states(model, part), nnx.state(model, nnx.RngState)
+
+    hidden, pull_back, rngs = jax.vjp(hidden_of, state.lora, has_aux=True)
+    head = head_loss(
+      graph, state._replace(rngs=rngs), frozen, hidden, part,
+      divisor=learned, with_gradient=True, shards=shards,
+    )  # fmt: skip
+    (grads,) = pull_back(head.hidden)
+    leaves, structure = jax.tree.flatten(grads)
+    for n, slope in zip(numbers, head.head, strict=True):
+      leaves[n] += slope
+    grads = structure.unflatten(leaves)
+    return (jax.tree.map(jnp.add, total, grads), head.rngs), head.loss
+
+  zeros = jax.tree.map(jnp.zeros_like, state.lora)
+  (grads, rngs), losses = jax.lax.scan(accumulate, (zeros, state.rngs), batch)
+  updates, opt_state = tx.update(grads, state.opt_state, state.lora)
+  lora = optax.apply_updates(state.lora, updates)
+  # Of bfloat16 adapters the gradients are bfloat16, and three digits are too few for a norm.
+  norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
+  measured = {"loss": losses.sum(), "grad_norm": norm}
+  return State(lora, opt_state, rngs), measured
+
+
+def eval_step(graph: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1) -> jax.Array:
+  """Cross-entropy summed over the learned tokens of a batch."""
+  hidden = hidden_states(merged(graph, state, frozen), batch)
+  return head_loss(
+    graph, state, frozen, hidden, batch, divisor=1.0, with_gradient=False, shards=shards
+  ).loss
+
+
+def compiled(
+  graph: Any, tx: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1
+) -> Any:
+  """`train_step`, compiled; the old state's memory is given to the new one.
+
+  The new state lies where the old one did, on the same devices and in the same kind of memory.
+  """
+  places: Any = [getattr(x, "sharding", None) for x in jax.tree.leaves(state)]
+  known = all(place is not None for place in places)  # in a dry run there are shapes only
+  out = (jax.tree.unflatten(jax.tree.structure(state), places), None) if known else None
+  step = partial(train_step, graph, tx, shards=shards)
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+  return jitted.lower(state, frozen, batch).compile()
+
+
+class Steps:
+  """`train_step`, compiled when a batch of a new length comes, and never again.
+
+  Attributes:
+    programs: the compiled step for each shape of batch.
+  """
+
+  def __init__(self, graph: Any, tx: Any, *, shards: int = 1):
+    self.compile = partial(compiled, graph, tx, shards=shards)
+    self.programs: dict[tuple[int, ...], Any] = {}
+
+  def ready(self, state: State, frozen: Any, batch: Batch) -> Any:
+    """The program for batches like this one."""
+    shape = batch.inputs.shape
+    if shape not in self.programs:
+      self.programs[shape] = self.compile(state, frozen, batch)
+    return self.programs[shape]
+
+  def __call__(self, state: State, frozen: Any, batch: Batch) -> tuple[State, Any]:
+    return self.ready(state, frozen, batch)(state, frozen, batch)
+
+  def temporaries(self) -> int:
+    """Bytes that the largest of the programs needs beside its arguments and results."""
+    return max((p.memory_analysis().temp_size_in_bytes for p in self.programs.values()), default=0)
