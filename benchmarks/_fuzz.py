@@ -193,8 +193,8 @@ def read(kind: str, path: pathlib.Path, source: pathlib.Path, work: pathlib.Path
   from optax_lowmem import nn
   from optax_lowmem.qlora.data.dataset import load
   from optax_lowmem.qlora.loading.weights import open_checkpoint
+  from optax_lowmem.qlora.run.arguments import of_record, parse
   from optax_lowmem.qlora.run.runs import read_run
-  from optax_lowmem.qlora.run.settings import of_record, parse
   from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
   if kind == "YAML":

@@ -4,8 +4,7 @@ import contextlib
 
 import jax
 
-from optax_lowmem import kernels
-from optax_lowmem.kernels import _guard
+from optax_lowmem.kernels import _choice, _guard
 
 
 @contextlib.contextmanager
@@ -14,7 +13,7 @@ def card(monkeypatch, backend):
   _guard._agrees.cache_clear()
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(jax, "devices", lambda *_, devices=jax.devices: devices())
-  right = kernels.map_blocks
-  monkeypatch.setattr(kernels, "map_blocks", lambda *x, **y: right(*x, **y | {"interpret": True}))
+  right = _choice.map_blocks
+  monkeypatch.setattr(_choice, "map_blocks", lambda *x, **y: right(*x, **y | {"interpret": True}))
   yield
   _guard._agrees.cache_clear()

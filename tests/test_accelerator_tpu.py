@@ -20,7 +20,7 @@ import optax_lowmem as lowmem
 from compiled.steps import apply_step, parameters, training_step
 from guard_cases import card
 from optax_lowmem import kernels
-from optax_lowmem.kernels import _tpu
+from optax_lowmem.kernels import _choice, _tpu
 
 HERE = pathlib.Path(__file__).parent
 NAME = "optax_lowmem_update"
@@ -209,13 +209,13 @@ def test_guard_trusts_a_kernel_that_agrees(on_tpu):
 
 
 def test_guard_switches_off_a_kernel_that_does_not(on_tpu, monkeypatch):
-  right = kernels.map_blocks
+  right = _choice.map_blocks
 
   def wrong(*args, **kwargs):
     *moments, update = right(*args, **kwargs)
     return [*moments, update * np.float32(1.01)]
 
-  monkeypatch.setattr(kernels, "map_blocks", wrong)
+  monkeypatch.setattr(_choice, "map_blocks", wrong)
   with pytest.warns(UserWarning, match=r"switched off: on .* Please report"):
     assert not kernels.trusted()
 

@@ -19,7 +19,7 @@ from guard_cases import card
 from optax_lowmem import kernels
 from optax_lowmem._quantization.array import encode, encode_finite
 from optax_lowmem._quantization.codebooks import _CODEBOOKS, get_codebook
-from optax_lowmem.kernels import _guard, _pallas
+from optax_lowmem.kernels import _choice, _guard, _pallas
 from optax_lowmem.kernels._pallas import map_blocks, supports
 
 HERE = pathlib.Path(__file__).parent
@@ -259,8 +259,8 @@ def test_updates_on_a_cpu_are_alike(mode):
 def test_eager_updates_follow_the_mode(monkeypatch):
   """`update` outside of `jit` is compiled by `quantized`, for each mode apart."""
   calls = []
-  refusal = kernels.refusal
-  monkeypatch.setattr(kernels, "refusal", lambda *x, **y: calls.append(1) or refusal(*x, **y))
+  refusal = _choice.refusal
+  monkeypatch.setattr(_choice, "refusal", lambda *x, **y: calls.append(1) or refusal(*x, **y))
   update, args = step_of((64, 64))
   with kernels.using("xla"):
     update(*args)
@@ -309,7 +309,7 @@ def test_guard_trusts_a_kernel_that_agrees(on_gpu):
 
 @pytest.mark.parametrize("fault", ["wrong", "not finite", "raises"])
 def test_guard_switches_off_a_kernel_that_does_not(on_gpu, monkeypatch, fault):
-  right = kernels.map_blocks
+  right = _choice.map_blocks
 
   def wrong(*args, **kwargs):
     if fault == "raises":
@@ -317,7 +317,7 @@ def test_guard_switches_off_a_kernel_that_does_not(on_gpu, monkeypatch, fault):
     *moments, update = right(*args, **kwargs)
     return [*moments, update * (1.01 if fault == "wrong" else jnp.nan)]
 
-  monkeypatch.setattr(kernels, "map_blocks", wrong)
+  monkeypatch.setattr(_choice, "map_blocks", wrong)
   with pytest.warns(UserWarning, match=r"switched off: on .* Please report"):
     assert not kernels.trusted()
   assert not kernels.trusted()  # known by now: neither compared nor warned of again

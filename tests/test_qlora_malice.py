@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from optax_lowmem.qlora.data.dataset import DataError, load
 from optax_lowmem.qlora.files.model_files import MOST_JSON
 from optax_lowmem.qlora.loading.weights import open_checkpoint
-from optax_lowmem.qlora.run.settings import parse
+from optax_lowmem.qlora.run.arguments import parse
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from optax_lowmem.qlora.text.templates import Template
 from qlora_cases import arguments, main, save_model

@@ -6,8 +6,9 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from optax_lowmem.qlora.run.arguments import parse
 from optax_lowmem.qlora.run.runs import save_settings
-from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, flag_of, kind_of, parse
+from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, flag_of, kind_of
 
 
 def write(path, text):

@@ -13,7 +13,8 @@ import pytest
 from optax_lowmem.qlora.data.batches import Batches, Row
 from optax_lowmem.qlora.files import hub
 from optax_lowmem.qlora.run import terminal
-from optax_lowmem.qlora.run.settings import HELP, Settings, parse
+from optax_lowmem.qlora.run.arguments import parse
+from optax_lowmem.qlora.run.settings import HELP, Settings
 from optax_lowmem.qlora.run.spellings import ELSEWHERE, SPELLINGS, translated
 from qlora_cases import SCRIPT, arguments, main, records
 from test_finetune import refused

@@ -14,7 +14,7 @@ import optax
 
 import optax_lowmem as lowmem
 from optax_lowmem import kernels
-from optax_lowmem.kernels import _tpu
+from optax_lowmem.kernels import _choice, _tpu
 
 RULES = {
   "adam": optax.scale_by_adam(),
@@ -61,7 +61,7 @@ def differences(rule, shape, bits, block_size, dtype):
 
 
 def main():
-  kernels._kernel = lambda platform: _tpu
+  _choice._kernel = lambda platform: _tpu
   f32, bf16 = jnp.float32, jnp.bfloat16
   cases = [(rule, "one tile", 8, None, f32) for rule in RULES]
   cases += [("adam", shape, 8 if i % 2 else 4, None, bf16) for i, shape in enumerate(SHAPES)]

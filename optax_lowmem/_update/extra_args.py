@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from optax_lowmem import kernels
+from optax_lowmem.kernels import _choice
 
 _PLAIN = bool | int | str | np.bool_ | np.integer
 
@@ -63,14 +63,14 @@ def compiled_outside_jit(update: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def compiled(mode, fixed, trees, numbers):
-    with kernels.using(mode):
+    with _choice.using(mode):
       return update(*trees, fixed.joined(numbers))
 
   def call(updates, state, params, extra_args):
     trees = updates, state, params
     numbers, fixed = _split(extra_args, _is_number)
     if all(map(_is_concrete, jax.tree.leaves((trees, numbers)))) and fixed.is_plain:
-      return compiled(kernels.setting(), fixed, trees, numbers)
+      return compiled(_choice.setting(), fixed, trees, numbers)
     return update(*trees, extra_args)
 
   return call

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_lowmem import kernels
 from optax_lowmem._programs.fences import fence
 from optax_lowmem._programs.phases import in_a_phase, in_phases
 from optax_lowmem._programs.plan import Plan, Tile
@@ -28,6 +27,7 @@ from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem._quantization.tangents import derivative
 from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._update.tile_loop import map_tiles
+from optax_lowmem.kernels import _choice, _guard
 
 
 def run(plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> dict[int, Tile]:
@@ -81,13 +81,13 @@ def run(plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> dict[
     def execute(known, values):
       values = _tied(plan, values) if platform == "cuda" else values
       given = _kernel_arguments(plan, plan.step(known, finished=False), values)
-      *moments, update = kernels.map_blocks(*given, platform=platform, interpret=interpret)
+      *moments, update = _choice.map_blocks(*given, platform=platform, interpret=interpret)
       update = plan.finish(known, values, update)
       return dict(zip((*plan.moving, plan.leaf), (*moments, update), strict=True))
 
     return differentiable(execute, values)
 
-  values, mode = dict(values), kernels.setting()
+  values, mode = dict(values), _choice.setting()
   if in_a_phase():
     return whole(values)
   if mode in ("pallas", "interpret"):
@@ -99,7 +99,7 @@ def run(plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> dict[
       )
     return kernel(here, values, interpret=mode == "interpret")
   methods = {"cpu": tiles, "tpu": undivided}
-  for platform in kernels.platforms():
+  for platform in _choice.platforms():
     if not reason_against_kernel(platform, plan, env, values):
       methods[platform] = functools.partial(kernel, platform)
   return jax.lax.platform_dependent(values, **methods, default=phases)
@@ -109,13 +109,13 @@ def reason_against_kernel(
   platform: str, plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]
 ) -> str | None:
   """Why a parameter is not updated by the kernel of a platform; None if it is."""
-  mode = kernels.setting()
+  mode = _choice.setting()
   if mode == "xla":
     return "kernels are switched off"
   given = _kernel_arguments(plan, plan.step(env, finished=False), values)
-  if reason := kernels.refusal(*given, platform=platform):
+  if reason := _choice.refusal(*given, platform=platform):
     return reason
-  if mode == "auto" and not kernels.trusted():
+  if mode == "auto" and not _guard.trusted():
     return f"its results differ from those of XLA on {jax.devices()[0].device_kind}"
   return None
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowmem import kernels
 from optax_lowmem._programs.elementwise import Program
 from optax_lowmem._programs.plan import Plan
 from optax_lowmem._quantization.array import encode
 from optax_lowmem._quantization.codebooks import get_codebook
+from optax_lowmem.kernels import _choice
 
 # Of a GPU's kernel five tiles, the last of which is not full; of a TPU's two, with rows past the
 # edge and scales that lie as their transpose.
@@ -94,7 +94,7 @@ def _steps(bits: int, platform: str, by_kernel: bool) -> list[jax.Array]:
     fn, _, writes = plan.step(program.run_shared(values))
     arrays = [values[k] for k in writes]
     if by_kernel:
-      return kernels.map_blocks(fn, [], arrays, [], platform=platform)
+      return _choice.map_blocks(fn, [], arrays, [], platform=platform)
     return fn([], arrays)
 
   scale = jnp.exp2(jnp.arange(shape[1]) % 23 - 11.0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.linen._layers import Call, call_of
+from optax_lowmem.linen._calls import Call, call_of
 from optax_lowmem.linen._product import STACKED, correction, drop, packed_product
 
 FACTORS = "lora"  # the name of the factors beside a kernel

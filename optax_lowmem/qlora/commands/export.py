@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 from optax_lowmem.qlora.families import FAMILIES
 from optax_lowmem.qlora.files.model_files import member, read_json
+from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.gguf_files import by_adjacent_pairs
-from optax_lowmem.qlora.loading.weights import Checkpoint, open_checkpoint
+from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.run.called import called
 from optax_lowmem.qlora.run.finished import of_run, parser_of
 from optax_lowmem.qlora.run.terminal import say, sentences

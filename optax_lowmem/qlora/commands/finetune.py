@@ -39,6 +39,7 @@ from optax_lowmem.qlora.files.hub import fetched
 from optax_lowmem.qlora.loading.fingerprints import check_same_base, of_model
 from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.neftune import without_noise
+from optax_lowmem.qlora.run.arguments import parse
 from optax_lowmem.qlora.run.called import called
 from optax_lowmem.qlora.run.checkpoints import (
   METRICS,
@@ -65,7 +66,7 @@ from optax_lowmem.qlora.run.recipe import adapted as adapted
 from optax_lowmem.qlora.run.recipe import optimizer as optimizer
 from optax_lowmem.qlora.run.run_folder import output_folder
 from optax_lowmem.qlora.run.runs import began, check_same_data, read_run, save_settings
-from optax_lowmem.qlora.run.settings import Settings, parse
+from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.run.terminal import (
   CtrlC,
   StepBar,

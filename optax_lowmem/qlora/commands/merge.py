@@ -14,8 +14,9 @@ import numpy as np
 from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.files.disk import written_to
 from optax_lowmem.qlora.files.model_files import read_json
+from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.config_files import config_to_hf
-from optax_lowmem.qlora.loading.weights import Checkpoint, open_checkpoint
+from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.llama_config import expected_shapes
 from optax_lowmem.qlora.run.checkpoints import replacing
 from optax_lowmem.qlora.run.finished import of_run, parser_of

@@ -11,8 +11,8 @@ import numpy as np
 
 from optax_lowmem.qlora.families import FAMILIES
 from optax_lowmem.qlora.files.gguf_header import Header
+from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.config_files import config_from_hf
-from optax_lowmem.qlora.loading.weights import Checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.models.rope_scaling import Divided, Linear
 

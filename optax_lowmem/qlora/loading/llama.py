@@ -16,7 +16,8 @@ from flax import nnx
 
 import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
-from optax_lowmem.qlora.loading.weights import Checkpoint, open_checkpoint
+from optax_lowmem.qlora.loading.checkpoint import Checkpoint
+from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.attention import Kind
 from optax_lowmem.qlora.models.llama_config import LlamaConfig, linear_shapes, norm_sizes
 from optax_lowmem.qlora.models.llama_model import Llama as Llama

@@ -1,42 +1,27 @@
 """Checkpoints on disk: a Hugging Face directory of safetensors, or a GGUF file.
 
-Both become a `Checkpoint`: a configuration, the shape of every tensor under its Hugging Face name,
-and a function that reads one tensor. Nothing is read before it is asked for, so the one who loads
-decides how much of a model is in memory at a time.
+Nothing is read before it is asked for, so the one who loads decides how much of a model is in
+memory at a time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from optax_lowmem.qlora.files.model_files import check_regular, damage_of, member, read_json
+from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.config_files import config_from_hf
-from optax_lowmem.qlora.models.llama_config import LlamaConfig, Shape
+from optax_lowmem.qlora.loading.gguf_files import open_gguf
+from optax_lowmem.qlora.models.llama_config import Shape
 from optax_lowmem.qlora.models.llama_config import expected_shapes as expected_shapes
 
 # Buffers that old checkpoints carry and that follow from the configuration.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """A model on disk.
-
-  Invariants: every name of `expected_shapes(config)` is in `shapes`, with that shape, and
-  ``read(name)`` returns a float array of shape ``shapes[name]``. `model_type` is one of `FAMILIES`.
-  """
-
-  model_type: str
-  config: LlamaConfig
-  shapes: dict[str, Shape]
-  read: Callable[[str], np.ndarray]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -54,8 +39,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     ValueError: if the model is not supported, if a file is truncated, or if tensors are
       missing, misshapen or unexpected.
   """
-  from optax_lowmem.qlora.loading.gguf_files import open_gguf
-
   path = pathlib.Path(path)
   if not path.exists():
     raise FileNotFoundError(f"There is no model at {path}.")

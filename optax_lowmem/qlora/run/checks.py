@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +13,15 @@ import jax.numpy as jnp
 from optax_lowmem.qlora.files.hub import check_model
 from optax_lowmem.qlora.loading.weights import expected_shapes
 from optax_lowmem.qlora.models.attention import attend_within, windows_of_layers
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.models.scores import Scoring
+from optax_lowmem.qlora.run.settings import LEAST, MOST, Settings
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from optax_lowmem.qlora.text.confined import TooMuchError, elsewhere
 from optax_lowmem.qlora.training.evaluation import since_best
 
-if TYPE_CHECKING:
-  from optax_lowmem.qlora.models.llama_config import LlamaConfig
-  from optax_lowmem.qlora.run.settings import Settings
-  from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
-LEAST = {"steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "rank": 1, "eval_batches": 1}
-LEAST |= dict.fromkeys(
-  ("eval_every", "save_every", "stop_after", "seed", "buckets", "patience", "devices", "samples"), 0
-)
-# More than any machine holds, or than the system counts: of a file that somebody else wrote.
-MOST = dict.fromkeys(("batch_size", "grad_accum", "rank", "buckets", "devices"), 1 << 16)
-MOST |= dict.fromkeys(("seq_len", "samples", "eval_batches"), 1 << 24) | {"seed": 2**32 - 2}
-MOST |= dict.fromkeys(("steps", "eval_every", "save_every", "stop_after", "patience"), 10**9)
-
-
-def check(s: "Settings") -> None:
+def check(s: Settings) -> None:
   """Raises ValueError for a setting no run can have."""
   for name, low in LEAST.items():
     if (value := getattr(s, name)) < low:
@@ -80,7 +69,7 @@ def check(s: "Settings") -> None:
 
 
 def only_results_left(
-  s: "Settings", start: int, folder: Path, records: Sequence[dict[str, Any]]
+  s: Settings, start: int, folder: Path, records: Sequence[dict[str, Any]]
 ) -> bool:
   """Whether the run that is resumed was killed after its last step, before its results.
 
@@ -99,7 +88,7 @@ def only_results_left(
   return patient or start == s.steps
 
 
-def check_vocabulary(tokenizer: "ChatTokenizer", config: "LlamaConfig") -> None:
+def check_vocabulary(tokenizer: ChatTokenizer, config: LlamaConfig) -> None:
   """Raises ValueError where the tokenizer does not suit the model."""
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
@@ -108,7 +97,7 @@ def check_vocabulary(tokenizer: "ChatTokenizer", config: "LlamaConfig") -> None:
     )
 
 
-def check_length(s: "Settings", config: "LlamaConfig") -> None:
+def check_length(s: Settings, config: LlamaConfig) -> None:
   """Raises ValueError where rows are longer than the model's positions."""
   if s.seq_len > config.max_position_embeddings:
     raise ValueError(
@@ -117,7 +106,7 @@ def check_length(s: "Settings", config: "LlamaConfig") -> None:
     )
 
 
-def check_rank(s: "Settings", config: "LlamaConfig") -> None:
+def check_rank(s: Settings, config: LlamaConfig) -> None:
   """Raises ValueError where adapters would be larger than the layers that they adapt."""
   most = max(config.hidden_size, config.intermediate_size)
   for name, rank in (("--rank", s.rank), *(("--rank-pattern", r) for r in s.rank_pattern.values())):
@@ -125,7 +114,7 @@ def check_rank(s: "Settings", config: "LlamaConfig") -> None:
       raise ValueError(f"{name} must be at most {most:,} for this model, got {rank:,}.")
 
 
-def check_patterns(s: "Settings", config: "LlamaConfig") -> None:
+def check_patterns(s: Settings, config: LlamaConfig) -> None:
   """Raises ValueError where a setting's regular expression takes too long for the layers' names."""
   names = [name.rpartition(".")[0] for name in expected_shapes(config)]
   names += [re.sub(r"\.\d+\.", ".", name) for name in names]  # the layers as one stack
@@ -141,7 +130,7 @@ def check_patterns(s: "Settings", config: "LlamaConfig") -> None:
         raise ValueError(f"{flag} {pattern!r:.200} cannot be matched: {error}.") from error
 
 
-def check_attention(s: "Settings", config: "LlamaConfig") -> None:
+def check_attention(s: Settings, config: LlamaConfig) -> None:
   """Raises ValueError where --attention cudnn cannot be had for this model, or on this machine."""
   if s.attention != "cudnn":
     return

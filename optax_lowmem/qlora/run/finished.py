@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from optax_lowmem.qlora.files.fetch import default_model
+from optax_lowmem.qlora.run.arguments import of_record
 from optax_lowmem.qlora.run.called import called
 from optax_lowmem.qlora.run.checkpoints import check_sealed, found
 from optax_lowmem.qlora.run.runs import read_run
-from optax_lowmem.qlora.run.settings import Settings, of_record
+from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.run.terminal import say
 
 

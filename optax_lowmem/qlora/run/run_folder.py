@@ -5,20 +5,17 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from optax_lowmem.qlora.files.locks import LOCK, Locked, held
 from optax_lowmem.qlora.run.checkpoints import STATE
-
-if TYPE_CHECKING:
-  from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.run.settings import Settings
 
 # What a run writes before run.json, which makes it one that can be resumed.
 _BEFORE = {LOCK, "last", "last.partial", "last.old", "best", "best.partial", "best.old"}
 _BEFORE |= {"metrics.jsonl", "metrics.jsonl.partial", "run.json.partial", "tensorboard"}
 
 
-def output_folder(s: "Settings", locks: ExitStack) -> Path:
+def output_folder(s: Settings, locks: ExitStack) -> Path:
   """The folder to write to, locked. A run never writes into one that holds something else.
 
   What a run has left that was killed before it could be resumed is cleared away.

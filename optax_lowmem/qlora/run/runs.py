@@ -16,29 +16,14 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from optax_lowmem.qlora.files.disk import write_whole
 from optax_lowmem.qlora.run.run_folder import is_unfinished
+from optax_lowmem.qlora.run.settings import CHANGEABLE, Settings
 
-if TYPE_CHECKING:
-  from optax_lowmem.qlora.run.settings import Settings
-
-# What a resumed run may change; everything else would make it another run.
-CHANGEABLE = {
-  "model",
-  "data",
-  "config",
-  "steps",
-  "epochs",
-  "out",
-  "resume",
-  "save_every",
-  "stop_after",
-}
-CHANGEABLE |= {"dry_run", "tensorboard"}
 _KEYS = ("data_sha256", "today", "base")
 
 
@@ -105,7 +90,7 @@ def began(folder: Path) -> datetime.date | None:
 
 
 def save_settings(
-  s: "Settings",
+  s: Settings,
   out: Path,
   data_sha256: str,
   today: datetime.date | None = None,
