@@ -498,7 +498,7 @@ def test_a_small_parquet_file_of_endless_rows_is_refused(tmp_path, tokenizer, mo
   texts = pa.array(["the cat sat on the mat " * 40]).take(pa.array([0] * 20_000))
   parquet.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
   size = (tmp_path / "rows.parquet").stat().st_size
-  monkeypatch.setattr("tables._LARGEST", 1 << 20)
+  monkeypatch.setattr("optax_lowmem.qlora.files.tables._LARGEST", 1 << 20)
   assert size < 20_000
   with pytest.raises(DataError, match="unpacked, its rows are more than") as error:
     load(tmp_path / "rows.parquet", tokenizer, 32)
@@ -527,7 +527,7 @@ def test_a_row_of_20_mb_is_cut_before_it_is_encoded(tmp_path, tokenizer, key):
 def test_a_long_text_in_blocks_is_the_same_text(tokenizer, monkeypatch):
   prompt, completion = "the cat sat on the mat\n" * 50, " the dog ran\n" * 70
   want = tokenizer.encode_completion(prompt, completion)
-  monkeypatch.setattr("chat.BLOCK", 100)
+  monkeypatch.setattr("optax_lowmem.qlora.text.chat_tokenizer.BLOCK", 100)
   assert tokenizer.encode_completion(prompt, completion) == want
   ids, learned = tokenizer.encode_completion(prompt, completion, 120)
   assert 120 < len(ids) < 250 and (ids, learned) == (want[0][: len(ids)], want[1][: len(ids)])
