@@ -126,20 +126,13 @@ every_local = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if
 PHASED = ["adamw-8", "amsgrad-8", "lion-4", "came-8", "lamb-8", "lars-8", "adafactor-8"]
 # And one for each kind of state: where a law is asked of every wrapper, and in runs with `--few`.
 REPRESENTATIVES = [*PHASED, "adamw-4"]
-# For laws that compile a program of their own for each entry: those of the others are slow tests.
-every_in_time = pytest.mark.parametrize(
-  "name",
-  [n if n in REPRESENTATIVES else pytest.param(n, marks=pytest.mark.slow) for n in REGISTRY],
-)
 
 
 def by_method(names):
   """Every entry as a whole and by tiles, and some in phases; by tiles, most are slow tests."""
   cases = [(name, "whole") for name in names]
-  cases += [(name, "tiles") for name in names if name in REPRESENTATIVES]
+  cases += [(name, "tiles") for name in names]
   cases += [(name, "phases") for name in names if name in PHASED]
-  rest = [(name, "tiles") for name in names if name not in REPRESENTATIVES]
-  cases += [pytest.param(*case, marks=pytest.mark.slow) for case in rest]
   return pytest.mark.parametrize(("name", "how"), cases)
 
 

@@ -19,7 +19,6 @@ from registry import (
   TRACES,
   adamw,
   every,
-  every_in_time,
   make,
   quantized_leaves,
   reference,
@@ -192,7 +191,7 @@ def test_inject_hyperparams(name):
 # Transformations of JAX ---------------------------------------------------------------------------
 
 
-@every_in_time
+@pytest.mark.parametrize("name", REGISTRY)
 def test_jit_vmap_and_scan_over_layers_agree(name):
   """Stacked layers (L, d, f): the state of each is that of a layer alone."""
   tx, shapes = make(name, min_size=256), {"w": (2, 20, 64), "b": (2, 5)}

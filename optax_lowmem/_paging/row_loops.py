@@ -101,7 +101,7 @@ def over_rows(
 
   # An index into host memory is the number of the trip, and nothing else. XLA works out beforehand
   # where each trip copies from: that of jax 0.10.2 by the number of the trip whatever the index is,
-  # and that of 0.12 has a kernel copy where the index is not linear in it.
+  # and that of 0.12 has a kernel copy where the index is not linear in it. docs/xla_notes.md#trip
   def fetch(x, i):
     return jax.device_put(jax.lax.dynamic_index_in_dim(x, i, 0, False), jax.memory.Space.Device)
 

@@ -39,7 +39,7 @@ _SMALL = 1 / 16
 # Sums over a last axis are first taken over so many: with the maxima of blocks, in one launch.
 _BLOCK = 64
 # Sums over another axis are first taken of at most so many parts of it, or XLA would write what is
-# summed to memory: 13 B an element instead of 5.3 for CAME's, on an H100.
+# summed to memory: 13 B an element instead of 5.3 for CAME's. docs/xla_notes.md#parts
 _PARTS = 32
 _in_a_phase = contextvars.ContextVar("in_a_phase", default=False)
 

@@ -115,7 +115,7 @@ class Arithmetic(Codebook):
     return self.decode_blocks(codes, jnp.float32(1.0))
 
   # Nothing but its bits is asked of a block, for its scale as for its codes, so that XLA does not
-  # hold the values of a tile in memory (0.12 B/param) because they are used twice.
+  # hold the values of a tile in memory (0.12 B/param): docs/xla_notes.md#twice
 
   def magnitude_bits(self, blocks: jax.Array) -> jax.Array:
     """The bits of the magnitudes of values; of negative ones, if unsigned, those of zero."""
@@ -131,7 +131,7 @@ class Arithmetic(Codebook):
 
   # Something must follow the product with a scale, or XLA moves a constant that multiplies it to
   # the scales, and holds these products in memory (0.06 B/param a moment). Of integers, because a
-  # maximum of floats takes three instructions to pass NaN on.
+  # maximum of floats takes three instructions to pass NaN on. docs/xla_notes.md#constants
 
   def signed_product(self, codes: jax.Array, magnitudes: jax.Array, scales: Any) -> jax.Array:
     """Values, from int32 codes, the magnitudes that these stand for, and scales."""

@@ -33,6 +33,7 @@ def unpack_halves(packed: jax.Array) -> jax.Array:
   """(…, half) -> (…, 2 * half)."""
   # As a broadcast, because XLA would emit a branch for every element of a concatenation.
   # In 32 bits, because no processor shifts the bytes of a vector by different amounts.
+  # docs/xla_notes.md#nibbles
   shifts = 4 - 4 * jax.lax.broadcasted_iota(jnp.int32, (2, 1), 0)  # a kernel has no constants
   shifts = jax.lax.expand_dims(shifts, range(packed.ndim - 1))  # ranks may not be left to promotion
   halves = (packed[..., None, :].astype(jnp.int32) >> shifts) & 15

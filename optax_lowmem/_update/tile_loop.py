@@ -76,7 +76,7 @@ def map_tiles(
   # tile comes before what replaces it. Cut, made and pasted in one step, XLA could not order them,
   # and would copy all of `writes` each time (4 B/param of temporaries, 20 times the time); and
   # what is made where it is pasted is made by one core only. The last step of the loop makes a
-  # tile in vain: pasted after the loop, the state would be copied once.
+  # tile in vain: pasted after the loop, the state would be copied once. docs/xla_notes.md#tiles
   for segment in _segments(rows, columns, unit, tile):
 
     def step(i, carry, segment=segment):
@@ -253,6 +253,7 @@ def _places(q: QuantizedArray, at: tuple[Any, Any]) -> tuple[tuple[Any, ...], tu
 
 
 # XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop.
+# docs/xla_notes.md#bf16
 
 
 def _to_bits(x: jax.Array) -> jax.Array:
