@@ -280,7 +280,7 @@ def written(key: str, value: Any) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--card", default="h100", help=f"{', '.join(CARDS)}, or a TPU such as v5e")
   parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to run")
   parser.add_argument("--json", help="file to write the result to")

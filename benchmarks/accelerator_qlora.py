@@ -55,8 +55,11 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 class Compiled(Protocol):
   """What the compiler planned."""
 
-  device_bytes: int
-  temp_bytes: int
+  @property
+  def device_bytes(self) -> int: ...
+
+  @property
+  def temp_bytes(self) -> int: ...
 
 
 Compile = Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, ...]], Compiled]
@@ -143,7 +146,7 @@ def _nbytes(tree: Any) -> int:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--card", default="h100")
   parser.add_argument("--only", choices=MODELS, help="the one model to compile")
   parser.add_argument("--json", help="file to write the result to")

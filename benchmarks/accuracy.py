@@ -202,7 +202,7 @@ def run_peer(make: Callable[[Any], Any], kind: Kind) -> np.ndarray:
 
 def main() -> None:
   """Prints the tables."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--steps", type=int, default=50)
   parser.add_argument("--json", help="also write the result to this file")
   args = parser.parse_args()

@@ -36,7 +36,7 @@ def bits(model: nnx.Module) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--model", type=pathlib.Path, help="a Hugging Face folder or a GGUF file")
   parser.add_argument("--text", type=pathlib.Path, help="any file that the example reads")
   parser.add_argument("--rows", type=int, default=128)

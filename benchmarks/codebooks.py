@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,9 +189,9 @@ def compare(grads: jax.Array, mu: Held, nu: Held) -> dict[str, dict[str, float]]
     return 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
 
   def step(carry, g):
-    (m, v), stored = carry
-    stored_m, stored_v = ema(*stored, g)
-    return (ema(m, v, g), (mu(stored_m, stored[0]), nu(stored_v, stored[1]))), None
+    (m, v), (stored_m, stored_v) = carry
+    new_m, new_v = ema(stored_m, stored_v, g)
+    return (ema(m, v, g), (mu(new_m, stored_m), nu(new_v, stored_v))), None
 
   @jax.jit
   def everything(grads):
@@ -225,7 +226,7 @@ def cost(mu: Held, nu: Held, elements: int) -> dict[str, float]:
 
 def main() -> None:
   """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--steps", type=int, default=300, help="steps that are recorded")
   parser.add_argument("--lr", type=float, default=8e-3, help="peak learning rate of the recording")
   parser.add_argument("--elements", type=int, default=2**20, help="size that is timed")
@@ -241,7 +242,7 @@ def main() -> None:
   print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
   results = {}
   for name, (mu, nu) in rows().items():
-    r = (
+    r: dict[str, Any] = (
       compare(grads, mu, nu)
       | cost(mu, nu, args.elements)
       | {"bytes": sum(h.bits / 8 + 4 / h.block for h in (mu, nu))}

@@ -34,7 +34,7 @@ Built = tuple[nnx.Module, Callable[[Any, jax.Array], jax.Array]]
 def _tunix(name: str, cls: str, **settings: Any) -> Callable[[], Built]:
   def build() -> Built:
     module = importlib.import_module(f"tunix.models.{name}.model")
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
       num_layers=2, embed_dim=64, hidden_dim=128, num_heads=4, head_dim=32, num_kv_heads=2
     )
     sizes |= {"vocab_size": VOCAB, "rope_theta": 10_000, "norm_eps": 1e-5} | settings

@@ -33,7 +33,7 @@ def without_cache(graph, new_tokens, variables, ids, start):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--model")
   parser.add_argument("--quantize", choices=["nf4"])
   parser.add_argument("--dtype", default="float32")

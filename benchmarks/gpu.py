@@ -99,7 +99,7 @@ def _text(value: object) -> str:
 
 def main() -> None:
   """Runs the sections, prints their tables and writes the result after each."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--params", type=float, default=1e9, help="parameters in all")
   parser.add_argument("--leaves", type=int, default=16, help="arrays they lie in")
   parser.add_argument("--repeat", type=int, default=10, help="timed steps, after two to warm up")

@@ -52,7 +52,7 @@ def random_weights(steps: int) -> dict[str, Any]:
   start = time.perf_counter()
   step = compiled(graph, tx, state, frozen, batch)
   row: dict[str, Any] = {"compile_s": time.perf_counter() - start}
-  times = []
+  times, loss = [], float("nan")
   for _ in range(steps + 2):
     start = time.perf_counter()
     state, measured = step(state, frozen, batch)

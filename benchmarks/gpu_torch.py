@@ -48,6 +48,7 @@ def cost(make: Callable[[Any], Any], args: argparse.Namespace) -> dict[str, Any]
   first = time.perf_counter() - start
   optimizer.step()
   wait()
+  before = 0
   if DEVICE == "cuda":
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, folder: str, platform: str) -> dict[str, d
 def show(rows: dict[str, dict[str, Any]], tokens: int) -> None:
   """Prints the markdown table; ratios are medians over the rounds, against the first side."""
   good = {name: row for name, row in rows.items() if row["seconds"]}
-  first = next(iter(good.values()), None)
+  first: dict[str, Any] = next(iter(good.values()), {})
   kinds = ("device peak", "host peak", "host peak, with building", "temporaries")
   peaks = [k for k in kinds if any(row.get(k) for row in good.values())]
   columns = ["", "tokens/s", "time of a step", *(f"{k}, MiB" for k in peaks), "loss, first", "last"]
@@ -99,7 +99,7 @@ def show(rows: dict[str, dict[str, Any]], tokens: int) -> None:
 
 def main() -> None:
   """Measures, prints the table and writes the result."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--model", help="a directory or GGUF file, or `default`: SmolLM2-135M by pip")
   parser.add_argument("--data", help="what finetune.py reads (default: the model's, or random ids)")
   parser.add_argument(

@@ -213,7 +213,8 @@ def fuzz(folder: pathlib.Path, cases: int, seed: int) -> dict[str, dict[str, flo
   _fuzz.write_sources(folder)
   command = [sys.executable, _fuzz.__file__, str(folder)]
   table: dict[str, dict[str, float]] = {}
-  process = None
+  process: subprocess.Popen[bytes] | None = None
+  limit = SECONDS
   for kind in KINDS:
     counts, worst, most = collections.Counter(), 0.0, 0.0
     for number in range(cases):
@@ -222,6 +223,7 @@ def fuzz(folder: pathlib.Path, cases: int, seed: int) -> dict[str, dict[str, flo
           command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         limit = 60.0  # it imports first
+      assert process.stdin is not None and process.stdout is not None  # both are pipes
       case = {"seed": seed, "kind": kind, "number": number}
       process.stdin.write((json.dumps(case) + "\n").encode())
       process.stdin.flush()
@@ -244,7 +246,7 @@ def fuzz(folder: pathlib.Path, cases: int, seed: int) -> dict[str, dict[str, flo
     good = counts["read"] + counts["refused"]
     table[kind] = {"tried": cases, "survived": good, "read": counts["read"],
                    "refused": counts["refused"], "seconds": worst, "memory": most}  # fmt: skip
-  if process:
+  if process and process.stdin:
     process.stdin.close()
     process.wait()
   return table
@@ -276,7 +278,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--kills", type=int, default=50)
   parser.add_argument("--cases", type=int, default=60, help="of each kind of file")
   parser.add_argument("--seed", type=int, default=0)

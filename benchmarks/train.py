@@ -46,13 +46,14 @@ def optimizers(steps: int, peak: float) -> dict[str, optax.GradientTransformatio
     "nu": lowmem.Blockwise("dynamic_unsigned", 256),
   }
 
-  def disturb(updates, key, _=None):
+  def disturb(updates, state, params=None):
+    del params
     leaves, treedef = jax.tree.flatten(updates)
-    key, *keys = jax.random.split(key, len(leaves) + 1)
+    state, *keys = jax.random.split(state, len(leaves) + 1)
     noise = (jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True))
-    return treedef.unflatten(x * (1 + 0.02 * n) for x, n in zip(leaves, noise, strict=True)), key
+    return treedef.unflatten(x * (1 + 0.02 * n) for x, n in zip(leaves, noise, strict=True)), state
 
-  disturbed = optax.GradientTransformation(lambda _: jax.random.key(0), disturb)
+  disturbed = optax.GradientTransformation(lambda params: jax.random.key(0), disturb)
   return {
     "optax.adamw": optax.adamw(lr),
     "control: gradients off by 2 %": optax.chain(disturbed, optax.adamw(lr)),
@@ -184,7 +185,8 @@ def train(tx: optax.GradientTransformation, params, tokens, held, every: int):
   @functools.partial(jax.jit, donate_argnums=0)
   def stretch(carry, tokens):
     carry, _ = jax.lax.scan(step, carry, tokens)
-    return carry, jax.lax.map(functools.partial(loss_of, carry[0]), held).mean()
+    weights: Any = carry[0]
+    return carry, jax.lax.map(functools.partial(loss_of, weights), held).mean()
 
   carry, curve = (params, tx.init(params)), []
   for start in range(0, len(tokens), every):
@@ -246,7 +248,7 @@ def plot(path: str, steps: int, result: dict[str, list[list[float]]]) -> None:
 
 def main() -> None:
   """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("what", nargs="?", choices=("quantized", "factored"), default="quantized")
   parser.add_argument("--sweep", action="store_true", help="of `factored`: learning rates")
   parser.add_argument("--steps", type=int, default=800, help=f"a multiple of {POINTS}")

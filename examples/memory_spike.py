@@ -53,7 +53,7 @@ def train(offload: bool, width: int, layers: int, spike: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--width", type=int, default=8192)
   parser.add_argument("--layers", type=int, default=8)
   parser.add_argument("--spike", type=int, default=160, help="how much longer the last batch is")

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from programs import temporaries_of
+
 
 def equal(got, want):
   """The same trees, bit for bit."""
@@ -18,7 +20,7 @@ def gradient_temporaries(apply, variables, x):
     return jax.grad(lambda lora: (apply({**variables, "lora": lora}, x) ** 2).mean())(lora)
 
   compiled = gradient.lower(variables["lora"], variables, x).compile()
-  return compiled.memory_analysis().temp_size_in_bytes
+  return temporaries_of(compiled)
 
 
 def trained(state, loss, base):

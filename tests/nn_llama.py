@@ -3,7 +3,9 @@
 The one of the example has its layers stacked and scanned; models of other people seldom do.
 """
 
+import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ class Llama(nnx.Module):
   def __init__(self, c, bias=False, rngs=None):
     rngs = rngs or nnx.Rngs(0)
     self.theta, self.head_dim = c["rope_parameters"]["rope_theta"], c["head_dim"]
-    self.model = nnx.Dict(
+    self.model: Any = nnx.Dict(
       embed_tokens=nnx.Embed(c["vocab_size"], c["hidden_size"], rngs=rngs),
       layers=nnx.List([Layer(c, bias, rngs) for _ in range(c["num_hidden_layers"])]),
       norm=nnx.RMSNorm(c["hidden_size"], epsilon=c["rms_norm_eps"], rngs=rngs),
@@ -65,21 +67,24 @@ class Llama(nnx.Module):
     return self.model.embed_tokens.attend(x) if self.tied else self.lm_head(x)
 
 
+def child(node: Any, name: str) -> Any:
+  if isinstance(node, nnx.List):
+    return node[int(name)]
+  return node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
+
+
 def load(path, bias=False):
   """The model of a Hugging Face directory."""
   model = Llama(json.loads((path / "config.json").read_text()), bias)
   for name, value in safetensors.numpy.load_file(path / "model.safetensors").items():
     *parents, field = name.split(".")
-    node = model
-    for part in parents:
-      part = int(part) if part.isdigit() else part
-      node = node[part] if isinstance(node, (nnx.Dict, nnx.List)) else getattr(node, part)
-    if isinstance(node, nnx.Linear) and field == "weight":
+    node: Any = functools.reduce(child, parents, model)
+    if field == "bias":
+      node.bias[...] = jnp.asarray(value)
+    elif isinstance(node, nnx.Linear):
       node.kernel[...] = jnp.asarray(value.T)
     elif isinstance(node, nnx.Embed):
       node.embedding[...] = jnp.asarray(value)
-    elif field == "weight":
-      node.scale[...] = jnp.asarray(value)
     else:
-      node.bias[...] = jnp.asarray(value)
+      node.scale[...] = jnp.asarray(value)
   return model

@@ -22,6 +22,7 @@ import optax_lowmem as lowmem
 from optax_lowmem._programs.phases import in_phases
 from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._update import tile_loop as _stream
+from programs import times_compiled
 
 LR = 1e-2
 
@@ -224,7 +225,7 @@ def start(name, how):
   return params, (reference(name) if how == "optax" else make(name)).init(params)
 
 
-def run(name, steps, how="whole", gradients=lambda t: tree(100 + t)):
+def run(name, steps, how="whole", gradients=lambda t: tree(100 + t)) -> Any:
   """The last updates and state after a few steps of `gradients`, at the same parameters."""
   params, state = start(name, how)
   updates = None
@@ -270,4 +271,4 @@ def trained_linen(tx):
   for _ in range(8):
     value, state = step(state)
     losses.append(float(value))
-  return losses, state, step._cache_size()
+  return losses, state, times_compiled(step)

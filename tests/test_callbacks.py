@@ -30,7 +30,7 @@ def test_callbacks_are_called_once(name, how):
     call(lambda x: seen.append(("trace", float(x))), 1 + state[0].trace["w"].max())
     return updates, state
 
-  spy = optax.GradientTransformation(lambda p: (optax.TraceState(p),), update)
+  spy = optax.GradientTransformation(lambda params: (optax.TraceState(params),), update)
   params = {"w": jnp.full((256, 192), 2.0)}
   tx = lowmem.offloaded(optax.chain(spy, optax.adam(LR)), max_bytes=40_000)
   state = tx.init(params)

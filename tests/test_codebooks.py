@@ -1,6 +1,7 @@
 """Codebooks: what the codes mean, and that encoding finds the right one."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def test_finds_the_nearest_value_at_every_threshold(name):
   values = np.unique(book.values).astype(np.float64)
   middle = (values[1:] + values[:-1]) / 2
   down = up = middle.astype(np.float32)
-  x = [down]
+  x: Any = [down]
   for _ in range(4):
     down, up = np.nextafter(down, np.float32(-2)), np.nextafter(up, np.float32(2))
     x += [down, up]
@@ -60,7 +61,7 @@ def test_finds_the_nearest_value_at_every_threshold(name):
 def test_log_codes_have_the_same_relative_error_at_every_magnitude(
   name, step, fine, coarser, reach
 ):
-  book = get_codebook(name)
+  book: Any = get_codebook(name)
   for octave in range(reach):
     x = np.exp2(np.random.default_rng(0).uniform(-octave - 1, -octave, 4096)).astype(np.float32)
     error = np.abs(np.asarray(book.decode(book.encode(jnp.asarray(x)))) / x - 1)
@@ -111,7 +112,7 @@ POWER = ["power8", "power8_unsigned", "power4", "power4_unsigned"]
 
 @pytest.mark.parametrize("name", POWER)
 def test_power_codes_are_what_they_say_and_the_nearest(name):
-  book = get_codebook(name)
+  book: Any = get_codebook(name)
   top = 2 ** (book.bits - book.signed) - 1
   t = np.arange(top + 1) / top
   values = (1 - book.fourth) * t**2 + book.fourth * t**4
@@ -127,7 +128,7 @@ def test_power_codes_are_what_they_say_and_the_nearest(name):
 @pytest.mark.parametrize("name", POWER)
 def test_only_what_hardly_moves_is_rounded_at_random(name):
   """And then with the right mean; the rest is rounded to the nearest."""
-  book = get_codebook(name)
+  book: Any = get_codebook(name)
   low, high = book.values[5:7]
   gap = high - low
   for part in (0.1, 0.5, 0.9):
@@ -201,7 +202,7 @@ def test_a_slow_average_follows(name, decay):
 @pytest.mark.parametrize("name", ["power8_unsigned", "power4_unsigned", "log8_unsigned"])
 def test_unsigned_codes_never_make_zero_of_a_positive_value(name):
   book = get_codebook(name)
-  x = np.float32([2e-38, 1e-30, 1e-20, 1e-10, 1e-5, 1.0])
+  x = np.array([2e-38, 1e-30, 1e-20, 1e-10, 1e-5, 1.0], np.float32)
   assert (np.asarray(book.decode(book.encode(jnp.asarray(x)))) > 0).all()
 
 
@@ -210,7 +211,7 @@ def test_encoding_is_monotone(name):
   book = get_codebook(name)
   if getattr(book, "dithered", False):
     book = dataclasses.replace(book, dithered=False)
-  x = np.linspace(-1 if book.signed else 0, 1, 20_001, dtype=np.float32)
+  x: Any = np.linspace(-1 if book.signed else 0, 1, 20_001, dtype=np.float32)
   assert (np.diff(book.values[np.asarray(book.encode(x))]) >= 0).all()
 
 

@@ -61,7 +61,7 @@ def at_32_bits(name, dtype):
   plain = jax.tree.map(lambda x: x.astype(jnp.float32), (params, grads))
   results = []
   for tx, (p, g) in ((make(name, bits=32), (params, grads)), (reference(name), plain)):
-    update, state = jax.jit(tx.update), tx.init(p)
+    update, state, updates = jax.jit(tx.update), tx.init(p), g
     for _ in range(3):
       updates, state = update(g, state, p)
     results.append((updates, state))
@@ -77,7 +77,7 @@ def test_32_bits_of_bfloat16_are_float32_rounded_once(name):
   for k, u in updates.items():
     assert u.dtype == jnp.bfloat16
     eps = jnp.finfo(jnp.bfloat16).eps
-    np.testing.assert_allclose(u.astype(jnp.float32), expected[k], rtol=eps, atol=1e-7)
+    np.testing.assert_allclose(u.astype(jnp.float32), expected[k], rtol=float(eps), atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["adamw-8", "lamb-8", "adafactor-8"])

@@ -1,5 +1,7 @@
 """Extra arguments of an update: what is no array reaches the rule as it was passed."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -82,7 +84,9 @@ def test_each_value_is_traced_once(wrap):
   def typed(updates, state, params=None, *, flag):
     return jax.tree.map(lambda g: g * (2.0 if flag is True else 3.0), updates), state
 
-  tx = wrap(optax.GradientTransformationExtraArgs(rule().init, typed))
+  # optax's own type knows no keyword that must be given.
+  rule_of_flag = optax.GradientTransformationExtraArgs(rule().init, typed)  # pyright: ignore[reportArgumentType]
+  tx = wrap(rule_of_flag)
   for flag, factor in ((1, 3.0), (True, 2.0), (1, 3.0)):
     updates, _ = tx.update(PARAMS, state, PARAMS, flag=flag)
     chex.assert_trees_all_close(updates["w"], factor * PARAMS["w"])
@@ -94,6 +98,8 @@ def test_on_a_mesh_of_explicit_axes(wrap, norm):
   mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
   tx, plain = wrap(rule(norm)), rule(norm)
   given = {"reset": True, "k": 2, "mode": "on", "value": jnp.float32(0.5)}
+  expected: Any
+  updates: Any
   expected, _ = plain.update(PARAMS, plain.init(PARAMS), PARAMS, **given)
   with jax.set_mesh(mesh):
     params = jax.device_put(PARAMS, jax.NamedSharding(mesh, jax.P("x", None)))
@@ -108,5 +114,6 @@ def test_on_a_mesh_of_explicit_axes(wrap, norm):
 def test_optimizers_take_what_others_in_a_chain_need(name):
   tx, params = make(name), tree(0, shapes={"big": (60, 128)})
   given = {"flag": True, "k": 2, "mode": "x", "nothing": None, "value": 0.5}
+  updates: Any
   updates, _ = tx.update(params, tx.init(params), params, **given)
   assert jnp.isfinite(updates["big"]).all()

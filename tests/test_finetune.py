@@ -210,7 +210,7 @@ class TestStep:
   def test_schedules(self):
     for name, last in (("constant", 1e-3), ("linear", 1e-5), ("cosine", 0.0)):
       _, schedule = finetune.optimizer(Settings(steps=100, warmup=4, lr=1e-3, schedule=name))
-      rates = [float(schedule(i)) for i in range(100)]
+      rates = [float(np.asarray(schedule(i))) for i in range(100)]
       assert rates[0] == pytest.approx(2e-4) and rates[4] == pytest.approx(1e-3)
       assert max(rates) == pytest.approx(1e-3) and rates[99] == pytest.approx(last, abs=2e-6)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Model(nn.Module):
     x = nn.Embed(VOCABULARY, WIDTH, name="embed")(ids)
     block = nn.remat(Block) if self.remat else Block
     if self.scanned:
-      split = {"params": True, "dropout": True}
+      split: Any = {"params": True, "dropout": True}
       stack = nn.scan(block, variable_axes={"params": 0}, split_rngs=split, length=DEPTH)
       x, _ = stack(name="layers")(x, None)
     else:
@@ -61,7 +62,7 @@ def close(got, want, tolerance=1e-5):
 
 def new(lora):
   """What `init` gives, but for the values of A: drawing random numbers compiles for long."""
-  shapes = traverse_util.flatten_dict(jax.eval_shape(lora.init, KEY))
+  shapes: Any = traverse_util.flatten_dict(jax.eval_shape(lora.init, KEY))
   random = np.random.default_rng(2)
   kept = {name: name[-1] == ("lora_b" if "embed" in name else "lora_a") for name in shapes}
   return traverse_util.unflatten_dict(
@@ -304,8 +305,8 @@ def test_shared_layers_vmap_jit_and_subclasses():
       tied = nn.Dense(8, name="tied")
       x = tied(tied(x))
       x = Doubled(8, name="doubled")(x)
-      axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-      x = nn.vmap(nn.Dense, in_axes=None, axis_size=2, **axes)(8, name="experts")(x)
+      axes: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+      x = nn.vmap(nn.Dense, axis_size=2, **axes)(8, name="experts")(x)
       conv = nn.Conv(8, (1,), name="conv")(x)
       return nn.Embed(8, 4, name="table").attend(nn.Dense(4, name="to")(conv))
 
@@ -410,7 +411,7 @@ def test_errors_name_the_argument_and_what_there_is():
   with pytest.raises(ValueError, match="`rank_pattern` 'gate' matches no layer"):
     linen.LoRA(model, layers, 4, 8, rank_pattern={"gate": 2})
   with pytest.raises(TypeError, match=r"`model` must be a flax.linen.Module, got LoRA"):
-    linen.LoRA(lora, layers, 4, 8)
+    linen.LoRA(lora, layers, 4, 8)  # pyright: ignore[reportArgumentType]
   with pytest.raises(ValueError, match="has no collection 'lora', got"):
     lora.apply({"params": params}, IDS)
   with pytest.raises(ValueError, match="must have a collection 'params'"):
@@ -460,8 +461,8 @@ def test_stacks_along_other_axes_and_unknown_products_are_refused():
   class Late(nn.Module):
     @nn.compact
     def __call__(self, x):
-      axes = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}}
-      return nn.vmap(nn.Dense, in_axes=None, axis_size=3, **axes)(8, name="dense")(x)
+      axes: Any = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}, "in_axes": None}
+      return nn.vmap(nn.Dense, axis_size=3, **axes)(8, name="dense")(x)
 
   x = jnp.ones((2, 4))
   variables = parameters_of(Late(), x)

@@ -1,6 +1,7 @@
 """Adapters of Linen models in PEFT's files, read by the NNX half, which is tested against PEFT."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ class Model(linen.Module):
 
 
 class Layer(nnx.Module):
+  up: nnx.Linear
+  down: nnx.Linear
+
   def __init__(self, params, i):
     for name in ("up", "down"):
       kernel = jnp.asarray(params[name]["kernel"][i])
@@ -132,7 +136,7 @@ def test_base_weights_beside_embedding_adapters_are_checked_and_dropped(tmp_path
   variables = random_like(jax.eval_shape(model.init, jax.random.key(0), IDS))
   layers = lowmem_linen.find_layers(model, variables, IDS)
   lora = lowmem_linen.LoRA(model, layers, rank=2, alpha=3, targets=".*")
-  nnx_model = nnx.Dict(
+  nnx_model: Any = nnx.Dict(
     embed_tokens=nnx.Embed(7, 6, rngs=nnx.Rngs(0)), lm_head=nnx.Linear(6, 7, rngs=nnx.Rngs(0))
   )
   lowmem_nn.add_lora(nnx_model, 2, 3, "embed_tokens|lm_head", rngs=nnx.Rngs(1))

@@ -5,6 +5,7 @@ import doctest
 import functools
 import json
 import sys
+from typing import Any
 
 import gguf
 import jax
@@ -110,7 +111,7 @@ def test_transformers_itself(tmp_path, name):
 def test_longrope_has_other_factors_for_short_rows(tmp_path):
   config, weights, measured = read_case("phi3_long")
   model = load_llama(save_case(tmp_path, config, weights))
-  scaling = model.config.rope_scaling
+  scaling: Any = model.config.rope_scaling
   short, long = (rope_scaling.Divided(f, scaling.magnitude) for f in (
     scaling.short_factor, scaling.long_factor))  # fmt: skip
   assert scaling.at(16) == short and scaling.at(17) == long
@@ -198,7 +199,7 @@ def test_defaults_are_those_of_each_type():
   qwen3 = config_from_hf(sizes | {"model_type": "qwen3", "hidden_size": 1024})
   assert qwen3.head_dim == 128 and qwen3.qk_norm and not qwen3.qkv_bias
   original = {"original_max_position_embeddings": 9, "rope_scaling": LLAMA3_ROPE}
-  llama = config_from_hf(sizes | {"model_type": "llama"} | original)
+  llama: Any = config_from_hf(sizes | {"model_type": "llama"} | original)
   assert llama.rope_scaling.original_max_position_embeddings == 9
   gemma2 = config_from_hf(sizes | {"model_type": "gemma2"})
   assert gemma2.windows == (4096, None) and gemma2.tie_word_embeddings and gemma2.head_dim == 256
@@ -230,7 +231,7 @@ def test_quantized_linears_keep_their_biases(tmp_path, name):
   model = load_llama(tmp_path, "nf4")
   assert nnx.graphdef(abstract_llama(model.config, "nf4")) == nnx.graphdef(model)
   for linear in linear_shapes(model.config):
-    module = functools.reduce(getattr, linear.split("."), model.model.layers)
+    module: Any = functools.reduce(getattr, linear.split("."), model.model.layers)
     named = [f"model.layers.{i}.{linear}.bias" for i in range(2)]
     if named[0] in weights:
       for got, stored in zip(module.bias[...], named, strict=True):
@@ -286,7 +287,9 @@ def test_abstract_model_and_count(tmp_path, name):
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def write_gguf(path, config, weights, architecture, factors=None, linear=None, kind=np.float16):
+def write_gguf(
+  path, config, weights, architecture, factors=None, linear=None, kind: type = np.float16
+):
   """As llama.cpp's converter writes it: q and k permuted for "llama" only."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(config.num_hidden_layers)
@@ -312,7 +315,9 @@ def write_gguf(path, config, weights, architecture, factors=None, linear=None, k
       halves = weight.reshape(-1, 2, config.head_dim // 2, *weight.shape[1:])
       weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
     dtype = np.float32 if weight.ndim == 1 else kind
-    writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.astype(dtype))
+    stored = names.get_name(name, (".weight", ".bias"))
+    assert stored is not None, name
+    writer.add_tensor(stored, weight.astype(dtype))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -332,12 +337,13 @@ GGUF_CASES = {
 def test_gguf_gives_the_logits_of_transformers(tmp_path, name):
   stored, weights, measured = read_case(name)
   config, extra = config_from_hf(stored), {}
+  scaling: Any = config.rope_scaling
   if name == "llama3":  # the converter writes how much each frequency is divided by
     plain = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    extra["factors"] = plain / config.rope_scaling(plain, config.rope_theta)
+    extra["factors"] = plain / scaling(plain, config.rope_theta)
     config = dataclasses.replace(config, rope_scaling=None)
   if name == "llama_linear":
-    extra["linear"] = config.rope_scaling.factor
+    extra["linear"] = scaling.factor
   write_gguf(tmp_path / "model.gguf", config, weights, GGUF_CASES[name], **extra)
   model = load_llama(tmp_path / "model.gguf")
   logits = logits_of(model, measured["ids"])

@@ -1,6 +1,7 @@
 """Attention in chunks: the numbers of whole scores, in memory that grows with the length only."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.models.scores import PLAIN, Scoring
 from optax_lowmem.qlora.run.checks import check_attention
 from optax_lowmem.qlora.run.settings import Settings
+from programs import temporaries_of
 
 
 def inputs(time, heads, groups, size=8, dtype=jnp.float32, rows=2):
@@ -108,7 +110,7 @@ def test_memory_grows_with_the_length():
     def gradients(q, k, v, slope):
       return jax.vjp(lambda *qkv: attend_within(None, None)(*qkv)[0], q, k, v)[1](slope)
 
-    return jax.jit(gradients).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    return temporaries_of(jax.jit(gradients).lower(*shapes).compile())
 
   short, long = temporaries(4 * CHUNK), temporaries(8 * CHUNK)
   assert long < 1.7 * short and long < 4 * (8 * CHUNK) ** 2 * 4 / 5  # of the scores, in float32
@@ -168,4 +170,5 @@ def test_cudnn_is_asked_for_a_causal_mask_and_nothing_else(monkeypatch):
 
 def test_an_unknown_kind_is_refused():
   with pytest.raises(ValueError, match="must be one of auto, chunked, xla, cudnn, got 'flash'"):
-    Llama(LlamaConfig(32, 16, 24, 2, 2, 1, 8), attention="flash", rngs=nnx.Rngs(0))
+    unknown: Any = "flash"
+    Llama(LlamaConfig(32, 16, 24, 2, 2, 1, 8), attention=unknown, rngs=nnx.Rngs(0))

@@ -4,6 +4,7 @@ import functools
 import sys
 import tempfile
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def test_a_quantized_model_learns_by_adapters_on_every_linear(name):
   @jax.jit
   def step(lora):
     def loss(lora):
-      logits = nnx.merge(graph, lora, rest)(ids)[:, :-1]
+      logits = nnx.merge(graph, lora, rest)(jnp.asarray(ids))[:, :-1]
       return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], -1).mean()
 
     value, slope = jax.value_and_grad(loss)(lora)
@@ -88,6 +89,7 @@ def test_a_quantized_model_learns_by_adapters_on_every_linear(name):
     jax.tree_util.keystr(p): g for p, g in jax.tree.leaves_with_path(slope) if "lora_b" in str(p)
   }
   assert len(b) == len(adapted) and all(np.abs(g).max() > 0 for g in b.values())
+  last = first
   for _ in range(4):
     last, _, lora = step(lora)
   assert last < first - 0.01
@@ -149,7 +151,7 @@ def test_peft_takes_the_adapters(tmp_path, peft, name):
 
 
 def test_gemma_trains_norms_as_it_stores_them(tmp_path):
-  model = load_llama(folder_of("gemma2"))
+  model: Any = load_llama(folder_of("gemma2"))
   stored = open_checkpoint(folder_of("gemma2")).read("model.norm.weight")
   np.testing.assert_array_equal(model.model.norm.scale[...], stored.astype(np.float32))
   model = nn.add_lora(model, 2, 4, "q_proj", modules_to_save=["norm"], rngs=nnx.Rngs(0))
@@ -166,7 +168,7 @@ def test_an_offset_norm_begins_as_one_that_changes_nothing():
   with warnings.catch_warnings():
     warnings.simplefilter("error")  # a norm is not named among weights that are not packed
     norm = abstract_llama(config, "nf4").model.norm
-  assert isinstance(norm, OffsetRMSNorm) and norm.scale.shape == (16,)
+  assert isinstance(norm, OffsetRMSNorm) and norm.scale is not None and norm.scale.shape == (16,)
   norm = OffsetRMSNorm(
     4, dtype=jnp.bfloat16, scale_init=jax.nn.initializers.zeros, rngs=nnx.Rngs(0)
   )

@@ -45,7 +45,9 @@ def write_gguf(path, weights, config, omit=(), architecture="llama", add=None, *
       heads = weight.shape[0] // config.head_dim
       halves = weight.reshape(heads, 2, config.head_dim // 2, -1)
       weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-    writer.add_tensor(names.get_name(name, (".weight",)), weight)
+    stored = names.get_name(name, (".weight",))
+    assert stored is not None, name
+    writer.add_tensor(stored, weight)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

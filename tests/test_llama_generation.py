@@ -14,6 +14,7 @@ from optax_lowmem import nn
 from optax_lowmem.qlora.loading.llama import Llama, load_llama
 from optax_lowmem.qlora.models.generation import Generator, choose, generate
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from programs import times_compiled
 
 sys.path.insert(0, str(GOLDEN))
 import make_llama
@@ -148,9 +149,9 @@ def test_one_program_serves_many_lengths_and_temperatures():
   generator = Generator(graph, (), 3, smallest=8)
   for length in (1, 4, 7, 8):
     generator((variables,), [PROMPTS[1][:length]], temperature=length / 8, top_p=0.9)
-  assert generator.compiled._cache_size() == 1
+  assert times_compiled(generator.compiled) == 1
   generator((variables,), [PROMPTS[1][:9]])
-  assert generator.compiled._cache_size() == 2
+  assert times_compiled(generator.compiled) == 2
 
 
 # --- the draw -------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_packed_sequences_are_as_they_are_alone(model):
 def test_positions_default_to_those_of_each_segment(model):
   ids, positions, segments = packed()
   np.testing.assert_array_equal(
-    np.where(segments, attention.positions_in_segments(segments), 0), positions
+    np.where(segments, attention.positions_in_segments(jnp.asarray(segments)), 0), positions
   )
   given, default = logits_of(model, ids, positions, segments), logits_of(model, ids, None, segments)
   np.testing.assert_array_equal(given[segments > 0], default[segments > 0])

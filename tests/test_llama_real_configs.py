@@ -4,6 +4,8 @@ The counts are those of the models that transformers 5.24 makes of the same conf
 factors of Phi-4 mini's LongRoPE are left out: 48 numbers each stand in their place.
 """
 
+from typing import Any
+
 import pytest
 
 from optax_lowmem.qlora.families import FAMILIES
@@ -211,7 +213,7 @@ def test_what_differs_between_them_is_read():
   assert gemma2.windows == (4096, None) * 21 and gemma2.embedding_multiplier == 3584**0.5
   assert [i for i, window in enumerate(gemma3.windows) if window is None] == [5, 11, 17, 23]
   assert (gemma3.rope_theta, gemma3.rope_local_theta) == (1e6, 1e4)
-  phi4 = read["Phi-4-mini-instruct"]
+  phi4: Any = read["Phi-4-mini-instruct"]
   assert phi4.rotary_dim == 96 and phi4.rope_scaling.magnitude == pytest.approx(1.1902380714)
   assert read["Phi-3-mini-4k-instruct"].windows == (2047,) * 32
   assert read["SmolLM3-3B"].unrotated == (False, False, False, True) * 9

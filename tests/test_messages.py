@@ -1,5 +1,8 @@
 """What users write first: each error names the argument, the value and what to write instead."""
 
+# What is called here is called wrongly on purpose.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import subprocess
 import sys
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def rows():
       yield name, re.findall(r"`(\w+)`", classes), kinds, tiles, limit
 
 
-TABLE = {name: rest for name, *rest in rows()}
+TABLE: dict[str, Any] = {name: rest for name, *rest in rows()}
 STORED = [name for name in TABLE if TABLE[name][1]]
 # One of each kind; the others, two seconds each, run with `-m slow`.
 CLOSE = ("adamw", "adopt", "ademamix", "lion", "sgd", "adagrad", "lamb", "adafactor", "muon")
@@ -188,6 +189,8 @@ def test_code_on_the_page_runs(code):
   exec(code, names)
   if "lamb" in names:
     exact = optax.lamb(1e-3)
+    u: Any
+    v: Any
     u, _ = names["lamb"].update(PARAMS, names["lamb"].init(PARAMS), PARAMS)
     v, _ = exact.update(PARAMS, exact.init(PARAMS), PARAMS)
     assert jnp.abs(u["w"] - v["w"]).mean() <= 0.05 * jnp.abs(v["w"]).mean()
@@ -278,6 +281,8 @@ def test_slow_averages_over_many_steps(name, limit):
   def step(t, carry):
     (p, s), (q, r) = carry
     g = {"w": size * (bias + jax.random.normal(jax.random.fold_in(KEYS[2], t), (64, 128)))}
+    u: Any
+    v: Any
     u, s = exact.update(g, s, params)
     v, r = ours.update(g, r, params)
     return (p + u["w"], s), (q + v["w"], r)

@@ -1,5 +1,7 @@
 """Kinds of adapters and of layers under them: what they compute, start with and train."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +37,9 @@ def scanned(layer, x):
   return nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(layer, x)
 
 
-def moved(model, seed=3):
+def moved(model, seed=3) -> Any:
   """The model with random values in all that is trained; zeros beyond a layer's rank stay."""
+  layer: Any
   for i, (_, layer) in enumerate(nnx.iter_modules(model)):
     for name in ("lora_a", "lora_b", "magnitude", "lora_bias"):
       v = getattr(layer, name, None)
@@ -52,7 +55,7 @@ def moved(model, seed=3):
 # 16 bits.
 
 
-def half(model, **options):
+def half(model, **options) -> Any:
   return nn.add_lora(model, 4, 12, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1), **options)
 
 
@@ -67,8 +70,8 @@ def test_an_adapter_in_16_bits_computes_what_one_in_32_bits_of_its_values_does(o
   np.testing.assert_array_equal(model(x), other(x))  # alpha / rank is 3: no power of 2
   gradients = nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=TRAINED)(model)
   assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"bfloat16"}
-  merged = [nn.merge_lora(m).layers[0].kernel[...] for m in (model, other)]
-  np.testing.assert_array_equal(*merged)
+  merged: list[Any] = [nn.merge_lora(m).layers[0] for m in (model, other)]
+  np.testing.assert_array_equal(*(layer.kernel[...] for layer in merged))
 
 
 def test_moments_of_an_adapter_in_16_bits_are_not_in_16_bits():
@@ -90,7 +93,7 @@ def test_a_base_makes_room_for_the_factors_as_they_are_rounded(init):
 
 def test_an_adapter_in_16_bits_keeps_them_when_it_is_loaded(tmp_path):
   def model():
-    holder = nnx.Module()
+    holder: Any = nnx.Module()
     holder.layers = nnx.Dict(up=linear(16, 8))
     return holder
 
@@ -120,11 +123,11 @@ def dora_by_hand(w, bias, a, b, m, s, x):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_dora_is_the_papers_equation_and_its_norm_gets_no_gradient(quantized):
-  base = linear(64, 32)
+  base: Any = linear(64, 32)
   base.bias[...] = normal(32, seed=9)
   if quantized:
     base = nn.NF4Linear.from_weight(base.kernel[...].T, base.bias)
-  layer = nn.LoRALinear(base, 4, 8, use_dora=True, rngs=nnx.Rngs(1))
+  layer: Any = nn.LoRALinear(base, 4, 8, use_dora=True, rngs=nnx.Rngs(1))
   x = normal(5, 64, seed=2)
   np.testing.assert_allclose(layer(x), base(x), rtol=1e-5, atol=1e-5)
   moved(layer)
@@ -154,7 +157,7 @@ def test_dora_with_dropout_drops_what_the_magnitude_adds():
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_layers_of_a_stack_differ_in_rank_and_stay_so_in_training(use_dora):
-  model = nnx.Dict(layers=nnx.Dict(q_proj=stack()))
+  model: Any = nnx.Dict(layers=nnx.Dict(q_proj=stack()))
   nn.add_lora(
     model, 4, 8, r"layers\.[02]\.q_proj", rank_pattern={r"layers\.2\.q_proj": 2},
     alpha_pattern={r"0\.q_proj": 16}, use_dora=use_dora, rngs=nnx.Rngs(1),
@@ -181,7 +184,7 @@ def test_layers_of_a_stack_differ_in_rank_and_stay_so_in_training(use_dora):
   # The layers one by one, each of its own rank.
   want = x
   for i, rank in enumerate(layer.ranks):
-    one = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    one: Any = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
     one.kernel[...], one.bias[...] = base.kernel[i], base.bias[i]
     if rank:
       one = nn.LoRALinear(one, rank, 16 if i == 0 else 8, use_dora=use_dora, rngs=nnx.Rngs(0))
@@ -246,7 +249,7 @@ def test_a_stack_of_general_layers_is_the_layers_one_by_one():
   def make(rngs):
     return nnx.LinearGeneral(16, (2, 8), rngs=rngs)
 
-  model = nnx.Dict(layers=make(nnx.Rngs(0)))
+  model: Any = nnx.Dict(layers=make(nnx.Rngs(0)))
   x = normal(5, 16)
   every = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))
   nn.add_lora(nn.quantize_model(model, codebook="int8"), 2, 4, "layers", rngs=nnx.Rngs(1))
@@ -268,7 +271,7 @@ def test_products_that_are_no_matrix_product_are_refused(equation):
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_embeddings(use_dora):
   base = nnx.Embed(32, 8, rngs=nnx.Rngs(0))
-  layer = nn.LoRAEmbed(base, 2, 4, use_dora=use_dora, rngs=nnx.Rngs(1))
+  layer: Any = nn.LoRAEmbed(base, 2, 4, use_dora=use_dora, rngs=nnx.Rngs(1))
   ids = jnp.array([[3, 5], [0, 31]])
   assert not layer.lora_a[...].any() and layer.lora_b[...].std() > 0.5
   np.testing.assert_allclose(layer(ids), base(ids), rtol=1e-5)
@@ -297,7 +300,9 @@ class Model(nnx.Module):
 
 
 def trained(model):
-  return {".".join(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
+  return {
+    ".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+  }
 
 
 def test_all_linear_is_all_but_the_head():
@@ -346,6 +351,7 @@ def test_what_is_trained_whole_is_held_in_32_bits(dtype):
 
   def make(param_dtype):
     model = Model(nnx.Rngs(0))
+    module: Any
     for _, module in nnx.iter_modules(model):
       for field, value in list(vars(module).items()):
         if isinstance(value, nnx.Param):
@@ -385,6 +391,8 @@ def test_lora_plus_scales_the_steps_of_b_alone():
   params = nnx.state(model, nnx.LoRAParam)
   grads = jax.tree.map(jnp.ones_like, params)
   tx = optax.chain(lowmem.adamw(1e-4), nn.scale_lora_b(16.0))
+  updates: Any
+  plain: Any
   updates, _ = tx.update(grads, tx.init(params), params)
   plain, _ = lowmem.adamw(1e-4).update(grads, lowmem.adamw(1e-4).init(params), params)
   for name, ratio in (("lora_a", 1), ("lora_b", 16), ("magnitude", 1)):
@@ -405,7 +413,7 @@ def error(layer, w):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_pissa_leaves_the_function_of_a_float_model_and_takes_the_largest_part(use_rslora):
-  model = nnx.Dict(layers=stack(width=32))
+  model: Any = nnx.Dict(layers=stack(width=32))
   x = normal(5, 32)
   want, w = scanned(model.layers, x), model.layers.kernel[...]
   nn.add_lora(model, 4, 8, "layers", init="pissa", use_rslora=use_rslora, rngs=nnx.Rngs(0))
@@ -418,7 +426,7 @@ def test_pissa_leaves_the_function_of_a_float_model_and_takes_the_largest_part(u
 def test_pissa_on_a_quantized_base_quantizes_the_rest_again():
   w = normal(64, 64) + 4 * normal(64, 1, seed=1) @ normal(1, 64, seed=2)
   plain = nn.NF4Linear.from_weight(w)
-  model = nnx.Dict(a=linear(64, 64, use_bias=False))
+  model: Any = nnx.Dict(a=linear(64, 64, use_bias=False))
   model.a.kernel[...] = w.T
   nn.add_lora(model, 4, 8, "a", init="pissa", rngs=nnx.Rngs(0))
   nn.quantize_model(model)
@@ -473,7 +481,7 @@ def test_an_adapter_that_changed_its_base_is_saved_as_one_of_the_original(
   want = run(moved(model), x)
   assert jnp.abs(want - run(make(), x)).max() > 1e-2
   nn.save_peft(model, tmp_path)
-  loaded = nn.load_peft(make(), tmp_path)
+  loaded: Any = nn.load_peft(make(), tmp_path)
   assert loaded.layers[0]["q_proj"].rank == 8
   np.testing.assert_allclose(run(loaded, x), want, rtol=0, atol=1e-5)
   with pytest.raises(ValueError, match="has rank 8"):
@@ -490,7 +498,7 @@ def test_an_adapter_that_changed_its_base_is_saved_as_one_of_the_original(
 @pytest.mark.parametrize("packed", [False, True])
 def test_merge_keeps_the_dtype_of_the_weight(packed):
   options = {"param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
-  model = nnx.Dict(a=nnx.Linear(64, 8, **options), e=nnx.Embed(9, 8, **options))
+  model: Any = nnx.Dict(a=nnx.Linear(64, 8, **options), e=nnx.Embed(9, 8, **options))
   if packed:
     nn.quantize_model(model)
   moved(nn.add_lora(model, 2, 4, "a|e", rngs=nnx.Rngs(1)))
@@ -520,7 +528,7 @@ def test_merge_of_a_quantized_base_into_the_original_weights():
 
 
 def test_an_adapters_own_bias_is_merged_into_the_bases():
-  model = nnx.Dict(a=linear(16, 8), b=linear(16, 8, use_bias=False))
+  model: Any = nnx.Dict(a=linear(16, 8), b=linear(16, 8, use_bias=False))
   nn.add_lora(model, 2, 4, "a|b", lora_bias=True, rngs=nnx.Rngs(0))
   x = normal(3, 16)
   want = moved(model).a(x)

@@ -176,6 +176,7 @@ def bound_without_sending(spec):
   x = spread(normal(8, 64), mesh, ROWS)
   bind = jax.jit(lambda codes, x: _multiply._bound_to(replace(weight, codes=codes), x).codes)
   text = bind.lower(codes, x).compile().as_text()
+  assert text is not None
   assert not re.search("all-|permute", text) and "xor" in text
   out = bind(codes, x)
   np.testing.assert_array_equal(out, weight.codes)

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,12 +145,12 @@ class Swapped(Dense):
 
 class Clipped(Dense):
   def __call__(self, x):
-    return x @ jnp.clip(self.matrix, -0.1, 0.1) + self.offset
+    return x @ jnp.clip(self.matrix[...], -0.1, 0.1) + self.offset
 
 
 class Diagonal(Dense):
   def __call__(self, x):
-    return x * jnp.diagonal(self.matrix) + self.offset
+    return x * jnp.diagonal(self.matrix[...]) + self.offset
 
 
 class Summed(Dense):
@@ -208,12 +209,12 @@ def test_what_computes_something_else_is_refused(kind):
 class Sharded(Dense):
   """Must be told how its output is to lie."""
 
-  def __call__(self, x, *, out_sharding):
+  def __call__(self, x, *, out_sharding):  # pyright: ignore[reportIncompatibleMethodOverride]
     return jnp.einsum("...i,io->...o", x, self.matrix[...], out_sharding=out_sharding) + self.offset
 
 
 class ShardedInOrder(Dense):
-  def __call__(self, x, out_sharding):
+  def __call__(self, x, out_sharding):  # pyright: ignore[reportIncompatibleMethodOverride]
     return jnp.einsum("...i,io->...o", x, self.matrix[...], out_sharding=out_sharding) + self.offset
 
 
@@ -256,12 +257,12 @@ def test_a_sharding_that_must_be_given_and_constants_are_no_hindrance(kind):
 
 
 class NotedAndUsed(Noted):
-  def __call__(self, x):
+  def __call__(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
     return self.product(x) * self.statistics[0, 1, 2] + self.offset
 
 
 class Training(Dense):
-  def __call__(self, x, *, train):
+  def __call__(self, x, *, train):  # pyright: ignore[reportIncompatibleMethodOverride]
     return self.product(x) + self.offset
 
 
@@ -369,7 +370,7 @@ def others(model):
 
 
 def test_trains_a_model_of_such_layers():
-  model = Model()
+  model: Any = Model()
   logits = model(IDS)
   float_adapted = nn.add_lora(Model(), 4, 8, rngs=nnx.Rngs(1))
   assert bool((float_adapted(IDS) == logits).all())
@@ -417,7 +418,7 @@ def test_options_of_adapters_hold_for_such_layers(options):
 
 
 def test_a_bias_of_another_name_is_trained_and_the_adapters_own_refused():
-  model = nnx.Dict(a=Dense(64, 32))
+  model: Any = nnx.Dict(a=Dense(64, 32))
   nn.add_lora(model, 4, 8, bias="lora_only", rngs=nnx.Rngs(0))
   assert isinstance(model["a"].base.offset, nnx.LoRAParam)
   assert model["a"](normal(3, 64)).shape == (3, 32)
@@ -427,7 +428,7 @@ def test_a_bias_of_another_name_is_trained_and_the_adapters_own_refused():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_such_layers_are_written_merged(tmp_path, packed):
-  model = nnx.Dict(q=LINEAR["q"][0], dense=Dense(64, 32), out=Transposed(32, 64))
+  model: Any = nnx.Dict(q=LINEAR["q"][0], dense=Dense(64, 32), out=Transposed(32, 64))
   model = nnx.clone(model)
   if packed:
     nn.quantize_model(model)
@@ -454,7 +455,7 @@ def test_works_in_a_stack_under_scan():
     return nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(layers, x)
 
   y = run(layers)
-  model = nn.add_lora(nnx.Dict(layers=nnx.clone(layers)), 4, 8, rngs=nnx.Rngs(0))
+  model: Any = nn.add_lora(nnx.Dict(layers=nnx.clone(layers)), 4, 8, rngs=nnx.Rngs(0))
   assert model["layers"].lora_a.shape == (3, 64, 4)
   assert bool((run(model["layers"]) == y).all())
   model = nn.quantize_model(nnx.Dict(layers=nnx.clone(layers)))
@@ -479,6 +480,7 @@ def test_surgery_works_on_shapes_alone():
 def test_settings_and_shapes_are_handed_on_but_no_arrays_and_no_methods():
   dense, einsum = Dense(64, 32), LINEAR["q"][0]
   linear = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+  wrapper: Any
   for module, name in ((dense, "matrix"), (einsum, "w"), (linear, "kernel")):
     shape = getattr(module, name).shape
     packed = nn.quantize_model(nnx.Dict(a=nnx.clone(module)))["a"]
@@ -489,7 +491,7 @@ def test_settings_and_shapes_are_handed_on_but_no_arrays_and_no_methods():
     ):
       assert getattr(wrapper, name).shape == shape
       with pytest.raises(TypeError):  # who multiplies past the adapter learns of it
-        normal(3, 64) @ getattr(wrapper, name)
+        _ = normal(3, 64) @ getattr(wrapper, name)
       with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = wrapper.nothing
       if module is dense:
@@ -602,7 +604,7 @@ def test_a_bias_keeps_its_dtype():
 
 
 def test_settings_are_not_hidden_by_those_of_the_packed_layer():
-  layer = Mixed()
+  layer: Any = Mixed()
   layer.dtype, layer.precision = jnp.float32, "highest"
   packed = nn.quantize_model(nnx.Dict(a=nnx.clone(layer)))["a"]
   assert (packed.dtype, packed.precision) == (jnp.float32, "highest")

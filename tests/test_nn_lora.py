@@ -1,5 +1,7 @@
 """LoRA: what it computes, what it trains, and how it is put into a model and taken out."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,7 +222,7 @@ def of_type(model, kind):
 
 
 def test_quantize_model_reaches_every_linear_but_the_head():
-  model = Model(nnx.Rngs(0))
+  model: Any = Model(nnx.Rngs(0))
   kernel, bias = model.plain["a"].kernel[...], model.plain["a"].bias
   assert nn.quantize_model(model) is model
   assert of_type(model, nn.NF4Linear) == PATHS
@@ -248,14 +250,14 @@ def test_add_lora_reaches_what_the_targets_name(targets, want):
 
 
 def test_quantize_model_finds_the_base_under_an_adapter():
-  model = nn.add_lora(Model(nnx.Rngs(0)), 4, 8, "q_proj", rngs=nnx.Rngs(1))
+  model: Any = nn.add_lora(Model(nnx.Rngs(0)), 4, 8, "q_proj", rngs=nnx.Rngs(1))
   nn.quantize_model(model, targets="q_proj")
   assert isinstance(model.layers[0].self_attn.q_proj.base, nn.NF4Linear)
   assert isinstance(model.layers[0].self_attn.v_proj, nnx.Linear)
 
 
 def test_a_shared_layer_stays_shared():
-  model = nnx.Dict(a=linear(64, 64), b=nnx.Dict(c=linear(64, 64)))
+  model: Any = nnx.Dict(a=linear(64, 64), b=nnx.Dict(c=linear(64, 64)))
   model.b.c = model.a
   nn.add_lora(nn.quantize_model(model), 4, 8, "a", rngs=nnx.Rngs(1))
   assert model.a is model.b.c and isinstance(model.a, nn.LoRALinear)
@@ -263,7 +265,7 @@ def test_a_shared_layer_stays_shared():
 
 def test_a_subclass_that_computes_something_else_is_left_alone():
   class Scaled(nnx.Linear):
-    def __call__(self, x):
+    def __call__(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
       return 2 * super().__call__(x)
 
   model = nnx.Dict(a=linear(64, 64), b=Scaled(64, 64, rngs=nnx.Rngs(0)))
@@ -286,7 +288,7 @@ def test_surgery_works_on_shapes_alone():
   ]
 
 
-def add(targets="q_proj", rank=4, alpha=8, **kwargs):
+def add(targets: Any = "q_proj", rank: Any = 4, alpha: Any = 8, **kwargs):
   return lambda model: nn.add_lora(model, rank, alpha, targets, rngs=nnx.Rngs(1), **kwargs)
 
 
@@ -409,7 +411,7 @@ def test_a_second_adapter_is_refused():
   with pytest.raises(ValueError, match="adapter already"):
     nn.LoRALinear(model.layers[0].self_attn.q_proj, 4, 8, rngs=nnx.Rngs(0))
   with pytest.raises(TypeError, match=r"`rngs`.*nnx.Rngs"):
-    nn.add_lora(model, 4, 8, "v_proj", rngs=0)
+    nn.add_lora(model, 4, 8, "v_proj", rngs=0)  # pyright: ignore[reportArgumentType]
   with pytest.raises(TypeError, match="got Embed"):
     nn.LoRALinear(model.embed_tokens, 4, 8, rngs=nnx.Rngs(0))
 
@@ -425,7 +427,9 @@ def test_a_tuple_is_refused():
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_merged_model_computes_the_same(quantized):
-  model = nnx.Dict(one=linear(64, 32), many=stack(width=32), other=linear(32, 32, use_bias=False))
+  model: Any = nnx.Dict(
+    one=linear(64, 32), many=stack(width=32), other=linear(32, 32, use_bias=False)
+  )
   if quantized:
     nn.quantize_model(model, exclude="other")
   nn.add_lora(model, 4, 8, "one|many", dropout=0.1, rngs=nnx.Rngs(1))

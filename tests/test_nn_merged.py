@@ -5,6 +5,7 @@ import json
 import shutil
 import tracemalloc
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_merged_is_what_peft_merges_by_every_way(name, tmp_path):
 
 def test_a_packed_base_without_its_original_is_decoded(tmp_path):
   model = nn.load_peft(load_llama(BASE, "nf4"), GOLDEN / "dora")
-  ids = np.arange(12).reshape(2, 6)
+  ids = jnp.arange(12).reshape(2, 6)
   logits = model(ids)
   nn.save_merged(model, tmp_path / "out")
   got = read(tmp_path / "out")
@@ -178,6 +179,7 @@ def test_hugging_face_loads_several_files_in_half_precision(tmp_path, peft):
   sharded(tmp_path / "base")
   adapter = GOLDEN / "lora"
   want = np.load(adapter / "logits.npy")
+  options: dict[str, Any]
   for options in ({}, {"max_shard_size": "100KB"}):
     out = tmp_path / f"out{len(options)}"
     nn.merge_peft(tmp_path / "base", adapter, out, **options)
@@ -294,7 +296,7 @@ def test_nothing_is_left_of_an_interrupted_write(tmp_path):
 def test_general_layers_are_the_matrices_of_pytorch(quantized, tmp_path):
   rngs = nnx.Rngs(0)
   options = {"bias_init": nnx.initializers.normal(), "rngs": rngs}
-  model = nnx.Dict(
+  model: Any = nnx.Dict(
     q=nnx.LinearGeneral(64, (4, 16), **options),
     o=nnx.LinearGeneral((4, 16), 32, axis=(-2, -1), **options),
     e=nnx.Einsum("BTD,NDH->BTHN", (4, 64, 16), (16, 4), **options),
@@ -337,7 +339,7 @@ def test_general_layers_are_the_matrices_of_pytorch(quantized, tmp_path):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_an_adapter_that_changed_its_base_merges_into_both(use_dora, tmp_path):
-  model = load_llama(BASE)
+  model: Any = load_llama(BASE)
   options = {"init": "pissa", "use_dora": use_dora, "rngs": nnx.Rngs(0)}
   nn.add_lora(model, 4, 8, "q_proj|up_proj", **options)
   for layer in (model.model.layers.self_attn.q_proj, model.model.layers.mlp.up_proj):
@@ -414,7 +416,7 @@ def test_a_tied_table_is_written_once_and_refused_where_one_is_not_enough(how, t
 
 def test_a_packed_weight_that_was_bfloat16_is_not_rounded_to_it_again(tmp_path):
   layer = nnx.Linear(64, 64, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-  model = nn.add_lora(nn.quantize_model(nnx.Dict(q=layer)), 2, 4, "q", rngs=nnx.Rngs(1))
+  model: Any = nn.add_lora(nn.quantize_model(nnx.Dict(q=layer)), 2, 4, "q", rngs=nnx.Rngs(1))
   model.q.lora_b[...] = model.q.lora_b[...] + 0.1
   got = read(nn.save_merged(model, tmp_path / "out"))["q.weight"]
   assert got.dtype == np.float32
@@ -429,7 +431,7 @@ def test_a_shared_weight_is_written_for_every_layer_that_differs(adapted, tmp_pa
     model.b.kernel = model.c.kernel = model.a.kernel
     return model
 
-  model = nn.add_lora(make(), 2, 4, adapted, rngs=nnx.Rngs(1))
+  model: Any = nn.add_lora(make(), 2, 4, adapted, rngs=nnx.Rngs(1))
   for name in adapted.split("|"):
     model[name].lora_b[...] = model[name].lora_b[...] + ord(name) - 96
   got = read(nn.save_merged(model, tmp_path / "out"))

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def linear(weight):
   return nnx.Linear(i, o, use_bias=False, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0))
 
 
-def tiny_llama(stacked):
+def tiny_llama(stacked) -> Any:
   """The linear layers of `base`, under the names they have in PyTorch."""
 
   def layer(get):
@@ -357,7 +358,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 BASE_WEIGHT = "base_model.model.lm_head.base_layer.weight"
 
 
-def head(kind, o):
+def head(kind, o) -> Any:
   """An output layer of 8 inputs, each time the same."""
   rngs, bias = nnx.Rngs(0), nnx.initializers.normal()
   if kind == "linear":

@@ -6,6 +6,7 @@ adapters that PEFT makes on the spot are read here.
 
 import json
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -182,7 +183,7 @@ def test_a_tied_table_of_two_values_is_refused(tmp_path):
 
 
 def test_dora_starts_with_the_norms_of_the_weights():
-  model = nn.add_lora(load_llama(BASE), 4, 8, "all-linear", use_dora=True, rngs=nnx.Rngs(0))
+  model: Any = nn.add_lora(load_llama(BASE), 4, 8, "all-linear", use_dora=True, rngs=nnx.Rngs(0))
   np.testing.assert_allclose(run(model), np.load(GOLDEN / "logits_base.npy"), rtol=0, atol=1e-5)
   w = safetensors.numpy.load_file(BASE / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
   magnitude = model.model.layers.mlp.up_proj.magnitude[...]

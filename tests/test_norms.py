@@ -1,6 +1,7 @@
 """LAMB and LARS: optax's at 32 bits, near it in few bits, with a ratio that is real."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def tree(seed, scale=1.0, dtype=jnp.float32):
   return {k: jnp.asarray(scale * normal(shape), dtype) for k, shape in SHAPES.items()}
 
 
-def run(tx, steps=20, params=None):
+def run(tx, steps=20, params=None) -> Any:
   """Parameters and the last updates and state."""
   params = tree(0) if params is None else params
   state, update = tx.init(params), jax.jit(tx.update)
@@ -133,6 +134,7 @@ def test_quantize_mask_and_names(rule):
 
 @both
 def test_refuses_at_construction(rule):
+  bad: dict[str, Any]
   for bad in ({"bits": 5}, {"block_size": 3}, {"min_size": -1}):
     with pytest.raises(ValueError, match=next(iter(bad))):
       make(rule, **bad)

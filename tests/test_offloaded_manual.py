@@ -31,7 +31,7 @@ def mapped(fn, kind=AxisType.Auto, out_specs=None):
 
 
 def two_steps(tx, params):
-  state = tx.init(params)
+  state, updates = tx.init(params), params
   for _ in range(2):
     updates, state = tx.update(params, state, params)
   return updates

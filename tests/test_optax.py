@@ -39,7 +39,7 @@ def test_init_of_shapes_says_where_values_are_needed(rule):
   arguments = {} if rule == "cocob" else {"learning_rate": LR}
   tx = lowmem.quantized(getattr(contrib, rule)(**arguments))
   with pytest.raises(TypeError, match=r"starts from the values.*`jax\.eval_shape\(tx\.init"):
-    tx.init(SHAPES_ONLY)
+    tx.init(SHAPES_ONLY)  # pyright: ignore[reportArgumentType]
   chex.assert_trees_all_equal_shapes_and_dtypes(
     jax.eval_shape(tx.init, SHAPES_ONLY), tx.init(tree(0, shapes=FEW))
   )

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -25,7 +26,7 @@ SHAPES = {"two lanes": (256, 64), "one lane": (33, 64)}
 
 
 def parameters():
-  return {k: jnp.linspace(-1, 1, np.prod(s)).reshape(s) for k, s in SHAPES.items()}
+  return {k: jnp.linspace(-1, 1, math.prod(s)).reshape(s) for k, s in SHAPES.items()}
 
 
 def on_mesh(kind):

@@ -8,6 +8,7 @@ import zipfile
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,8 @@ class TestChat:
     assert "Tom" not in text and text.startswith("<|im_start|>system\nbe a dog<|im_end|>")
 
   def test_llama_3_template(self, tmp_path):
-    save_tokenizer(tmp_path / "m", LLAMA3, eos={"content": "<|eot_id|>"})
+    eos: Any = {"content": "<|eot_id|>"}
+    save_tokenizer(tmp_path / "m", LLAMA3, eos=eos)
     tokenizer = ChatTokenizer.from_model(tmp_path / "m")
     ids, learned = tokenizer.encode_chat(chat("cat", " sat "))
     assert raw_decode(tokenizer, ids) == (
@@ -317,6 +319,7 @@ class TestGGUF:
   def test_llama_3_takes_whole_words_and_begins_a_text(self, tmp_path):
     """Its words that no merge leads to are tokens all the same, and unless said it adds `bos`."""
     backend = save_tokenizer(tmp_path / "m")
+    said: dict[str, Any]
     for pre, said, bos in (
       ("llama-bpe", {}, True),
       ("llama-bpe", {"add_bos_token": False}, False),
@@ -431,7 +434,8 @@ class TestData:
 
   def test_train_on_prompt(self, tmp_path, tokenizer):
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
-    one, other = (load(tmp_path / "a.json", tokenizer, 64, train_on_prompt=p) for p in (0, 1))
+    ways = (False, True)
+    one, other = (load(tmp_path / "a.json", tokenizer, 64, train_on_prompt=p) for p in ways)
     assert other.rows[0].learned.all() and not one.rows[0].learned.all()
     assert (one.rows[0].ids == other.rows[0].ids).all()
 
@@ -733,7 +737,7 @@ class TestFetch:
       fetch.fetch(source)
 
   def test_chitchat_conversion(self):
-    def conversation(*turns, ratings=None, prompt="Why?"):
+    def conversation(*turns, ratings=None, prompt: str | None = "Why?"):
       messages = [[{"text": t, "sender": who} for t in texts] for who, *texts in turns]
       return {"messages": messages, "ratings": ratings, "prompt": prompt}
 

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -74,7 +75,7 @@ def test_the_script_trains_and_merges(tmp_path, kind, capsys):
   argv = ["merge", str(run), "--out", str(tmp_path / "merged"), "--dtype", "float32"]
   assert main(argv) == 0
   want = jax.jit(lambda ids: nn.load_peft(load_llama(path), folder)(ids))(ids)
-  got = load_llama(tmp_path / "merged")(ids)
+  got = load_llama(tmp_path / "merged")(jnp.asarray(ids))
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
   stored = load_file(tmp_path / "merged" / "model.safetensors")
   assert {k: v.shape for k, v in stored.items()} == expected_shapes(model.config)

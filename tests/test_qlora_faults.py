@@ -68,7 +68,7 @@ def test_a_folder_is_written_to_by_one_process_and_the_lock_dies_with_it(
     stdout=subprocess.PIPE,
     env=os.environ | {"PYTHONPATH": str(pathlib.Path(optax_lowmem.__file__).parents[1])},
   ) as other:
-    assert other.stdout.readline() == b"held\n"
+    assert other.stdout is not None and other.stdout.readline() == b"held\n"
     for argv in (["--resume", str(stopped)], ["merge", str(stopped), "--out", str(stopped)]):
       said = refused(argv, capsys)
       assert str(stopped) in said

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 import tracemalloc
+from typing import Any
 
 import gguf
 import numpy as np
@@ -255,7 +256,7 @@ def test_a_gguf_tokenizer_of_another_kind(tmp_path, key, value):
   writer.add_tokenizer_model("gpt2")
   writer.add_eos_token_id(0)
   for name, each in given.items():
-    add = writer.add_array if isinstance(each, list) else writer.add_uint32
+    add: Any = writer.add_array if isinstance(each, list) else writer.add_uint32
     add(f"tokenizer.ggml.{name}", each)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()

@@ -60,7 +60,7 @@ def tensorboard(out, files, printed):
 
 def events(path):
   """(name, step, value) of each scalar in an event file."""
-  from tensorboardX.proto.event_pb2 import Event
+  from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
   raw, at = path.read_bytes(), 0
   while at < len(raw):

@@ -167,7 +167,11 @@ def test_one_program_a_bucket(tiny):
   stream = Batches(rows, 2, 1, 64, 0, 0, buckets=2)
   assert len(stream.lengths) == 2
   compiled = []
-  listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+
+  def listener(event, duration_secs, **_):
+    if "backend_compile" in event:
+      compiled.append(event)
+
   jax.monitoring.register_event_duration_secs_listener(listener)
   try:
     train = training.Steps(graph, tx)

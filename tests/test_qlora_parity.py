@@ -15,6 +15,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,7 @@ def folder(golden, tmp_path_factory):
   return folder
 
 
-def ours(folder, quantize="nf4"):
+def ours(folder, quantize: Any = "nf4") -> Any:
   return nn.load_peft(load_llama(folder, quantize), folder / "initial")
 
 
@@ -331,7 +332,7 @@ def write_golden():
     for name, shape in expected_shapes(CONFIG).items()
   }
   ids = rng.integers(0, CONFIG.vocab_size, (4, 2, 17))[np.arange(STEPS) % 4]
-  out = {f"base/{name}": value.astype(np.int16) for name, value in base.items()}
+  out: dict[str, Any] = {f"base/{name}": value.astype(np.int16) for name, value in base.items()}
   out["ids"] = ids.astype(np.int32)
   with tempfile.TemporaryDirectory() as scratch:
     folder = write_model(pathlib.Path(scratch), CONFIG, {n: v / UNIT for n, v in base.items()})

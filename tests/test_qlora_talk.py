@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def test_what_a_run_says(files, tmp_path, capsys):
     assert f"step {record['step']}: held-out loss {record['held_out_loss']:.3f}" in printed
   # q_proj of two layers of 64 x 64, at rank 2: what is packed counts as weights, not as codes.
   trained = 2 * 2 * (64 + 64)
-  whole = int(re.search(r"Model: model, ([\d,]+) parameters", printed)[1].replace(",", ""))
+  said = re.search(r"Model: model, ([\d,]+) parameters", printed)
+  assert said is not None, printed
+  whole = int(said[1].replace(",", ""))
   assert f"Trained: {trained:,} parameters, {trained / (trained + whole):.2%} of" in printed
   assert f"chat {out}" in printed and f"merge {out} --out {out}-merged" in printed
 
@@ -49,6 +52,7 @@ def test_something_is_said_before_jax_is_there(tmp_path):
   begun = time.monotonic()
   with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
     before = []
+    assert process.stderr is not None
     for line in process.stderr:
       if line.startswith("Starting"):
         break
@@ -149,7 +153,7 @@ def test_a_name_of_the_hub_is_answered(tmp_path, monkeypatch, capsys):
   def unreachable(name, **_):
     raise ConnectionError("no network")
 
-  fake = types.ModuleType("huggingface_hub")
+  fake: Any = types.ModuleType("huggingface_hub")
   fake.snapshot_download = unreachable
   monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
   said = refused(["--model", "org/tiny"], capsys)
@@ -158,7 +162,7 @@ def test_a_name_of_the_hub_is_answered(tmp_path, monkeypatch, capsys):
 
 def test_a_name_of_the_hub_is_fetched(files, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  fake = types.ModuleType("huggingface_hub")
+  fake: Any = types.ModuleType("huggingface_hub")
   asked = []
   fake.snapshot_download = lambda name, **more: asked.append((name, more)) or f"{files}/model"
   monkeypatch.setitem(sys.modules, "huggingface_hub", fake)

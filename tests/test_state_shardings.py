@@ -81,7 +81,8 @@ def arrays(seed):
 
 def two_steps(tx, params, grads, state):
   """The updates of the second step, and its state, which lies as the first one did."""
-  update, before = jax.jit(tx.update, donate_argnums=1), jax.tree.map(lambda x: x.sharding, state)
+  update, updates = jax.jit(tx.update, donate_argnums=1), grads
+  before = jax.tree.map(lambda x: x.sharding, state)
   for _ in range(2):
     updates, state = update(grads, state, params)
     for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):

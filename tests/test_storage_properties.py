@@ -1,6 +1,7 @@
 """Properties of every storage: what holds for any values, shape and size of block."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax.numpy as jnp
@@ -43,13 +44,13 @@ class Sample:
 
 @st.composite
 def samples(draw, names=tuple(_CODEBOOKS), shapes=tuple(SHAPES), decades=25, zeros=True):
-  storage = lowmem.Blockwise(draw(st.sampled_from(names)), draw(st.sampled_from([32, 64])), 0)
+  storage: Any = lowmem.Blockwise(draw(st.sampled_from(names)), draw(st.sampled_from([32, 64])), 0)
   shape = draw(st.sampled_from(shapes))
   random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
   x = random.standard_t(2, shape).clip(-1e4, 1e4)
   if zeros:
     x *= random.uniform(size=shape) > draw(st.sampled_from([0.0, 0.3, 1.0]))
-  x = np.float32(x * 10.0 ** draw(st.floats(-decades, decades)))
+  x = (x * 10.0 ** draw(st.floats(-decades, decades))).astype(np.float32)
   return Sample(storage, x if storage.codebook.signed else np.abs(x))
 
 
@@ -143,7 +144,7 @@ def test_blocks_are_independent(sample, order, row):
   """Blocks in another order, or beside other blocks, are the same blocks."""
   y = sample.round_trip()
   np.testing.assert_array_equal(sample.round_trip(sample.x[order]), y[order])
-  others = np.float32(sample.x * 3e3 + 1.0)
+  others = (sample.x * 3e3 + 1.0).astype(np.float32)
   others[row] = sample.x[row]
   np.testing.assert_array_equal(sample.round_trip(others)[row], y[row])
 
@@ -178,7 +179,7 @@ def test_order_is_kept_within_a_block(sample):
 @pytest.mark.parametrize("name", [n for n in _CODEBOOKS if n not in BOUNDED])
 def test_dithering_is_right_in_the_mean(name):
   """Which is what makes up for the order: over many values the error averages out."""
-  book = get_codebook(name)
+  book: Any = get_codebook(name)
   x = np.exp2(np.random.default_rng(0).uniform(-3, 0, (512, 64))).astype(np.float32)
   y = np.asarray(encode(jnp.asarray(x), book, (64,)).dequantize())
   nearest = dataclasses.replace(book, dithered=False)
@@ -207,7 +208,7 @@ ERRORS = {
 def test_the_error_of_each_default_format(bits, name):
   x = np.random.default_rng(0).standard_t(2, (512, 512)).astype(np.float32)
   x = x if get_codebook(name).signed else x**2
-  stored = lowmem.Blockwise(name).store(jnp.asarray(x))
+  stored: Any = lowmem.Blockwise(name).store(jnp.asarray(x))
   assert stored.nbytes / x.size == bits / 8 + 4 / 64
   error = np.minimum(np.abs(np.asarray(stored.dequantize()) / x - 1), 1)
   measured = np.median(error), error.mean(), np.quantile(error, 0.99)
@@ -230,5 +231,5 @@ def test_the_ends_of_float32(name, value):
   """A constant block is its scale, up to the largest number and down to the smallest scale."""
   book = get_codebook(name)
   value = max(np.float32(value), np.float32(book.smallest_scale))
-  stored = lowmem.Blockwise(name, min_size=0).store(jnp.full((2, 64), value))
+  stored: Any = lowmem.Blockwise(name, min_size=0).store(jnp.full((2, 64), value))
   np.testing.assert_allclose(stored.dequantize(), value, rtol=3e-7)

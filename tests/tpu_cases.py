@@ -46,7 +46,7 @@ def differences(rule, shape, bits, block_size, dtype):
       with kernels.using(mode):
         return tx.update(grads, state, params)
 
-    state = tx.init(params)
+    state, updates = tx.init(params), params
     for seed in range(2):
       grads = (jax.random.normal(jax.random.key(seed), shape) * 1e-3).astype(dtype)
       grads = grads.at[(0,) * (len(shape) - 1) + (7,)].set(jnp.nan)

@@ -30,7 +30,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import numpy as np
-from jax._src.lib import xla_client as xc
+from jax._src.lib import xla_client as xc  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import topologies
 
 from .cards import CARDS

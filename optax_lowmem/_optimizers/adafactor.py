@@ -19,7 +19,7 @@ from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._update.float32 import chain
 
 # The axes that `_by_layer` maps over: the count is one for all layers.
-_LAYERS: Any = optax.FactoredState(None, 0, 0, 0)  # type: ignore[arg-type]
+_LAYERS: Any = optax.FactoredState(None, 0, 0, 0)  # pyright: ignore[reportArgumentType]
 
 
 @checked

@@ -82,11 +82,11 @@ def map_tiles(
     def step(i, carry, segment=segment):
       state, made = carry
       state = paste(state, made, segment, jnp.maximum(i - 1, 0))
-      i = _smaller(i, segment.count - 1)
+      i = _smaller(i, segment.tiles - 1)
       return state, fn(cut(sources, segment, i), cut(state, segment, i))
 
     carry = state, cut(state, segment, 0)
-    state, _ = jax.lax.fori_loop(0, segment.count + 1, step, carry)
+    state, _ = jax.lax.fori_loop(0, segment.tiles + 1, step, carry)
   return [_restore(a, like) for a, like in zip(state, writes, strict=True)]
 
 
@@ -133,9 +133,9 @@ def _grid(shape: tuple[int, ...], arrays: Sequence[QuantizedArray]) -> tuple[int
 
 
 class _Segment(NamedTuple):
-  """A part of a matrix, cut into `count` tiles of one extent, tile i at `start(i)`."""
+  """A part of a matrix, cut into `tiles` parts of one extent, part i at `start(i)`."""
 
-  count: int
+  tiles: int
   start: Callable[[Any], tuple[Any, Any]]
   extent: tuple[int, int]
 
@@ -156,7 +156,7 @@ def _segments(rows: int, columns: int, unit: int, tile: int) -> list[_Segment]:
       _Segment(rows * full, lambda i: (i // full, i % full * width), (1, width)),
       _Segment(rows, lambda i: (i, full * width), (1, columns % width)),
     ]
-  return [segment for segment in found if segment.count and min(segment.extent)]
+  return [segment for segment in found if segment.tiles and min(segment.extent)]
 
 
 def _width(columns: int, unit: int, tile: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.extend.core as jec
@@ -26,6 +26,7 @@ try:
 
   _IMPORT_ERROR = None
 except ImportError as error:  # a jax without that backend
+  pl = triton = cast(Any, None)
   _IMPORT_ERROR = error
 
 # 16 elements a thread: codes are then read and written 16 bytes at a time, bf16 gradients in two

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.extend.core as jec
@@ -27,6 +27,7 @@ try:
 
   _IMPORT_ERROR = None
 except ImportError as error:  # a jax without that backend
+  pl = pltpu = tiles = cast(Any, None)
   _IMPORT_ERROR = error
 
 _WIDEST = 1024  # columns that are computed at once: 32 registers a value

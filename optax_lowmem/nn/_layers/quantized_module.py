@@ -86,7 +86,10 @@ class QuantizedModule(QuantizedEinsum):
     ready = "bias" in vars(self) and not name.startswith("_")
     return setting_of(self, self.float_layer() if ready else None, name)
 
-  def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+  # The base takes `out_sharding` by name, this by either, which pyright does not see to be wider.
+  def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self, x: jax.Array, out_sharding: Any = None
+  ) -> jax.Array:
     x = floating(x, None)
     try:
       product = self.foreign.at(x.shape, x.dtype)

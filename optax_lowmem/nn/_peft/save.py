@@ -79,8 +79,7 @@ def peft_layers(
   other = [("lora_magnitude_vector", lora.magnitude), ("lora_B.bias", None)]
   other[1] = ("lora_B.bias", getattr(lora, "lora_bias", None))
   start: Any = lora.start_a if of_original else None
-  if start is not None:
-    start_a, start_b = each(start[...]), each(lora.start_b[...])
+  starts = None if start is None else (each(start[...]), each(lora.start_b[...]))
   embed = isinstance(lora, LoRAEmbed)
   ends = ("lora_embedding_A", "lora_embedding_B") if embed else ("lora_A.weight", "lora_B.weight")
   found = {}
@@ -88,7 +87,8 @@ def peft_layers(
     if rank == 0:
       continue
     one_a, one_b = a[i][:, :rank], b[i][:rank]
-    if start is not None:
+    if starts is not None:
+      start_a, start_b = starts
       # The base gave up the product of the first factors: what was learned is the difference.
       one_a = np.concatenate([one_a, start_a[i][:, :rank]], axis=1)
       one_b = np.concatenate([one_b, -start_b[i][:rank]])

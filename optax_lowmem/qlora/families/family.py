@@ -84,18 +84,18 @@ def windows(read: Keys, types: Sequence[str] | None = None) -> tuple[int | None,
   """
   count, window = read["num_hidden_layers"], read["sliding_window"]
   if read.get("layer_types") is not None:
-    types = read["layer_types"]
+    kinds: Sequence[str] = read["layer_types"]
   elif window is None:
     return ()
-  elif types is None:
-    types = ["sliding_attention"] * count
-  if len(types) != count or not set(types) <= {"full_attention", "sliding_attention"}:
+  else:
+    kinds = ["sliding_attention"] * count if types is None else types
+  if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
     raise ValueError(
       f"`layer_types` must name 'full_attention' or 'sliding_attention' for each of {count} "
-      f"layers, got {types!r}."
+      f"layers, got {kinds!r}."
     )
-  if "sliding_attention" not in types:
+  if "sliding_attention" not in kinds:
     return ()
   if window is None:
     raise ValueError("`layer_types` names 'sliding_attention', but there is no `sliding_window`.")
-  return tuple(window if kind == "sliding_attention" else None for kind in types)
+  return tuple(window if kind == "sliding_attention" else None for kind in kinds)

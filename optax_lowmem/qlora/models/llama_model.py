@@ -38,7 +38,8 @@ class LlamaModel(nnx.Module):
   """
 
   def __init__(self, config: LlamaConfig, *, dtype: Any, attention: Kind, rngs: nnx.Rngs):
-    self.config, self.attention = config, attention
+    self.config = config
+    self.attention: Kind = attention
     self.scoring = Scoring(config.attention_scale, config.attn_logit_softcapping)
     self.embed_tokens = nnx.Embed(
       config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs

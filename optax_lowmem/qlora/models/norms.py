@@ -17,9 +17,10 @@ class OffsetRMSNorm(nnx.RMSNorm):
   The weight is kept as the file has it, so that one that is trained is written as Gemma's.
   """
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     wide = x.astype(jnp.float32)
-    power = jnp.square(wide).mean(axis=-1, keepdims=True)
+    power = jnp.square(wide).mean(axis=-1, keepdims=True, where=mask)
+    assert self.scale is not None  # `rms_norm` makes none without
     scale = 1 + self.scale[...].astype(jnp.float32)
     return (wide * jax.lax.rsqrt(power + self.epsilon) * scale).astype(self.dtype)
 

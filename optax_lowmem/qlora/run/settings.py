@@ -232,7 +232,10 @@ def flag_of(name: str) -> str:
 
 def default_of(each: "Field[Any]") -> Any:
   """A setting's default."""
-  return each.default if each.default is not MISSING else each.default_factory()  # type: ignore
+  if each.default is not MISSING:
+    return each.default
+  assert each.default_factory is not MISSING  # every setting has a default
+  return each.default_factory()
 
 
 def kind_of(each: "Field[Any]") -> Any:

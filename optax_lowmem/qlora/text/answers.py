@@ -109,8 +109,10 @@ class _Talk:
     said = self.whole[len(before) :][:inner]
     if said.strip() != content and not _is_rest(said.strip(), content):
       return None
-    blank = prompt is not None and not before[len(prompt) :].strip()
-    return len(prompt if blank else before), len(before) + len(said.rstrip())
+    start = len(before)
+    if prompt is not None and not before[len(prompt) :].strip():
+      start = len(prompt)
+    return start, len(before) + len(said.rstrip())
 
   def _as_prompted(self, i: int, prompt: str | None) -> tuple[int, int] | None:
     """All that the template writes after the prompt and before the next message."""

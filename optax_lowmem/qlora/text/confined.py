@@ -52,15 +52,16 @@ class Confined:
     line = f'{{"memory": {memory}, "seconds": {cpu}, "request": {request}}}\n'.encode()
     with self._lock:
       process = self._started()
+      assert process.stdin is not None and process.stdout is not None  # both are pipes
       refill = REFILL + REFILL_OF_BYTE * len(request)
       left = min(SECONDS, self._left.get(source, SECONDS) + refill)
       begun = time.monotonic()
       self._deadline = begun + left
       late = False
       try:
-        process.stdin.write(line)  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-        reply = process.stdout.readline()  # type: ignore[union-attr]
+        process.stdin.write(line)
+        process.stdin.flush()
+        reply = process.stdout.readline()
       except OSError:
         reply = b""
       finally:

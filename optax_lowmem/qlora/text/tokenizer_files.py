@@ -1,7 +1,7 @@
 """Tokenizers from files: of a Hugging Face directory, or rebuilt from what a GGUF file says."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tokenizers import (
   AddedToken,
@@ -64,8 +64,7 @@ def _from_config(
     if value is None:
       number = numbers.get(f"{kind}_token_id")
       number = number[0] if isinstance(number, list) and number else number
-      known = isinstance(number, int) and 0 <= number < 1 << 32  # what an id can be
-      value = backend.id_to_token(number) if known else None
+      value = backend.id_to_token(number) if _is_id(number) else None
     if value is not None and not isinstance(value, str):
       raise ValueError(f"`{kind}_token` is {value!r:.100}, which is no text.")
     return value if value is not None and backend.token_to_id(value) is not None else None
@@ -114,13 +113,17 @@ def encoded(backend: Tokenizer, text: str, *, special: bool = False) -> Encoding
 
 def _ends(folder: Path, backend: Tokenizer) -> list[int]:
   """The tokens that end an answer by what the model's own files say of generation."""
-  ends: list[int] = []
+  ends: list[Any] = []
   for name in ("config.json", "generation_config.json"):
     if (file := member(folder, name)).exists():
       given = read_json(file).get("eos_token_id")
       ends += given if isinstance(given, list) else [given]
-  known = [i for i in ends if isinstance(i, int) and 0 <= i < 1 << 32]  # what an id can be
-  return [i for i in known if backend.id_to_token(i) is not None]
+  return [i for i in ends if _is_id(i) and backend.id_to_token(i) is not None]
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+  """Whether a token's number can be this."""
+  return isinstance(value, int) and 0 <= value < 1 << 32
 
 
 def _declare(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:
