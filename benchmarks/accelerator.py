@@ -116,7 +116,7 @@ def compile_times(card: str, rules: dict[str, Any]) -> Rows:
 
 
 def paged(card: str, rules: dict[str, Any]) -> Rows:
-  """A training step whose state rests in host memory, beside the same step without."""
+  """A training step whose state is stored in host memory, beside the same step without."""
   bound = 32 * MIB
   names = ("optax.adamw", "adamw, 8 bits", "adamw, 4 bits", "came, 8 bits")
   cases = [(16, 2048, d, n) for d in DTYPES for n in names]
@@ -206,7 +206,7 @@ def devices(card: str, rules: dict[str, Any]) -> Rows:
 
 
 def qlora_devices(card: str, rules: dict[str, Any]) -> Rows:
-  """The step of `examples/qlora` on eight cards: a row of 512 tokens each, 16-bit adapters."""
+  """The step of `lowmem finetune` on eight cards: a row of 512 tokens each, 16-bit adapters."""
   if jax.device_count() < 8:
     yield from with_eight_devices(card, "qlora_devices")
     return
@@ -237,7 +237,7 @@ def with_eight_devices(card: str, section: str) -> Rows:
 
 
 def qlora(card: str, rules: dict[str, Any]) -> Rows:
-  """The training step of `examples/qlora`, rank 64 on all linear layers."""
+  """The training step of `lowmem finetune`, rank 64 on all linear layers."""
   from accelerator_qlora import rows
 
   yield from rows(lambda fn, args, donate: compile_for(fn, args, donate, card=card))
