@@ -12,18 +12,13 @@ from optax_lowmem._host_memory.paged_state import paged, unpaged
 from optax_lowmem._host_memory.pages import Paged
 from optax_lowmem._host_memory.state_bytes import state_bytes
 from optax_lowmem._optimizers.adafactor import adafactor, relative_step_size
-from optax_lowmem._optimizers.aliases import (
-  adagrad,
-  adam,
-  adamw,
-  ademamix,
-  create,
-  lion,
-  rmsprop,
-  sgd,
-)
+from optax_lowmem._optimizers.adagrad_rmsprop import adagrad, rmsprop
+from optax_lowmem._optimizers.adam import adam, adamw
+from optax_lowmem._optimizers.ademamix import ademamix
+from optax_lowmem._optimizers.by_name import create
 from optax_lowmem._optimizers.came import ScaleByCameState, came, scale_by_came
 from optax_lowmem._optimizers.lamb_lars import lamb, lars
+from optax_lowmem._optimizers.lion_sgd import lion, sgd
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._paging.offloaded import offloaded
 from optax_lowmem._quantization.array import QuantizedArray

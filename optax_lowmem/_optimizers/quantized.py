@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ _CODEBOOKS = {
 
 def quantized(
   inner: optax.GradientTransformation,
-  bits: int = 8,
+  bits: Literal[4, 8, 32] = 8,
   *,
   storage: Mapping[str, Storage | str] | None = None,
   block_size: int | None = None,
