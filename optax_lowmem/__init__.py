@@ -22,15 +22,31 @@ from optax_lowmem._optimizers.lion_sgd import lion, sgd
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._paging.offloaded import offloaded
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.codebook import Codebook
+from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
 from optax_lowmem._quantization.quantize import quantize
 from optax_lowmem._quantization.storage import Blockwise, Dense, Storage
 from optax_lowmem._sharding.state_shardings import state_shardings
 from optax_lowmem._state import serialization as _serialization
 from optax_lowmem._state.forms import convert_state, dequantized
 from optax_lowmem._state.leaves import is_stored
+from optax_lowmem._state.pickled_names import name_after
 from optax_lowmem._update.explain import Explained, Explanation, explain
 
 _serialization.register()
+name_after(
+  __name__,
+  Blockwise,
+  Codebook,
+  Dense,
+  Explained,
+  Explanation,
+  Paged,
+  QuantizedArray,
+  ScaleByCameState,
+  Storage,
+  get_codebook,  # pickles hold the library's own codebooks as a call of it
+)
 
 __version__ = "0.1.0"
 
@@ -62,9 +78,12 @@ __all__ = [
   "unpaged",
   # How a moment is held.
   "Blockwise",
+  "Codebook",
+  "CodebookName",
   "Dense",
   "Storage",
   "convert_state",
+  "get_codebook",
   # As leaves of a state.
   "is_stored",
   # Arrays.
