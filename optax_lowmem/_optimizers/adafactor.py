@@ -200,7 +200,9 @@ def relative_step_size(
   return schedule
 
 
-def _in_groups(rms: Any, bits: int, **storage: Any) -> optax.GradientTransformationExtraArgs:
+def _in_groups(
+  rms: Any, bits: Literal[4, 8, 32], **storage: Any
+) -> optax.GradientTransformationExtraArgs:
   """`quantized(rms, bits)` with statistics that stay finite.
 
   Arrays that are factored and those that are not are updated apart, so that the latter can be
