@@ -12,30 +12,41 @@ from optax_lowmem._host_memory.paged_state import paged, unpaged
 from optax_lowmem._host_memory.pages import Paged
 from optax_lowmem._host_memory.state_bytes import state_bytes
 from optax_lowmem._optimizers.adafactor import adafactor, relative_step_size
-from optax_lowmem._optimizers.aliases import (
-  adagrad,
-  adam,
-  adamw,
-  ademamix,
-  create,
-  lion,
-  rmsprop,
-  sgd,
-)
+from optax_lowmem._optimizers.adagrad_rmsprop import adagrad, rmsprop
+from optax_lowmem._optimizers.adam import adam, adamw
+from optax_lowmem._optimizers.ademamix import ademamix
+from optax_lowmem._optimizers.by_name import create
 from optax_lowmem._optimizers.came import ScaleByCameState, came, scale_by_came
 from optax_lowmem._optimizers.lamb_lars import lamb, lars
+from optax_lowmem._optimizers.lion_sgd import lion, sgd
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._paging.offloaded import offloaded
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.codebook import Codebook
+from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
 from optax_lowmem._quantization.quantize import quantize
 from optax_lowmem._quantization.storage import Blockwise, Dense, Storage
 from optax_lowmem._sharding.state_shardings import state_shardings
 from optax_lowmem._state import serialization as _serialization
 from optax_lowmem._state.forms import convert_state, dequantized
 from optax_lowmem._state.leaves import is_stored
+from optax_lowmem._state.pickled_names import name_after
 from optax_lowmem._update.explain import Explained, Explanation, explain
 
 _serialization.register()
+name_after(
+  __name__,
+  Blockwise,
+  Codebook,
+  Dense,
+  Explained,
+  Explanation,
+  Paged,
+  QuantizedArray,
+  ScaleByCameState,
+  Storage,
+  get_codebook,  # pickles hold the library's own codebooks as a call of it
+)
 
 __version__ = "0.1.0"
 
@@ -67,9 +78,12 @@ __all__ = [
   "unpaged",
   # How a moment is held.
   "Blockwise",
+  "Codebook",
+  "CodebookName",
   "Dense",
   "Storage",
   "convert_state",
+  "get_codebook",
   # As leaves of a state.
   "is_stored",
   # Arrays.

@@ -185,3 +185,24 @@ def test_refuses_what_it_cannot_hold():
     lowmem.quantize(jnp.float32(1))
   with pytest.raises(ValueError, match="`x` has negative elements"):
     lowmem.quantize(-jnp.ones(8), "dynamic_unsigned")
+
+
+def test_reprs_are_one_line():
+  x, cpu = jnp.ones((8, 128)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  page = lowmem.Paged((x.reshape(1, 1, 1, 1, 1, 1, 8, 128),), 0)
+  pair = lowmem.Paged((x.reshape(1, 1, 1, 1, 1, 1, 8, 128),) * 2, 0)
+  explained = lowmem.explain(lowmem.adamw(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(4)})
+  wanted = {
+    "Paged(float32[8,128], lanes=1)": page,
+    "Paged(float32[16,128], lanes=2)": pair,
+    "Paged(float32[16,128], lanes=2) ": jax.eval_shape(lambda: pair),
+    "Paged(lanes=(0, 0), axis=0)": jax.tree.map(lambda _: 0, pair),
+    "Paged(lanes=('a',), axis=0)": jax.tree.map(lambda _: "a", page),
+    "Blockwise('power8', block_size=64, min_size=4096)": lowmem.Blockwise(),
+    "Blockwise('nf4', block_size=128, min_size=0)": lowmem.Blockwise("nf4", 128, 0),
+    "Explanation(parameters=2, bytes=8736, optax=1, kernel=1)": explained,
+  }
+  for text, value in wanted.items():
+    assert repr(value) == text.strip()
+  assert "\n" not in repr(jax.tree.map(lambda _: cpu, pair))
+  assert "\n" in str(explained)

@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import optax_lowmem as lowmem
 from conftest import GOLDEN
 from optax_lowmem._quantization.array import encode, encode_finite
 from optax_lowmem._quantization.codebooks import _CODEBOOKS, get_codebook
@@ -229,3 +232,72 @@ def test_an_unknown_name_is_answered_with_the_nearest():
     get_codebook("dynamik")
   with pytest.raises(ValueError, match="Known: dynamic, dynamic_unsigned, fp4"):
     get_codebook("zzz")
+
+
+# Codebooks of one's own ---------------------------------------------------------------------------
+
+
+class Even(lowmem.Codebook):
+  """Evenly spaced values in so many bits."""
+
+  @property
+  def _steps(self):
+    return 2 ** (self.bits - self.signed) - 1
+
+  def encode(self, r):
+    codes = jnp.round(r * self._steps)
+    return (codes + (self._steps + 1) * self.signed).astype(jnp.uint8)
+
+  def decode(self, codes):
+    return (codes.astype(jnp.float32) - (self._steps + 1) * self.signed) / self._steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Even):
+  values_too: tuple | list = ()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_codebook_of_ones_own_works(bits, signed):
+  book = Even("even", bits, signed)
+  values = np.unique(np.abs(book.values) if not signed else book.values)
+  x = jnp.asarray(np.resize(values, (8, 64))).at[:, 0].set(1.0)
+  for q in (lowmem.quantize(x, book, 64), lowmem.Blockwise(book, 64, 0).store(x)):
+    chex.assert_trees_all_close(q.dequantize(), x, atol=2 / 2**bits)
+  tx = lowmem.quantized(optax.sgd(0.1, momentum=0.9), storage={"trace": book})
+  params = {"w": jnp.ones((64, 128))}
+  state = tx.init(params)
+  assert state[0].trace["w"].codebook == book
+  updates, state = jax.jit(tx.update)(params, state, params)
+  np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
+  np.testing.assert_allclose(state[0].trace["w"].dequantize(), 1.0, rtol=1e-6)
+  assert [e.method for e in lowmem.explain(tx, params)] == ["phases"]
+
+
+@pytest.mark.parametrize(
+  ("book", "exception", "message"),
+  [
+    (lambda: Even("power8", 8, True), ValueError, "'power8' has the name of another"),
+    (lambda: Even("even", 6, True), ValueError, "'even' must have 8 or 4 bits, got 6"),
+    (lambda: Even("a/b", 8, True), ValueError, "must have a name of letters.*got 'a/b'"),
+    (lambda: Even("", 8, True), ValueError, "must have a name of letters"),
+    (lambda: Even(8, "even", True), ValueError, "must have 8 or 4 bits, got 'even'"),
+    (lambda: Listed("even", 8, True, []), TypeError, "must be hashable.*sequences in it tuples"),
+    (lambda: Even, ValueError, "is unknown"),
+  ],
+)
+def test_a_codebook_that_no_state_can_hold_is_refused(book, exception, message):
+  x = jnp.ones((64, 128))
+  for use in (
+    lambda book: lowmem.quantize(x, book),
+    lowmem.Blockwise,
+    lambda book: lowmem.quantized(optax.adam(1e-3), storage={"mu": lowmem.Blockwise(book)}),
+  ):
+    with pytest.raises(exception, match=message):
+      use(book())
+
+
+def test_a_copy_of_a_known_codebook_is_known():
+  book = dataclasses.replace(get_codebook("power8"))
+  assert lowmem.Blockwise(book) == lowmem.Blockwise("power8")

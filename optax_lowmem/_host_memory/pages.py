@@ -24,7 +24,7 @@ _ROW = 1 << 18
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Paged:
   """An array that rests in host memory, in one array or in two, its lanes.
 
@@ -56,6 +56,13 @@ class Paged:
   @property
   def dtype(self) -> Any:
     return self.lanes[0].dtype
+
+  def __repr__(self) -> str:
+    lanes = self.lanes if isinstance(self.lanes, tuple) else ()
+    ranks = [len(lane.shape) if hasattr(lane, "dtype") else 0 for lane in lanes]
+    if min(ranks, default=0) <= _AXES + self.axis:  # a tree of something else, such as shardings
+      return f"Paged(lanes={self.lanes}, axis={self.axis})"
+    return f"Paged({self.dtype}[{','.join(map(str, self.shape))}], lanes={len(lanes)})"
 
 
 def is_paged(x: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def adafactor(
   factored: bool = True,
   weight_decay_mask: Any | Callable[[Any], Any] | None = None,
   *,
-  bits: int = 8,
+  bits: Literal[4, 8, 32] = 8,
   block_size: int | None = None,
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
@@ -200,7 +200,9 @@ def relative_step_size(
   return schedule
 
 
-def _in_groups(rms: Any, bits: int, **storage: Any) -> optax.GradientTransformationExtraArgs:
+def _in_groups(
+  rms: Any, bits: Literal[4, 8, 32], **storage: Any
+) -> optax.GradientTransformationExtraArgs:
   """`quantized(rms, bits)` with statistics that stay finite.
 
   Arrays that are factored and those that are not are updated apart, so that the latter can be

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def scale_by_came(
   clipping_threshold: float = 1.0,
   *,
   debias: bool = False,
-  bits: int = 8,
+  bits: Literal[4, 8, 32] = 8,
   block_size: int | None = None,
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
@@ -227,7 +227,7 @@ def came(
   mask: Any | Callable[[Any], Any] | None = None,
   *,
   debias: bool = False,
-  bits: int = 8,
+  bits: Literal[4, 8, 32] = 8,
   block_size: int | None = None,
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,

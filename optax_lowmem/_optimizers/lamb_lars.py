@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -22,7 +22,7 @@ def lamb(
   weight_decay: optax.ScalarOrSchedule = 0.0,
   mask: Any | Callable[[Any], Any] | None = None,
   *,
-  bits: int = 8,
+  bits: Literal[4, 8, 32] = 8,
   block_size: int | None = None,
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
@@ -108,7 +108,7 @@ def lars(
   momentum: float = 0.9,
   nesterov: bool = False,
   *,
-  bits: int = 8,
+  bits: Literal[4, 8, 32] = 8,
   block_size: int | None = None,
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._arguments.masks import broadcast_mask, check_mask
 from optax_lowmem._programs.elementwise import NotElementwise, Program
 from optax_lowmem._quantization.array import QuantizedArray, encode
+from optax_lowmem._quantization.codebook import Codebook
+from optax_lowmem._quantization.codebooks import CodebookName
 from optax_lowmem._quantization.storage import Blockwise, Storage, by_field
 from optax_lowmem._sharding.shards import full_on_shards, on_mesh_of, on_shards
 from optax_lowmem._state.forms import check_forms
@@ -24,7 +26,7 @@ from optax_lowmem._update.engine import update_dense, update_stored
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
 _BITS = (32, 8, 4)
-_CODEBOOKS = {
+_CODEBOOKS: dict[int, dict[Kind, CodebookName]] = {
   8: {Kind.FIRST: "power8", Kind.SECOND: "power8_unsigned"},
   4: {Kind.FIRST: "power4", Kind.SECOND: "power4_unsigned"},
 }
@@ -32,9 +34,9 @@ _CODEBOOKS = {
 
 def quantized(
   inner: optax.GradientTransformation,
-  bits: int = 8,
+  bits: Literal[4, 8, 32] = 8,
   *,
-  storage: Mapping[str, Storage | str] | None = None,
+  storage: Mapping[str, Storage | Codebook | str] | None = None,
   block_size: int | None = None,
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
@@ -77,8 +79,8 @@ def quantized(
       not stall. At 4 bits, slow first moments (Lion's, the second one of AdEMAMix) are much noisier
       than Adam's.
     storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`. What
-      its `store` returns must be an array or a `QuantizedArray`. The name of a codebook, as in
-      ``{"mu": "log8"}``, stands for a `Blockwise` of that name, `block_size` and `min_size`.
+      its `store` returns must be an array or a `QuantizedArray`. A codebook or its name, as in
+      ``{"mu": "log8"}``, stands for a `Blockwise` of it, `block_size` and `min_size`.
     block_size: elements a scale; 64 by default. A moment costs `bits` / 8 + 4 / `block_size` bytes.
     min_size: moments of smaller arrays stay in float32.
     quantize_mask: a tree of bools with the structure of the parameters or a prefix of it, or a

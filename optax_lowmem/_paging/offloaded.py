@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def offloaded(
   where: str | Callable[[str], bool] | None = None,
   device_budget: int | str | None = None,
   max_bytes: int | str = "256MiB",
-  fallback: str | None = None,
+  fallback: Literal["device"] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps the state of any optax transformation in pinned host memory ("paged").
 

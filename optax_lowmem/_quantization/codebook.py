@@ -26,10 +26,36 @@ TINY = float(jnp.finfo(jnp.float32).tiny)
 class Codebook(abc.ABC):
   """A map between normalised values and codes.
 
+  To write one, derive from it, with `encode` and `decode`, and pass it wherever the name of a
+  codebook is taken. It must be a value that can be hashed: if it has fields of its own, make it a
+  frozen dataclass too. Its optimizer state is updated by XLA, without a kernel. A positive second
+  moment must not be decoded as zero, or the update explodes.
+
+  Its name stands in the key paths of a saved state. A state is restored by a template, as of
+  ``jax.eval_shape(tx.init, params)``, which holds the codebook itself, so that one is needed that
+  means the same by its name; the names of this library's own are taken.
+
   Attributes:
-    name: the name under which `get_codebook` knows it.
+    name: of letters, digits, `_` and `-`.
     bits: bits per code, 8 or 4. Codes are always handed around as uint8.
     signed: whether negative values can be represented.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
+    >>> class Cubes(lowmem.Codebook):
+    ...   def encode(self, r):
+    ...     return (jnp.round(jnp.cbrt(r) * 127) + 128).astype(jnp.uint8)
+    ...   def decode(self, codes):
+    ...     return ((codes.astype(jnp.float32) - 128) / 127) ** 3
+    >>> cubes = Cubes("cubes", bits=8, signed=True)
+    >>> q = lowmem.quantize(jnp.array([[1.0, -0.3, 0.001, 0.0]]), cubes, block_size=4)
+    >>> q
+    QuantizedArray(float32[1,4], codebook='cubes', block=4)
+    >>> q.dequantize().round(3)
+    Array([[ 1.   , -0.3  ,  0.001,  0.   ]], dtype=float32)
+    >>> tx = lowmem.quantized(optax.adam(1e-3), storage={"mu": lowmem.Blockwise(cubes, 64)})
+    >>> tx.init(jnp.zeros((64, 64)))[0].mu
+    QuantizedArray(float32[64,64], codebook='cubes', block=64)
   """
 
   name: str

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import difflib
 import functools
+import re
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,22 @@ import numpy as np
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.log_codebook import Log
 from optax_lowmem._quantization.power_codebook import Power
+
+CodebookName = Literal[
+  "dynamic",
+  "dynamic_unsigned",
+  "fp4",
+  "linear",
+  "log4",
+  "log4_unsigned",
+  "log8",
+  "log8_unsigned",
+  "nf4",
+  "power4",
+  "power4_unsigned",
+  "power8",
+  "power8_unsigned",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +179,26 @@ _CODEBOOKS: dict[str, Codebook] = {
 
 
 def get_codebook(codebook: str | Codebook) -> Codebook:
-  """Returns the codebook of that name; a `Codebook` is returned as it is."""
+  """Returns the codebook of that name; a `Codebook` is returned as it is.
+
+  Args:
+    codebook: a name known to `quantize`, or a codebook of one's own.
+
+  Returns:
+    The codebook.
+
+  Raises:
+    ValueError: for an unknown name; for a codebook of one's own that has neither 8 nor 4 bits, or a
+      name that is another's or does not fit into a key path.
+    TypeError: for a codebook of one's own that cannot be hashed.
+
+  Examples:
+    >>> import optax_lowmem as lowmem
+    >>> print(lowmem.get_codebook("nf4").values[:3].round(2))
+    [-1.   -0.7  -0.53]
+  """
   if isinstance(codebook, Codebook):
+    _check_own(codebook)
     return codebook
   if codebook not in _CODEBOOKS:
     near = difflib.get_close_matches(str(codebook), _CODEBOOKS, n=3, cutoff=0.4)
@@ -170,3 +207,37 @@ def get_codebook(codebook: str | Codebook) -> Codebook:
       f"`codebook` {codebook!r} is unknown. {hint}Known: {', '.join(sorted(_CODEBOOKS))}."
     )
   return _CODEBOOKS[codebook]
+
+
+def _check_own(book: Codebook) -> None:
+  """Refuses a codebook that no state could be held in."""
+  try:
+    hash(book)
+  except TypeError as error:
+    raise TypeError(
+      f"`codebook` must be hashable, got {book!r}: {error}. Make its class a "
+      "`dataclasses.dataclass(frozen=True)`, and sequences in it tuples."
+    ) from error
+  if book.bits not in (8, 4):
+    raise ValueError(f"`codebook` {book.name!r} must have 8 or 4 bits, got {book.bits!r}.")
+  if not isinstance(book.name, str) or not re.fullmatch(r"[\w-]+", book.name):
+    raise ValueError(
+      f"`codebook` must have a name of letters, digits, '_' and '-', got {book.name!r}: it stands "
+      "in the key paths of saved states."
+    )
+  if _CODEBOOKS.get(book.name, book) != book:
+    raise ValueError(
+      f"`codebook` {book.name!r} has the name of another, and what is saved of it would be read as "
+      "that one's. Give it a name of its own."
+    )
+
+
+def _reduced(book: Codebook) -> Any:
+  """What a pickle holds of a codebook: if it is known by its name, not where its class is."""
+  if _CODEBOOKS.get(book.name) == book:
+    return get_codebook, (book.name,)
+  return object.__reduce_ex__(book, 2)
+
+
+for _kind in {type(book) for book in _CODEBOOKS.values()}:
+  copyreg.pickle(_kind, _reduced)  # type: ignore[arg-type]

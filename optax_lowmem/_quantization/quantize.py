@@ -11,14 +11,14 @@ from jax.core import Tracer
 from optax_lowmem._arguments.checks import check_block_size
 from optax_lowmem._quantization.array import QuantizedArray, encode
 from optax_lowmem._quantization.codebook import Codebook
-from optax_lowmem._quantization.codebooks import get_codebook
+from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
 
 _SCALE_BLOCK = 256  # double quantization: block of the scales, as in bitsandbytes
 
 
 def quantize(
   x: jax.Array,
-  codebook: str | Codebook = "dynamic",
+  codebook: CodebookName | Codebook = "dynamic",
   block_size: int = 256,
   double_quantize: bool = False,
 ) -> QuantizedArray:
@@ -39,7 +39,8 @@ def quantize(
     x: floating array of rank 1 or more.
     codebook: a name: `"dynamic"`, `"dynamic_unsigned"` (bitsandbytes' 8-bit maps, code for code),
       `"linear"`, `"power8"`, `"power8_unsigned"`, `"log8"`, `"log8_unsigned"` (8 bits), `"nf4"`,
-      `"fp4"`, `"power4"`, `"power4_unsigned"`, `"log4"`, `"log4_unsigned"` (4 bits).
+      `"fp4"`, `"power4"`, `"power4_unsigned"`, `"log4"`, `"log4_unsigned"` (4 bits); or a
+      `Codebook`.
     block_size: elements a block; a positive even number.
     double_quantize: also quantize the scales: their mean is subtracted and the rest held in 8-bit
       `dynamic` codes with one float32 scale for 256 of them (Dettmers et al, 2023). The scales are

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from optax_lowmem._arguments.checks import check_block_size, check_min_size
 from optax_lowmem._quantization.array import QuantizedArray, encode
 from optax_lowmem._quantization.codebook import Codebook
-from optax_lowmem._quantization.codebooks import get_codebook
+from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
 
 
 class Storage(Protocol):
@@ -56,7 +56,7 @@ class Dense:
     return stored.astype(jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Blockwise:
   r"""Codes of a codebook and one float32 scale a block.
 
@@ -69,7 +69,7 @@ class Blockwise:
   ``store(load(s)) == s``, bit for bit.
 
   Attributes:
-    codebook: a name known to `optax_lowmem.quantize`.
+    codebook: a name known to `quantize`, or a `Codebook`, which it becomes.
     block_size: elements a block at least; a positive even number.
     min_size: arrays of fewer elements are held in float32.
 
@@ -80,7 +80,7 @@ class Blockwise:
     ((4096, 16), (1024, 1), (4, 16))
   """
 
-  codebook: str | Codebook = "power8"
+  codebook: CodebookName | Codebook = "power8"
   block_size: int = 64
   min_size: int = 4096
 
@@ -88,6 +88,10 @@ class Blockwise:
     object.__setattr__(self, "codebook", get_codebook(self.codebook))
     object.__setattr__(self, "block_size", check_block_size(self.block_size))
     check_min_size(self.min_size)
+
+  def __repr__(self) -> str:
+    name = get_codebook(self.codebook).name
+    return f"Blockwise({name!r}, block_size={self.block_size}, min_size={self.min_size})"
 
   def store(self, x: jax.Array) -> QuantizedArray | jax.Array:
     """Returns `x` quantized, or in float32 if it has fewer than `min_size` elements."""
@@ -104,7 +108,7 @@ class Blockwise:
 
 
 def by_field(
-  storage: Mapping[str, Storage | str] | None, block_size: int, min_size: int
+  storage: Mapping[str, Storage | Codebook | str] | None, block_size: int, min_size: int
 ) -> dict[str, Storage]:
   """Storages by the field they are for; the name of a codebook stands for a `Blockwise`.
 
@@ -121,7 +125,7 @@ def by_field(
 
 def _storage(field: str, value: Any, block_size: int, min_size: int) -> Storage:
   if isinstance(value, str | Codebook):
-    return Blockwise(value, block_size, min_size)
+    return Blockwise(get_codebook(value), block_size, min_size)
   methods = getattr(value, "store", None), getattr(value, "load", None)
   if isinstance(value, type) or not all(map(callable, methods)):
     raise TypeError(

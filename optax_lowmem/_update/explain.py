@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -41,7 +42,12 @@ class Explained:
 
 
 class Explanation(tuple[Explained, ...]):
-  """One `Explained` a parameter; printed as a table."""
+  """One `Explained` a parameter; `print` shows a table, `repr` a line."""
+
+  def __repr__(self) -> str:
+    methods = collections.Counter(e.method for e in self)
+    counts = {"parameters": len(self), "bytes": sum(e.bytes for e in self), **methods}
+    return f"Explanation({', '.join(f'{what}={n}' for what, n in counts.items())})"
 
   def __str__(self) -> str:
     rows = [("parameter", "shape", "state", "bytes", "updated by", "because")]
@@ -55,7 +61,11 @@ class Explanation(tuple[Explained, ...]):
     return "\n".join(lines)
 
 
-def explain(tx: optax.GradientTransformation, params: Any, platform: str = "cuda") -> Explanation:
+def explain(
+  tx: optax.GradientTransformation,
+  params: Any,
+  platform: Literal["cuda", "rocm", "tpu", "cpu"] = "cuda",
+) -> Explanation:
   """Says for every parameter how its state is held, by what method it is updated, and why.
 
   Nothing is computed: `tx` is traced on shapes.

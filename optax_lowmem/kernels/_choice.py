@@ -7,7 +7,7 @@ import contextvars
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -28,7 +28,7 @@ def setting() -> str:
 
 
 @contextlib.contextmanager
-def using(mode: str) -> Iterator[None]:
+def using(mode: Literal["auto", "xla", "pallas", "interpret"]) -> Iterator[None]:
   """Updates that are traced within run by kernels or not, as `mode` says.
 
   Args:

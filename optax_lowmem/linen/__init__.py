@@ -18,6 +18,7 @@ For a model that was not edited:
 """
 
 from optax_lowmem._arguments import flax_extra as flax_extra
+from optax_lowmem._state.pickled_names import name_after as _name_after
 from optax_lowmem.linen._intercept import apply as apply
 from optax_lowmem.linen._intercept import intercept as intercept
 from optax_lowmem.linen._layers import Layer as Layer
@@ -30,6 +31,8 @@ from optax_lowmem.linen._peft import load_peft as load_peft
 from optax_lowmem.linen._peft import save_peft as save_peft
 from optax_lowmem.linen._quantize import pack as pack
 from optax_lowmem.linen._quantize import quantize_params as quantize_params
+
+_name_after(__name__, Layer, Layers, LoRA, LoRADense, NF4Dense)
 
 __all__ = [
   "Layer",

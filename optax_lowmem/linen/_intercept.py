@@ -40,7 +40,33 @@ class Factors:
 
 
 def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-  """For `flax.linen.intercept_methods`: lets layers run on packed kernels and with factors."""
+  """For `flax.linen.intercept_methods`: lets layers run on packed kernels and with factors.
+
+  `apply` is the same for a whole call; this is for a program with interceptors of its own.
+
+  Args:
+    next_fun: the method that is called.
+    args: its arguments.
+    kwargs: its keyword arguments.
+    context: flax's `InterceptorContext`, which says of what module.
+
+  Returns:
+    What the method returns, or would return with a decoded kernel, plus the correction.
+
+  Raises:
+    ValueError: a layer's bias or factors are missing or of other shapes than the layer's.
+
+  >>> import jax, jax.numpy as jnp
+  >>> from flax import linen as flax_linen
+  >>> from optax_lowmem import linen
+  >>> model, x = flax_linen.Dense(32), jnp.ones((3, 64))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> layers = linen.find_layers(model, variables, x)
+  >>> packed = linen.quantize_params(variables["params"], layers)
+  >>> with flax_linen.intercept_methods(linen.intercept):
+  ...   model.apply({"params": packed}, x).shape
+  (3, 32)
+  """
   call = call_of(args, kwargs, context)
   if call is None:
     return next_fun(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class LoRADense(nn.Dense, kw_only=True):
   dropout: float = 0.0
   deterministic: bool | None = None
   use_rslora: bool = False
-  codebook: str | None = None
+  codebook: Literal["nf4", "fp4", "int8"] | None = None
   block_size: int | None = 64
   double_quantize: bool | None = None
 

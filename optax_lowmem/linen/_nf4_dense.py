@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class NF4Dense(nn.Dense, kw_only=True):
     Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, arXiv:2305.14314.
   """
 
-  codebook: str = "nf4"
+  codebook: Literal["nf4", "fp4", "int8"] = "nf4"
   block_size: int | None = 64
   double_quantize: bool | None = None
 

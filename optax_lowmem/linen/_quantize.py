@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import traverse_util
@@ -28,7 +28,7 @@ def quantize_params(
   *,
   targets: str | Sequence[str] | None = None,
   exclude: str | Sequence[str] | None = HEAD,
-  codebook: str = "nf4",
+  codebook: Literal["nf4", "fp4", "int8"] = "nf4",
   block_size: int | None = 64,
   double_quantize: bool | None = None,
 ) -> dict[str, Any]:

@@ -14,7 +14,9 @@
 """
 
 from optax_lowmem._arguments import flax_extra as flax_extra
+from optax_lowmem._state.pickled_names import name_after as _name_after
 from optax_lowmem.nn._layers.lora_embed import LoRAEmbed as LoRAEmbed
+from optax_lowmem.nn._layers.lora_init import Init as Init
 from optax_lowmem.nn._layers.lora_init import LoftQ as LoftQ
 from optax_lowmem.nn._layers.lora_linear import LoRALinear as LoRALinear
 from optax_lowmem.nn._layers.lora_plus import scale_lora_b as scale_lora_b
@@ -31,7 +33,20 @@ from optax_lowmem.nn._model.surgery import quantize_model as quantize_model
 from optax_lowmem.nn._peft.load import load_peft as load_peft
 from optax_lowmem.nn._peft.save import save_peft as save_peft
 
+_name_after(
+  __name__,
+  LoRAEmbed,
+  LoRALinear,
+  LoftQ,
+  NF4Linear,
+  QuantizedEinsum,
+  QuantizedLinear,
+  QuantizedModule,
+  QuantizedWeight,
+)
+
 __all__ = [
+  "Init",
   "LoRAEmbed",
   "LoRALinear",
   "LoftQ",

@@ -35,6 +35,7 @@ class LoRAEmbed(Adapter):
     alpha: as in `LoRALinear`.
     use_rslora: as in `LoRALinear`.
     use_dora: as in `LoRALinear`.
+    init: as in `LoRALinear`, of whose ways none applies to a table: they all start it alike.
     param_dtype: as in `LoRALinear`.
     rngs: gives the key for B (stream `params`).
 

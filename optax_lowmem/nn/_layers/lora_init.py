@@ -53,7 +53,7 @@ class LoftQ:
   """
 
   iterations: int = 1
-  codebook: str = "nf4"
+  codebook: Literal["nf4", "fp4", "int8"] = "nf4"
   block_size: int | None = 64
   double_quantize: bool | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.codebooks import CodebookName
 from optax_lowmem._quantization.quantize import quantize
 from optax_lowmem.nn._layers.packed_product import multiply
 
@@ -32,7 +33,7 @@ def over_stack(fn, levels: int, mapper=jax.vmap):
   return fn
 
 
-CODEBOOKS = {"nf4": "nf4", "fp4": "fp4", "int8": "linear"}
+CODEBOOKS: dict[str, CodebookName] = {"nf4": "nf4", "fp4": "fp4", "int8": "linear"}
 
 
 def check_codebook(codebook: str) -> str:
@@ -166,7 +167,7 @@ class QuantizedLinear(nnx.Module):
     weight: jax.Array,
     bias: jax.Array | nnx.Variable | None = None,
     *,
-    codebook: str = "nf4",
+    codebook: Literal["nf4", "fp4", "int8"] = "nf4",
     block_size: int | None = 64,
     double_quantize: bool | None = None,
     dtype: Any = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class QuantizedModule(QuantizedEinsum):
     self,
     layer: nnx.Module,
     *,
-    codebook: str = "nf4",
+    codebook: Literal["nf4", "fp4", "int8"] = "nf4",
     block_size: int | None = 64,
     double_quantize: bool | None = None,
   ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -37,7 +37,7 @@ def quantize_model(
   *,
   targets: str | Sequence[str] | None = None,
   exclude: str | Sequence[str] | None = HEAD,
-  codebook: str = "nf4",
+  codebook: Literal["nf4", "fp4", "int8"] = "nf4",
   block_size: int | None = 64,
   double_quantize: bool | None = None,
 ) -> M:
@@ -120,7 +120,7 @@ def add_lora(
   rank_pattern: Mapping[str, int] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
   modules_to_save: str | Sequence[str] | None = None,
-  bias: str = "none",
+  bias: Literal["none", "all", "lora_only"] = "none",
   init: Init = "default",
   param_dtype: Any = jnp.float32,
   stack: str = "layers",
@@ -154,9 +154,9 @@ def add_lora(
     alpha_pattern: the same for alpha.
     modules_to_save: a name or names of modules, or last parts of them, that are trained whole.
       They are left out of `targets`.
-    bias: `"lora_only"` also trains the biases of adapted layers, `"all"` those of all layers.
+    bias: `"none"`; `"lora_only"` also trains the biases of adapted layers, `"all"` those of all.
       What is trained by it or by `modules_to_save` must have a name in PEFT's files.
-    init: as in `LoRALinear`.
+    init: `"default"`, `"gaussian"`, `"pissa"`, `"loftq"` or a `LoftQ`, as in `LoRALinear`.
     param_dtype: as in `LoRALinear`; PEFT with `autocast_adapter_dtype=False` holds adapters in the
       dtype of their base. Modules and biases that are trained whole are held in it, or in their own
       if that is wider; their layers compute in what they did.
