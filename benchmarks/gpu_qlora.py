@@ -28,11 +28,12 @@ def random_weights(steps: int) -> dict[str, Any]:
   from flax import nnx
 
   from optax_lowmem import nn as lowmem_nn
-  from optax_lowmem.qlora.commands.finetune import adapted, compiled, optimizer, split
   from optax_lowmem.qlora.data.dataset import Batch
   from optax_lowmem.qlora.loading.llama import Llama
   from optax_lowmem.qlora.models.llama_config import LlamaConfig
+  from optax_lowmem.qlora.run.recipe import adapted, optimizer
   from optax_lowmem.qlora.run.settings import Settings
+  from optax_lowmem.qlora.training.step import compiled, split
 
   on_gpu = jax.devices()[0].platform == "gpu"
   if on_gpu:

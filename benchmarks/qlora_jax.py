@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 
 from _turns import arguments, resident, serve
 from optax_lowmem import nn as lowmem_nn
-from optax_lowmem.qlora.commands.finetune import compiled, split
 from optax_lowmem.qlora.data.dataset import Batch, load
 from optax_lowmem.qlora.files.fetch import default_data, default_model
 from optax_lowmem.qlora.loading.config_files import config_to_hf
@@ -29,6 +28,7 @@ from optax_lowmem.qlora.loading.llama import load_llama
 from optax_lowmem.qlora.loading.weights import expected_shapes, open_checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.training.step import compiled, split
 
 # vocabulary, width, ff, layers, heads, key-value heads, head, eps, rope base, positions, tied
 SHAPES = {

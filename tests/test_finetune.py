@@ -20,10 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
-from optax_lowmem.qlora.commands import finetune
+from optax_lowmem.qlora.commands import training_run
 from optax_lowmem.qlora.data import batches
 from optax_lowmem.qlora.data import dataset as data
 from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.run.recipe import adapted, optimizer
 from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from optax_lowmem.qlora.training import report
@@ -80,19 +81,19 @@ def test_a_whole_run(files, tmp_path, capsys, caplog):
 
 def test_the_byte_table_counts_the_real_arrays(files, tmp_path):
   settings = Settings(model=str(files / "model"), dtype="float32", seq_len=32, rank=64)
-  tx, _ = finetune.optimizer(settings)
-  model = finetune.adapted(load_llama(files / "model", "nf4"), settings)
+  tx, _ = optimizer(settings)
+  model = adapted(load_llama(files / "model", "nf4"), settings)
   _, state, frozen = training.split(model, tx.init)
-  four, dense, lora, optimizer = report.byte_parts(frozen, state.lora, state.opt_state, "x")
+  four, dense, lora, moments = report.byte_parts(frozen, state.lora, state.opt_state, "x")
   linears = LAYERS * (WIDTH * (2 * WIDTH + WIDTH) + 3 * WIDTH * INNER)
   assert four.parameters == linears and four.usual == 2 * linears
   # A layer's and a matrix's share of 8-bit scales of scales, 4 bytes each, is what is beyond 4.125.
   assert 4.125 / 8 * linears < four.here < 4.125 / 8 * linears + 7 * LAYERS * 4 * 6
   assert dense.here == 4 * dense.parameters == 2 * dense.usual
   assert lora.here == lora.usual == 4 * lora.parameters
-  assert optimizer.usual == pytest.approx(8 * lora.parameters, rel=1e-3)
-  assert optimizer.here == sum(lowmem.state_bytes(state.opt_state).values())
-  assert optimizer.here < 0.27 * optimizer.usual
+  assert moments.usual == pytest.approx(8 * lora.parameters, rel=1e-3)
+  assert moments.here == sum(lowmem.state_bytes(state.opt_state).values())
+  assert moments.here < 0.27 * moments.usual
 
 
 @pytest.mark.slow  # test_qlora_checkpoints.py has a shorter one, with real kills
@@ -129,7 +130,7 @@ def test_the_same_command_gives_the_same_adapter_and_the_seed_matters(files, tmp
 def pieces(files):
   """What a step needs: graph, optimizer, state, frozen weights and a batch of two parts."""
   s = Settings(model=str(files / "model"), dtype="float32", seq_len=32, rank=4)
-  model = finetune.adapted(load_llama(files / "model", "nf4"), s)
+  model = adapted(load_llama(files / "model", "nf4"), s)
   # B starts at zero, where the gradient of A vanishes.
   bump = lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)  # noqa: E731
   nnx.update(model, jax.tree.map(bump, nnx.state(model, nnx.LoRAParam)))
@@ -186,7 +187,7 @@ class TestStep:
     """With dropout, whose random state must move on."""
     save_model(tmp_path / "m", tied=False)
     s = Settings(dtype="float32", rank=4, targets="lm_head", quantize="none", dropout=0.5)
-    model = finetune.adapted(load_llama(tmp_path / "m"), s)
+    model = adapted(load_llama(tmp_path / "m"), s)
     model.lm_head.lora_b[...] += 0.1
     graph, state, frozen = training.split(model, lambda _: None)
     part = batches.Batch(*(x if x is None else jnp.asarray(x[0]) for x in pieces[-1]))
@@ -209,7 +210,7 @@ class TestStep:
 
   def test_schedules(self):
     for name, last in (("constant", 1e-3), ("linear", 1e-5), ("cosine", 0.0)):
-      _, schedule = finetune.optimizer(Settings(steps=100, warmup=4, lr=1e-3, schedule=name))
+      _, schedule = optimizer(Settings(steps=100, warmup=4, lr=1e-3, schedule=name))
       rates = [float(np.asarray(schedule(i))) for i in range(100)]
       assert rates[0] == pytest.approx(2e-4) and rates[4] == pytest.approx(1e-3)
       assert max(rates) == pytest.approx(1e-3) and rates[99] == pytest.approx(last, abs=2e-6)
@@ -271,7 +272,7 @@ class TestBadInput:
     assert "exists" in refused(arguments(files, tmp_path / "precious.txt"), capsys)
 
   def test_where_nothing_can_be_written_no_model_is_read(self, files, capsys, monkeypatch):
-    monkeypatch.setattr(finetune, "loaded_model", None)
+    monkeypatch.setattr(training_run, "loaded_model", None)
     error = refused(arguments(files, files / "rows.json" / "out"), capsys)
     assert "out: nothing can be written there (Not a directory)" in error
 

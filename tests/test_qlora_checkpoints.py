@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import optax_lowmem as lowmem
-from optax_lowmem.qlora.commands import finetune
+from optax_lowmem.qlora.commands import training_run
 from optax_lowmem.qlora.run import checkpoints
 from qlora_cases import SCRIPT, adapter, arguments, main, records, same
 
@@ -140,7 +140,7 @@ def test_a_run_continued_elsewhere_can_be_killed_at_once(files, tmp_path, monkey
   assert main(arguments(files, whole, *SHORT)) == 0
   assert main(arguments(files, first, *SHORT, "--stop-after", "1")) == 0
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(finetune.Steps, "ready", lambda *_: (_ for _ in ()).throw(Killed))
+    patch.setattr(training_run.Steps, "ready", lambda *_: (_ for _ in ()).throw(Killed))
     main(["--resume", str(first), "--out", str(second)])
   assert main(["--resume", str(second)]) == 0
   assert same(adapter(whole), adapter(second))

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import optax_lowmem
 from optax_lowmem import nn as lowmem_nn
-from optax_lowmem.qlora.commands import finetune
+from optax_lowmem.qlora.commands import training_run
 from optax_lowmem.qlora.files import disk, locks
 from optax_lowmem.qlora.loading.fingerprints import of_file
 from optax_lowmem.qlora.loading.llama import load_llama
@@ -280,7 +280,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on(
   files, runs, tmp_path, monkeypatch, capsys, save
 ):
-  out, count, real = tmp_path / "out", 0, finetune.save_state
+  out, count, real = tmp_path / "out", 0, training_run.save_state
 
   def full(*given):
     nonlocal count
@@ -290,7 +290,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on(
     return real(*given)
 
   with monkeypatch.context() as patch:
-    patch.setattr(finetune, "save_state", full)
+    patch.setattr(training_run, "save_state", full)
     assert main(arguments(files, out, *SHORT)) == 1
   said = capsys.readouterr().err
   assert said.startswith(f"error: {out}: nothing more can be written there (no space left on")

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from importlib.util import find_spec
 
 # By name: the module, the function, and what it does. Modules are imported when they are asked for:
 # together they take seconds, and need packages of the extra `qlora`.
@@ -50,20 +51,17 @@ def main(argv: list[str] | None = None, default: str | None = None) -> int:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     print(f"error: {argv[0]!r} is no command.{hint}\n\n{_usage()}", file=sys.stderr)
     return 2
-  module, name, _ = _COMMANDS[command]
-  try:
-    run = getattr(importlib.import_module(f"optax_lowmem.qlora.commands.{module}"), name)
-  except ImportError as error:
-    missing = (error.name or "").partition(".")[0]
-    if missing not in _NEEDED and "optax_lowmem[" not in str(error):
-      raise
-    package = _NEEDED.get(missing, "flax")
+  # All of them, at once and at the start: some are imported when a run ends.
+  missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
+  if missing:
+    what = f"{', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
     print(
-      f"error: `lowmem {command}` needs {package}, which is not installed. Run "
-      "`pip install 'optax_lowmem[qlora]'`.",
+      f"error: `lowmem {command}` needs {what}. Run `pip install 'optax_lowmem[qlora]'`.",
       file=sys.stderr,
     )
     return 1
+  module, name, _ = _COMMANDS[command]
+  run = getattr(importlib.import_module(f"optax_lowmem.qlora.commands.{module}"), name)
   try:
     return run(rest)
   except KeyboardInterrupt:

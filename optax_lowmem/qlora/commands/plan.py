@@ -1,0 +1,103 @@
+"""What a run is to be, from its settings and from shapes: ``lowmem plan`` prints it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from optax_lowmem.qlora.commands.inputs import read_data
+from optax_lowmem.qlora.data.batches import Batch
+from optax_lowmem.qlora.files.fetch import MODEL_NAME, default_model
+from optax_lowmem.qlora.files.hub import fetched
+from optax_lowmem.qlora.loading.weights import open_checkpoint
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from optax_lowmem.qlora.run.checks import (
+  check,
+  check_attention,
+  check_length,
+  check_patterns,
+  check_rank,
+)
+from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.run.terminal import print_bytes, print_shapes, say
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.training.devices import devices_in_a_row
+from optax_lowmem.qlora.training.report import byte_parts
+from optax_lowmem.qlora.training.step import abstract_state, compiled, split
+
+
+@dataclass(frozen=True)
+class Plan:
+  """What settings and a model's config.json decide.
+
+  Attributes:
+    settings: with the model's directory in the place of its name on the hub.
+    model_path: of the base model.
+    base_name: of the base model, as it was given; a saved adapter names it.
+    config: the base model's.
+    shapes: of the adapted model.
+    tx: the optimizer.
+    schedule: its learning rate.
+    mesh: the devices, or None for one.
+  """
+
+  settings: Settings
+  model_path: Path
+  base_name: str
+  config: LlamaConfig
+  shapes: Any
+  tx: optax.GradientTransformation
+  schedule: Callable[[int], Any]
+  mesh: Mesh | None
+
+  @classmethod
+  def of(cls, s: Settings) -> "Plan":
+    """Holds the settings against the model and the devices.
+
+    Raises:
+      ValueError, OSError: for what no run can have.
+    """
+    tx, schedule = optimizer(s)
+    mesh = devices_in_a_row(s.devices, s.batch_size)
+    base_name = s.model or MODEL_NAME
+    model_path = fetched(s.model) if s.model else default_model(say)
+    s = replace(s, model=str(model_path)) if s.model else s
+    config = open_checkpoint(model_path).config
+    check_length(s, config)
+    check_rank(s, config)
+    check_patterns(s, config)
+    check_attention(s, config)
+    return cls(s, model_path, base_name, config, abstract_model(config, s), tx, schedule, mesh)
+
+  def lasting(self, steps: int) -> "Plan":
+    """The same for a number of steps, in the place of one of epochs."""
+    s = replace(self.settings, steps=steps, epochs=0.0)
+    check(s)
+    tx, schedule = optimizer(s)
+    return replace(self, settings=s, tx=tx, schedule=schedule)
+
+  def show(self) -> None:
+    """Prints the shapes of what would be trained and the memory of a step.
+
+    The data are read if they were named, so that what is wrong with them is found here too.
+    """
+    s = self.settings
+    if s.data:
+      read_data(s, ChatTokenizer.from_model(self.model_path, s.chat_template))
+    graph, state, frozen = split(self.shapes, partial(abstract_state, self.tx))
+    shape = (s.grad_accum, s.batch_size, s.seq_len)
+    ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
+    packed = (ids, ids) if s.packing else ()
+    batch = Batch(ids, ids, mask, jax.ShapeDtypeStruct(shape[:2], jnp.int32), *packed)
+    print_shapes(state.lora)
+    say(f"Compiling a step of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens ...")
+    step = compiled(graph, self.tx, state, frozen, batch)
+    parts = byte_parts(frozen, state.lora, state.opt_state, s.optim, s.quantize)
+    print_bytes(parts, step.memory_analysis().temp_size_in_bytes)

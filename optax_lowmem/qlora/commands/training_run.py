@@ -1,0 +1,235 @@
+"""One fine-tuning, from the first thing that may be refused to its results."""
+
+import json
+import math
+import shutil
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from optax_lowmem import nn as lowmem_nn
+from optax_lowmem.qlora.commands.inputs import read_inputs
+from optax_lowmem.qlora.commands.plan import Plan
+from optax_lowmem.qlora.files.disk import written_to
+from optax_lowmem.qlora.models.neftune import without_noise
+from optax_lowmem.qlora.run.called import called
+from optax_lowmem.qlora.run.checkpoints import (
+  METRICS,
+  STATE,
+  check_sealed,
+  found,
+  load_state,
+  replacing,
+  save_state,
+  seal,
+  whole_metrics,
+)
+from optax_lowmem.qlora.run.checks import only_results_left
+from optax_lowmem.qlora.run.recipe import loaded_model
+from optax_lowmem.qlora.run.run_folder import output_folder
+from optax_lowmem.qlora.run.runs import save_settings
+from optax_lowmem.qlora.run.terminal import (
+  CtrlC,
+  StepBar,
+  complain,
+  conclude,
+  print_bytes,
+  say,
+  say_trained,
+)
+from optax_lowmem.qlora.training.devices import dealt, everywhere, in_host_memory, in_parts
+from optax_lowmem.qlora.training.evaluation import HeldOut, since_best
+from optax_lowmem.qlora.training.report import (
+  Metrics,
+  byte_parts,
+  count,
+  loss_picture,
+  memory_in_use,
+  read_records,
+)
+from optax_lowmem.qlora.training.samples import Samples
+from optax_lowmem.qlora.training.step import Steps, merged, split
+from optax_lowmem.qlora.training.tensorboard import Board
+
+
+class Run:
+  """A fine-tuning: made, then `load`, `begin`, `train` and `finish`, in this order.
+
+  Making it chooses and locks its folder and reads its data. Of bad input it and `load` raise, and
+  nothing after them.
+
+  Attributes:
+    settings: those of the plan, with as many steps as the data make of epochs.
+    out: the folder that is written to.
+    before: the folder of the run that is resumed, or `out`.
+    done: the steps that are done.
+    ended: whether none is left: all are done, or patience has ended it.
+    graph, state, frozen: the model, as `split` gives it; a step changes the state.
+    records: what was measured.
+  """
+
+  def __init__(self, plan: Plan, locks: ExitStack):
+    s = plan.settings
+    self.locks = locks
+    self.out = output_folder(s, locks)
+    self.before = Path(s.resume or self.out)
+    if s.fsdp and plan.mesh is None:
+      say("--fsdp: there is only one device, which holds the whole base model.")
+    self.inputs = read_inputs(s, plan.model_path, plan.config)
+    if s.epochs:
+      plan = plan.lasting(self.inputs.batches.steps(s.epochs))
+    self.plan, self.settings, self.mesh = plan, plan.settings, plan.mesh
+    self.done, self.ended, self.records = 0, False, []
+
+  def load(self) -> None:
+    """Reads the model, and the state of the run that is resumed.
+
+    Raises:
+      ValueError, OSError: where one of them is damaged, or nothing is left to do.
+    """
+    s = self.settings
+    divided = s.fsdp and self.mesh is not None
+    with in_host_memory() if divided else nullcontext():
+      model = loaded_model(self.plan.model_path, s)
+      self.graph, state, frozen = split(model, self.plan.tx.init)
+    self.state = everywhere(state, self.mesh)
+    self.frozen = (in_parts if s.fsdp else everywhere)(frozen, self.mesh)
+    if s.resume:
+      last = found(self.before / "last")
+      check_sealed(last)
+      self.state, self.done = load_state(last / STATE, self.state)
+      self.records = read_records(whole_metrics(last) or self.before / METRICS, until=self.done)
+      self.ended = only_results_left(s, self.done, self.before, self.records)
+    self.board = Board(self.out / "tensorboard", self.done) if s.tensorboard else None
+
+  def begin(self) -> None:
+    """Measures what there is before the first step, and leaves a run that can be resumed."""
+    s = self.settings
+    say_trained(count(self.state.lora), count(self.frozen))
+    model = merged(self.graph, self.state, self.frozen)
+    model.eval()  # no dropout, no noise
+    quiet = nnx.graphdef(model)
+    batches, held_rows = self.inputs.batches, self.inputs.held_rows
+    measured_with = batches.once(held_rows)[: s.eval_batches]
+    self.held_out = HeldOut(quiet, self.frozen, measured_with, self.mesh)
+    self.samples = Samples(quiet, self.inputs.tokenizer, held_rows, s.samples)
+
+    self.locks.enter_context(written_to(self.out, _go_on(self.out)))
+    if self.done and not any("held_out_loss" in record for record in self.records):
+      say("The run's metrics are lost; the held-out loss is measured again.")
+      self.records = [*self.records, {"step": self.done, **self.measure(), **self.speak()}]
+    if self.done == 0:
+      say(f"Held-out loss{' and samples' * bool(s.samples)} before training ...")
+      self.records = [{"step": 0, **self.measure(), **self.speak()}]
+    # run.json comes last: what --resume finds by it has something to go on from.
+    if self.done == 0:
+      self.save("last", 0)
+    elif self.out.resolve() != self.before.resolve():
+      for name in ("last", "best"):
+        if found(self.before / name).exists():
+          with replacing(self.out / name) as folder:
+            shutil.copytree(found(self.before / name), folder, dirs_exist_ok=True)
+    self.metrics = Metrics(self.out / METRICS, self.records, self.board)
+    self.records = self.metrics.records
+    save_settings(s, self.out, *self.inputs.identity)
+    shards = 1 if self.mesh is None else self.mesh.size
+    self.steps = Steps(self.graph, self.plan.tx, shards=shards)
+
+  def measure(self) -> dict[str, float]:
+    """The held-out loss."""
+    return self.held_out(self.state)
+
+  def speak(self) -> dict[str, Any]:
+    """What the model says to the held-out prompts."""
+    return {"samples": self.samples(self.state.lora, self.state.rngs, self.frozen)}
+
+  def save(self, name: str, step: int | None = None) -> None:
+    """Writes the adapter to a folder of the run; with a step, also what --resume needs."""
+    with replacing(self.out / name) as folder:
+      model = without_noise(merged(self.graph, self.state, self.frozen))
+      lowmem_nn.save_peft(model, folder, base_model=self.plan.base_name)
+      if step is not None:
+        save_state(folder / STATE, self.state, step)
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        (folder / METRICS).write_text(text, encoding="utf-8")
+      seal(folder)
+
+  def train(self) -> int:
+    """Takes the steps that are left, until it is stopped; returns the process's exit status."""
+    s = self.settings
+    with CtrlC() as ctrl_c, StepBar(self.done, s.steps) as bar:
+      while not self.ended:
+        if not self.step(bar):
+          return 1
+        if self.ended or (s.eval_every and self.done % s.eval_every == 0):
+          self.evaluate(bar)
+        stopped = self.ended or ctrl_c.asked or self.done == s.stop_after
+        if stopped:
+          self.save("adapter")
+        if stopped or (s.save_every and self.done % s.save_every == 0):
+          self.save("last", self.done)
+        if stopped:
+          break
+    if self.board:
+      self.board.close()
+    if self.ended:
+      return 0
+    say(f"Stopped after step {self.done}. The adapter so far is in {self.out / 'adapter'}.")
+    say(f"To go on: {called()} --resume {self.out}")
+    return 130 if ctrl_c.asked else 0
+
+  def step(self, bar: StepBar) -> bool:
+    """Takes one step; whether its loss and gradient are finite, without which none can follow."""
+    batch = dealt(self.inputs.batches.at(self.done), self.mesh)
+    program = self.steps.ready(self.state, self.frozen, batch)
+    clock = time.perf_counter()
+    self.state, measured = program(self.state, self.frozen, batch)
+    measured = {name: float(value) for name, value in measured.items()}
+    seconds = time.perf_counter() - clock
+    lr, tokens = float(self.plan.schedule(self.done)), int(batch.lengths.sum())
+    self.done += 1
+    if not math.isfinite(measured["loss"] + measured["grad_norm"]):
+      complain(
+        f"Step {self.done} gave a loss of {measured['loss']} and a gradient norm of "
+        f"{measured['grad_norm']}; training cannot go on. Try a lower --lr (now "
+        f"{self.settings.lr}). What --save-every saved before is in {self.out / 'last'}."
+      )
+      return False
+    self.metrics.add(step=self.done, **measured, lr=lr, tokens=tokens, seconds=seconds)
+    bar.advance(self.records[-1], self.inputs.batches.epochs(self.done), memory_in_use())
+    self.ended = self.done == self.settings.steps
+    return True
+
+  def evaluate(self, bar: StepBar) -> None:
+    """Measures the held-out loss, keeps the best adapter, and ends the run at patience's end."""
+    patience = self.settings.patience
+    now, (best, missed) = self.measure(), since_best(self.records)
+    better = now["held_out_loss"] < best
+    bar.measured(self.done, **now, best=better)
+    self.ended = self.ended or bool(patience and not better and missed + 1 >= patience)
+    self.metrics.add(step=self.done, **now, **(self.speak() if self.ended else {}))
+    if better:
+      self.save("best")
+
+  def finish(self, begun: float) -> None:
+    """Draws the loss, prints where the bytes are and what was learned, writes summary.json."""
+    s = self.settings
+    if self.done < s.steps:
+      say(
+        f"{s.patience} measurements brought no lower held-out loss; stopped after step {self.done}."
+      )
+    having = self.metrics.having
+    loss_picture(self.out / "loss.png", having("loss"), having("held_out_loss"))
+    parts = byte_parts(self.frozen, self.state.lora, self.state.opt_state, s.optim, s.quantize)
+    print_bytes(parts, self.steps.temporaries())
+    conclude(self.out, self.metrics, parts, seconds=time.perf_counter() - begun)
+
+
+def _go_on(out: Path) -> str:
+  return (
+    f"Free some space, then go on from the last save with --resume {out}; where nothing was saved "
+    "yet, begin again with the same --out."
+  )

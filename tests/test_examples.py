@@ -1,0 +1,91 @@
+"""The examples that are to be read: short, of public API only, and they run."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from safetensors.numpy import load_file
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+READ = ["tiny_gpt.py", "minimal_qlora.py", "full_finetune.py"]
+PUBLIC = {"optax_lowmem", "flax", "jax", "numpy", "optax", "orbax", "tiny_gpt"}
+
+
+def run(name, *arguments):
+  """What an example prints, in a process of its own."""
+  command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES.parent)}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def numbers(pattern, printed):
+  return [float(number) for number in re.findall(pattern, printed)]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_they_are_short_and_import_nothing_private(name):
+  text = (EXAMPLES / name).read_text()
+  assert text.count("\n") <= 150
+  for node in ast.walk(ast.parse(text)):
+    names = []
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+    elif isinstance(node, ast.Attribute):
+      names = [node.attr]
+    for full in names:
+      assert not any(re.match("_(?!_)", part) for part in full.split(".")), full
+      first = full.split(".")[0]
+      if not isinstance(node, ast.Attribute):
+        assert first in PUBLIC or first in sys.stdlib_module_names, full
+      # Of this library what README shows; `optax_lowmem.qlora` is a program.
+      assert not full.startswith("optax_lowmem.qlora"), full
+
+
+def test_minimal_qlora(tmp_path):
+  printed = run("minimal_qlora.py", "--pretrain", 15, "--steps", 15, "--out", tmp_path / "adapter")
+  base, packed, adapted, merged = numbers(r"Loss on Python: +([\d.]+)", printed)
+  assert abs(packed - base) < 0.02 * base and adapted < 0.95 * packed
+  assert merged == pytest.approx(adapted, abs=2e-3)  # printed with three digits
+  whole, nf4, adapters, state, usual, after = numbers(r"([\d.]+) MB", printed)
+  assert nf4 < whole / 4 and after == whole
+  assert usual == pytest.approx(2 * adapters, abs=0.02) and state < 0.3 * usual
+  assert (tmp_path / "adapter/adapter_config.json").is_file()
+  tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+  assert any(name.endswith("blocks.1.qkv.lora_A.weight") for name in tensors)
+
+
+def trained(folder, steps, *options):
+  """What `full_finetune.py` prints, and the held-out loss before and after."""
+  printed = run("full_finetune.py", "--steps", steps, "--out", folder, *options)
+  assert f"the last of step {steps}" in printed and (folder / str(steps)).is_dir()
+  return printed, *numbers(r"Held-out loss: ([\d.]+)", printed)
+
+
+def test_full_finetune_goes_on_where_it_stopped(tmp_path):
+  printed, first, last = trained(tmp_path / "whole", 12)
+  assert last < 0.8 * first
+  parameters, state, usual = numbers(r"([\d.]+) MB", printed)
+  assert usual == pytest.approx(2 * parameters, abs=0.02) and state < 0.27 * usual
+
+  _, same, halfway = trained(tmp_path / "parts", 5)
+  printed, resumed, end = trained(tmp_path / "parts", 12)
+  assert "Resumed from" in printed and "after step 5." in printed
+  assert (same, halfway, end) == (first, resumed, last)
+
+
+def test_full_finetune_by_another_rule_with_its_state_on_the_host(tmp_path):
+  options = ["--optim", "lion_8bit", "--lr", "3e-4", "--offload"]
+  _, first, halfway = trained(tmp_path, 8, *options)
+  printed, resumed, last = trained(tmp_path, 12, *options)
+  assert last < resumed == halfway < 0.9 * first
+  (state,) = numbers(r"([\d.]+) MB in host memory", printed)
+  (usual,) = numbers(r"With optax.adamw: +([\d.]+) MB", printed)
+  assert 0.1 * usual < state < 0.14 * usual
