@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def adapted(width: int, base: str, scanned: bool) -> nnx.Module:
     model = nnx.List([Block(width, nnx.Rngs(i)) for i in range(LAYERS)])
   base, _, dora = base.partition(" ")
   if base != "float32":
-    nn.quantize_model(model, codebook="nf4" if base == "plain" else base)
+    nn.quantize_model(model, codebook=cast(Any, "nf4" if base == "plain" else base))
   nn.add_lora(model, 8, 16, use_dora=dora == "dora", rngs=nnx.Rngs(1))
   if base == "plain":
     for block in model:

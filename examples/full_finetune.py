@@ -26,7 +26,7 @@ import optax_lowmem as lowmem
 
 
 def arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--steps", type=int, default=300, help="in all, resumed ones included")
   parser.add_argument("--lr", type=float, default=1e-3)
   parser.add_argument("--optim", default="adamw_8bit", help="a name that lowmem.create knows")

@@ -72,7 +72,7 @@ def megabytes(tree: Any) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--pretrain", type=int, default=300, help="steps on English")
   parser.add_argument("--steps", type=int, default=200, help="steps on Python, in 4 bits")
   parser.add_argument("--rank", type=int, default=16)

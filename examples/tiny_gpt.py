@@ -9,6 +9,7 @@ import inspect
 import tarfile
 from collections.abc import Callable, Iterator
 from pydoc_data.topics import topics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class GPT(nnx.Module):
     return self.lm_head(self.norm(x))
 
 
-def loss_of(model: Callable[[jax.Array], jax.Array], tokens: jax.Array) -> jax.Array:
+def loss_of(model: Callable[[Any], jax.Array], tokens: jax.Array | np.ndarray) -> jax.Array:
   """Mean cross-entropy of each byte but the first, in nats."""
   logits = model(tokens[:, :-1])
   return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Entry:
   """
 
   rule: str
-  bits: int
+  bits: Literal[4, 8]
   first: int
   second: int
   error: float
@@ -86,7 +86,11 @@ class Entry:
   def ours(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
     if hasattr(lowmem, self.rule):
       return functools.partial(getattr(lowmem, self.rule), bits=self.bits, **self.arguments)
-    return lambda lr, bits=self.bits, **storage: lowmem.quantized(self.theirs(lr), bits, **storage)
+
+    def hold(lr: Any, bits: Any = self.bits, **storage: Any) -> Any:
+      return lowmem.quantized(self.theirs(lr), bits, **storage)
+
+    return hold
 
 
 FACTORED = {"momentum": 0.9, "min_dim_size_to_factor": 3}

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from typing import Any, cast
 
 import chex
 import jax
@@ -52,7 +53,7 @@ FORMS = {
 
 def in_codes(name):
   nu = name if name == "linear" else f"{name}_unsigned"
-  storage = {"mu": lowmem.Blockwise(name), "nu": lowmem.Blockwise(nu)}
+  storage = {"mu": lowmem.Blockwise(name), "nu": lowmem.Blockwise(cast(Any, nu))}
   return lowmem.quantized(optax.adam(1e-3), storage=storage)
 
 

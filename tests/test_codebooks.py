@@ -252,6 +252,9 @@ class Even(lowmem.Codebook):
     return (codes.astype(jnp.float32) - (self._steps + 1) * self.signed) / self._steps
 
 
+WRONG: Any = (8, "even", True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Listed(Even):
   values_too: tuple | list = ()
@@ -263,11 +266,12 @@ def test_a_codebook_of_ones_own_works(bits, signed):
   book = Even("even", bits, signed)
   values = np.unique(np.abs(book.values) if not signed else book.values)
   x = jnp.asarray(np.resize(values, (8, 64))).at[:, 0].set(1.0)
+  q: Any
   for q in (lowmem.quantize(x, book, 64), lowmem.Blockwise(book, 64, 0).store(x)):
     chex.assert_trees_all_close(q.dequantize(), x, atol=2 / 2**bits)
   tx = lowmem.quantized(optax.sgd(0.1, momentum=0.9), storage={"trace": book})
   params = {"w": jnp.ones((64, 128))}
-  state = tx.init(params)
+  state: Any = tx.init(params)
   assert state[0].trace["w"].codebook == book
   updates, state = jax.jit(tx.update)(params, state, params)
   np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
@@ -282,7 +286,7 @@ def test_a_codebook_of_ones_own_works(bits, signed):
     (lambda: Even("even", 6, True), ValueError, "'even' must have 8 or 4 bits, got 6"),
     (lambda: Even("a/b", 8, True), ValueError, "must have a name of letters.*got 'a/b'"),
     (lambda: Even("", 8, True), ValueError, "must have a name of letters"),
-    (lambda: Even(8, "even", True), ValueError, "must have 8 or 4 bits, got 'even'"),
+    (lambda: Even(*WRONG), ValueError, "must have 8 or 4 bits, got 'even'"),
     (lambda: Listed("even", 8, True, []), TypeError, "must be hashable.*sequences in it tuples"),
     (lambda: Even, ValueError, "is unknown"),
   ],

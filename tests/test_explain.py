@@ -42,7 +42,7 @@ def test_platforms(platform, method):
 
 def test_unknown_platforms_are_refused():
   with pytest.raises(ValueError, match=r"`platform` must be one of cuda, .*, got 'gpu'\. JAX's"):
-    lowmem.explain(lowmem.lion(1e-3), PARAMS, platform="gpu")
+    lowmem.explain(lowmem.lion(1e-3), PARAMS, platform="gpu")  # pyright: ignore[reportArgumentType]
 
 
 def test_kernels_switched_off():

@@ -10,7 +10,7 @@ What is measured is the drift: the mean distance of the parameters from optax's 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ class Case(NamedTuple):
 
   peer: str
   rule: optax.GradientTransformation
-  bits: int
-  codebooks: dict[str, str]  # that the peer holds its moments in, by optax's name of the field
+  bits: Literal[4, 8]
+  codebooks: dict[str, Any]  # that the peer holds its moments in, by optax's name of the field
 
 
 ADAM = {"mu": "dynamic", "nu": "dynamic_unsigned"}

@@ -232,7 +232,7 @@ def test_setting(monkeypatch):
     assert kernels.setting() == "interpret"
   assert kernels.setting() == "xla"
   with pytest.raises(ValueError, match=r"`mode` must be one of .*, got 'triton'"):
-    kernels.using("triton").__enter__()
+    kernels.using("triton").__enter__()  # pyright: ignore[reportArgumentType]
   monkeypatch.setenv("OPTAX_LOWMEM_KERNELS", "cuda")
   with pytest.raises(ValueError, match=r"`OPTAX_LOWMEM_KERNELS` must be one of .*, got 'cuda'"):
     kernels.setting()

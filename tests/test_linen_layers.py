@@ -16,6 +16,8 @@ from optax_lowmem import linen
 from optax_lowmem import nn as lowmem_nn
 from programs import temporaries_of
 
+BAD: Any = "nf3"
+
 
 def normal(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -246,8 +248,8 @@ def test_gradient_of_8_layers_needs_no_more_than_one_and_a_half(scanned):
     (lambda: linen.LoRADense(4, rank=0, alpha=1), "`rank` must be an integer of at least 1, got 0"),
     (lambda: linen.LoRADense(4, rank=2, alpha=0), "`alpha` must be a positive number, got 0"),
     (lambda: linen.LoRADense(4, rank=2, alpha=2, dropout=1.0), r"`dropout` must be in \[0, 1\)"),
-    (lambda: linen.LoRADense(4, rank=2, alpha=2, codebook="nf3"), "`codebook` must be one of"),
-    (lambda: linen.NF4Dense(4, codebook="dynamic"), "`codebook` must be one of nf4, fp4, int8"),
+    (lambda: linen.LoRADense(4, rank=2, alpha=2, codebook=BAD), "`codebook` must be one of"),
+    (lambda: linen.NF4Dense(4, codebook=BAD), "`codebook` must be one of nf4, fp4, int8"),
     (lambda: linen.NF4Dense(4, dot_general=jax.lax.dot_general), "cannot be set on a layer with a"),
   ],
 )

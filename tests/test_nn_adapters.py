@@ -1,6 +1,6 @@
 """Kinds of adapters and of layers under them: what they compute, start with and train."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,9 @@ def test_an_adapter_in_16_bits_computes_what_one_in_32_bits_of_its_values_does(o
 
 def test_moments_of_an_adapter_in_16_bits_are_not_in_16_bits():
   params = nnx.state(half(nnx.Sequential(linear(64, 64))), nnx.LoRAParam)
-  for bits, kinds in ((32, {"float32"}), (8, {"float32", "uint8"})):
+  cases: list[tuple[Literal[8, 32], set[str]]]
+  cases = [(32, {"float32"}), (8, {"float32", "uint8"})]
+  for bits, kinds in cases:
     state = lowmem.adamw(1e-3, bits=bits, min_size=64).init(params)
     assert {x.dtype.name for x in jax.tree.leaves(state)} - {"int32"} == kinds
 

@@ -111,7 +111,7 @@ def test_storages_are_values():
 
 def test_bad_storages_are_refused():
   with pytest.raises(ValueError, match="`codebook` 'log9' is unknown"):
-    lowmem.Blockwise("log9")
+    lowmem.Blockwise("log9")  # pyright: ignore[reportArgumentType]
   with pytest.raises(ValueError, match="`block_size` must be a positive multiple of 2, got 63"):
     lowmem.Blockwise("log8", 63)
   with pytest.raises(ValueError, match="`min_size` must not be negative"):

@@ -210,7 +210,7 @@ INHERITED = {"NF4Dense", "LoRADense", "QuantizedWeight", "Explanation"}
 @pytest.mark.parametrize(("module", "name"), [p for p in PUBLIC if p[1] not in INHERITED])
 def test_every_argument_is_documented(module, name):
   public = getattr(sys.modules[module], name)
-  text = inspect.getdoc(public)
+  text = inspect.getdoc(public) or ""
   section = re.search(r"^(Args|Attributes):\n((?:  .*\n|\n)+)", text + "\n", re.M)
   documented = re.findall(r"^  (\*{0,2}\w+(?:, \*{0,2}\w+)*):", section[2] if section else "", re.M)
   documented = [n.strip("*") for names in documented for n in names.split(", ")]
@@ -222,7 +222,7 @@ def test_every_argument_is_documented(module, name):
 
 @pytest.mark.parametrize("name", OPTAX)
 def test_help_says_all(name):
-  text = inspect.getdoc(getattr(lowmem, name))
+  text = inspect.getdoc(getattr(lowmem, name)) or ""
   parts = ("Args:", "Returns:", "Raises:", "Examples:", "References:", ".. math::", "at 8 bits")
   text = re.sub(r"\s+", " ", text).lower()
   assert [part for part in (*parts, "at 4") if part.lower() not in text] == []

@@ -6,7 +6,6 @@ dtype, and calls functions as schedules, with the number of the step.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import sys
@@ -17,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from optax_lowmem._arguments.spelling import did_you_mean
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -152,10 +153,9 @@ def _check_dtype(name: str, value: Any, bits: int) -> None:
 def _instead(name: str, known: Mapping[str, Any]) -> str:
   """What to say instead of an argument that a function does not have."""
   other = [f"{n}=" for n in _ELSEWHERE.get(name, ()) if n in known]
-  near = difflib.get_close_matches(name, known, n=1)
-  if other or near:
-    return f"Say {', '.join(other)}." if other else f"Did you mean {near[0]!r}?"
-  return f"It takes: {', '.join(known)}."
+  if other:
+    return f"Say {', '.join(other)}."
+  return did_you_mean(name, known).strip() or f"It takes: {', '.join(known)}."
 
 
 def _groups_of_inject() -> list[dict[str, Any]]:

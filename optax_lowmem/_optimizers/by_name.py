@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -12,6 +11,7 @@ from typing import Any
 import optax
 import optax.contrib
 
+from optax_lowmem._arguments.spelling import nearest
 from optax_lowmem._optimizers.adafactor import adafactor
 from optax_lowmem._optimizers.adagrad_rmsprop import adagrad, rmsprop
 from optax_lowmem._optimizers.adam import adam, adamw
@@ -135,5 +135,5 @@ def _reason(asked: str) -> str:
     call = f"{optaxs[rule]}(learning_rate)"
     call = f"quantized({call}, {bits or 8})"
     return f"is optax's own: pass `{f'offloaded({call})' if paged else call}`."
-  near = difflib.get_close_matches(asked, _SPELLED, n=1, cutoff=0.5)
+  near = nearest(asked, _SPELLED, cutoff=0.5)
   return "is unknown." + (f" Did you mean {_SPELLED[near[0]]!r}?" if near else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
-import difflib
 import functools
 import re
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowmem._arguments.spelling import did_you_mean
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.log_codebook import Log
 from optax_lowmem._quantization.power_codebook import Power
@@ -201,10 +201,9 @@ def get_codebook(codebook: str | Codebook) -> Codebook:
     _check_own(codebook)
     return codebook
   if codebook not in _CODEBOOKS:
-    near = difflib.get_close_matches(str(codebook), _CODEBOOKS, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    hint = did_you_mean(str(codebook), _CODEBOOKS, count=3, cutoff=0.4)
     raise ValueError(
-      f"`codebook` {codebook!r} is unknown. {hint}Known: {', '.join(sorted(_CODEBOOKS))}."
+      f"`codebook` {codebook!r} is unknown.{hint} Known: {', '.join(sorted(_CODEBOOKS))}."
     )
   return _CODEBOOKS[codebook]
 

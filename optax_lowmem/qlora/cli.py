@@ -1,9 +1,10 @@
 """``lowmem``: its commands, and what is said where one is unknown or an extra is missing."""
 
-import difflib
 import importlib
 import sys
 from importlib.util import find_spec
+
+from optax_lowmem._arguments.spelling import did_you_mean
 
 # By name: the module, the function, and what it does. Modules are imported when they are asked for:
 # together they take seconds, and need packages of the extra `qlora`.
@@ -47,8 +48,7 @@ def main(argv: list[str] | None = None, default: str | None = None) -> int:
     print(__version__)
     return 0
   else:
-    near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(argv[0], _COMMANDS)
     print(f"error: {argv[0]!r} is no command.{hint}\n\n{_usage()}", file=sys.stderr)
     return 2
   # All of them, at once and at the start: some are imported when a run ends.
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None, default: str | None = None) -> int:
       file=sys.stderr,
     )
     return 1
+  if default is None and not {"-h", "--help"} & {*rest}:
+    print("Starting ...", file=sys.stderr, flush=True)  # some imports take seconds
   module, name, _ = _COMMANDS[command]
   run = getattr(importlib.import_module(f"optax_lowmem.qlora.commands.{module}"), name)
   try:

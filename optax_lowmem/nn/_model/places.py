@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
 
+from optax_lowmem._arguments.spelling import nearest as alike
 from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_embed, is_linear, reading, stack_shape
 
@@ -127,8 +126,7 @@ def matches(pattern: re.Pattern[str], path: str) -> bool:
 
 def nearest(name: str, known: Sequence[str]) -> str:
   """A sentence with the known names that look like `name`, or nothing."""
-  first = dict.fromkeys(itertools.islice(known, 2000))  # it compares letter by letter
-  close = difflib.get_close_matches(name, first, n=3)
+  close = alike(name, known, count=3)
   return f" Nearest: {', '.join(close)}." if close else ""
 
 

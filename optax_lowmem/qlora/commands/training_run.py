@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from optax_lowmem import nn as lowmem_nn
@@ -189,7 +190,7 @@ class Run:
     self.state, measured = program(self.state, self.frozen, batch)
     measured = {name: float(value) for name, value in measured.items()}
     seconds = time.perf_counter() - clock
-    lr, tokens = float(self.plan.schedule(self.done)), int(batch.lengths.sum())
+    lr, tokens = float(np.asarray(self.plan.schedule(self.done))), int(batch.lengths.sum())
     self.done += 1
     if not math.isfinite(measured["loss"] + measured["grad_norm"]):
       complain(

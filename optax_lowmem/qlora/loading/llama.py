@@ -135,7 +135,7 @@ def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
   return weight
 
 
-def _pack(weight: np.ndarray, codebook: str) -> lowmem.QuantizedArray:
+def _pack(weight: np.ndarray, codebook: Literal["nf4", "fp4", "int8"]) -> lowmem.QuantizedArray:
   dense = jnp.asarray(weight, jnp.float32)
   return lowmem_nn.QuantizedLinear.from_weight(dense, codebook=codebook).weight.get_value()
 

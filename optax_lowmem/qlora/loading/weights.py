@@ -6,13 +6,13 @@ memory at a time.
 
 from __future__ import annotations
 
-import difflib
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from optax_lowmem._arguments.spelling import nearest
 from optax_lowmem.qlora.files.model_files import check_regular, damage_of, member, read_json
 from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.config_files import config_from_hf
@@ -69,7 +69,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         "model.embed_tokens.weight; set it to false to use both."
       )
   if missing:
-    near = difflib.get_close_matches(missing[0], extra[:1000], n=1)
+    near = nearest(missing[0], extra)
     hint = f" (it has {near[0]})" if near else ""
     raise ValueError(f"missing {_listing(missing)}{hint}.")
   wrong = [f"{n} {found[n]}, expected {s}" for n, s in expected.items() if found[n] != s]

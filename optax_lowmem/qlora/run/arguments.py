@@ -4,7 +4,6 @@ Flags go before the file named by ``--config``, which goes before the defaults.
 """
 
 import argparse
-import difflib
 import json
 import sys
 import typing
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from optax_lowmem._arguments.spelling import did_you_mean
 from optax_lowmem.qlora.files.yaml_files import read_yaml
 from optax_lowmem.qlora.run.checks import check
 from optax_lowmem.qlora.run.runs import resumed
@@ -90,8 +90,7 @@ def from_yaml(path: Path) -> dict[str, Any]:
         f"--config {path}: {key} and another name for it, {flag_of(name)}; keep one."
       )
     if name not in known or name == "config":
-      near = difflib.get_close_matches(name, known, n=1)
-      hint = f" Did you mean {near[0]!r}?" if near else ""
+      hint = did_you_mean(name, known)
       raise ValueError(f"--config {path}: there is no setting {key!r:.100}.{hint}")
     try:
       settings[name] = _converted(known[name], value)

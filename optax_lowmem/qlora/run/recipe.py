@@ -51,6 +51,7 @@ def adapted(model: Any, s: Settings) -> Any:
   PiSSA and LoftQ start from the weights as they were, so there the base is packed afterwards.
   """
   rngs = nnx.Rngs(params=s.seed, dropout=s.seed + 1)
+  codebook: Any = s.quantize
   model = lowmem_nn.add_lora(
     model,
     s.rank,
@@ -62,7 +63,7 @@ def adapted(model: Any, s: Settings) -> Any:
     rank_pattern=s.rank_pattern or None,
     alpha_pattern=s.alpha_pattern or None,
     modules_to_save=s.modules_to_save or None,
-    init=cast(Any, lowmem_nn.LoftQ(codebook=s.quantize) if s.init == "loftq" else s.init),
+    init=lowmem_nn.LoftQ(codebook=codebook) if s.init == "loftq" else cast(Any, s.init),
     param_dtype=jnp.dtype(s.adapter_dtype),
     rngs=rngs,
   )
@@ -89,7 +90,7 @@ def packed(model: Any, s: Settings) -> Any:
   kept = ["output head", *(f"(.*\\.)?{re.escape(name)}(\\..*)?" for name in s.modules_to_save)]
   if s.init == "loftq" and not _dense_linears(model, kept):  # LoftQ has packed what it adapted
     return model
-  return lowmem_nn.quantize_model(model, exclude=kept, codebook=s.quantize)
+  return lowmem_nn.quantize_model(model, exclude=kept, codebook=cast(Any, s.quantize))
 
 
 def _dense_linears(model: Any, kept: list[str]) -> list[str]:
