@@ -83,7 +83,7 @@ def cost(tx: optax.GradientTransformation, mode: str, args: argparse.Namespace) 
 
 
 def steps(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-  """The optimizers, each by XLA and, where it has few bits, by the kernel."""
+  """The optimizers, each by XLA and, where its state is quantized, by the kernel."""
   # Optax's own moments would be bf16, as the parameters are; `bits=32` is optax.adamw in float32.
   yield "adamw, float32 state", lambda: cost(lowmem.adamw(1e-3, bits=32), "xla", args)
   yield "optax.adamw, bf16 state", lambda: cost(optax.adamw(1e-3), "xla", args)

@@ -1,4 +1,4 @@
-"""Does state in few bits train as well as float32? A small transformer on real text, seed by seed.
+"""Does quantized state train as well as float32? A small transformer on real text, seed by seed.
 
 python benchmarks/train.py [factored] [--steps 800] [--seeds 3] [--json FILE] [--plot FILE.svg]
 

@@ -1,4 +1,4 @@
-"""Low-memory training for JAX: optimizer state in few bits, as plain optax.
+"""Low-memory training for JAX: quantized optimizer state, as plain optax.
 
 >>> import optax_lowmem as lowmem
 >>> tx = lowmem.adamw(3e-4)  # instead of optax.adamw(3e-4): a quarter of the state
@@ -51,7 +51,7 @@ name_after(
 __version__ = "0.1.0"
 
 __all__ = [
-  # Optimizers: optax's, in few bits.
+  # Optimizers: optax's, their moments quantized.
   "adagrad",
   "adam",
   "adamw",
@@ -70,7 +70,7 @@ __all__ = [
   "ScaleByCameState",
   # Any other transformation.
   "quantized",
-  # Where it rests.
+  # Where state is stored.
   "Paged",
   "offloaded",
   "paged",

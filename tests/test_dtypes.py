@@ -36,7 +36,7 @@ def test_a_parameter_may_be_a_python_number(name, how):
 
 @every_rule
 def test_moments_in_float8(name):
-  """Of rules by parts and on whole arrays: the first update is that of float32, as in few bits."""
+  """Of rules by parts and on whole arrays: the first update is that of float32."""
   params = tree(0, shapes=SHAPES)
   shaped = jax.eval_shape(reference(name).init, params)
   kinds = {field_of(m): kind_of(shaped, m) for m in places(shaped, params)}

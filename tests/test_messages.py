@@ -59,12 +59,12 @@ CASES = {
   "quantized twice": (
     lambda: init(lowmem.quantized(lowmem.adamw(1e-3))),
     ValueError,
-    r"`inner` holds \[0\]\.mu\['w'\] in few bits already\. Leave `quantized` out",
+    r"`inner` holds \[0\]\.mu\['w'\] quantized already\. Leave `quantized` out",
   ),
   "quantized twice, 32 bits": (
     lambda: init(lowmem.quantized(lowmem.came(1e-3), 32)),
     ValueError,
-    "in few bits already",
+    "quantized already",
   ),
   "storage of no codebook": (
     lambda: lowmem.quantized(optax.adam(1e-3), storage={"mu": "log9"}),

@@ -1,4 +1,4 @@
-"""LAMB and LARS: optax's at 32 bits, near it in few bits, with a ratio that is real."""
+"""LAMB and LARS: optax's at 32 bits, near it quantized, with a ratio that is real."""
 
 import inspect
 from typing import Any

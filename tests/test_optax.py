@@ -134,7 +134,7 @@ def test_adafactor_without_momentum_needs_no_static_dtype():
 @pytest.mark.parametrize("bits", [8, 32])
 def test_what_is_in_few_bits_is_not_quantized_again(name, bits):
   inner = optax.chain(optax.clip(1.0), make(name))
-  with pytest.raises(ValueError, match=r"in few bits already\. Leave `quantized` out"):
+  with pytest.raises(ValueError, match=r"quantized already\. Leave `quantized` out"):
     lowmem.quantized(inner, bits).init(tree(0, shapes=FEW))
   paged = lowmem.offloaded(make(name, bits=32))
   with pytest.raises(ValueError, match=r"`offloaded\(quantized\(tx"):
@@ -170,7 +170,7 @@ MOMENT_DTYPES = {"adamw": "mu_dtype", "lion": "mu_dtype", "sgd": "accumulator_dt
 @pytest.mark.parametrize("rule", MOMENT_DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_dtype_for_a_moment_in_few_bits_is_refused(rule, bits):
-  """It was left unheeded; where nothing is in few bits it is optax's."""
+  """It was left unheeded; where nothing is quantized it is optax's."""
   params, arguments = tree(0, shapes=FEW), {MOMENT_DTYPES[rule]: jnp.bfloat16}
   if rule == "sgd":
     arguments["momentum"] = 0.9

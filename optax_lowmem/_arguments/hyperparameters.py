@@ -35,7 +35,7 @@ def checked(rule: Callable[P, T]) -> Callable[P, T]:
 
   Refused are: arguments that it does not have; text; a mask, a dtype or a size that
   `optax.inject_hyperparams` has made an array or called as a schedule; a decay in 16 bits, where
-  0.999 is 1; and a dtype for moments that are held in few bits, which have none.
+  0.999 is 1; and a dtype for quantized moments, which have none.
   """
   signature = inspect.signature(rule)
   known = signature.parameters
@@ -137,14 +137,14 @@ def _check_decay(name: str, decay: Any) -> None:
 
 
 def _check_dtype(name: str, value: Any, bits: int) -> None:
-  """Refuses a dtype for what is held in few bits."""
+  """Refuses a dtype for what is quantized."""
   try:
     dtype = jnp.dtype(value)
   except TypeError as error:
     raise TypeError(f"`{name}` must be a dtype such as jnp.bfloat16, got {value!r}.") from error
   if bits != 32 and dtype != jnp.float32:
     raise ValueError(
-      f"`{name}` {dtype.name} needs `bits=32`, got {bits}: in few bits a moment has no dtype. "
+      f"`{name}` {dtype.name} needs `bits=32`, got {bits}: a quantized moment has no dtype. "
       "Leave it out, or hold that moment in its own way: `quantized(optax.adamw(…), storage={"
       f'"mu": Dense(jnp.{dtype.name})}})`.'
     )

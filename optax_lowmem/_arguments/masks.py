@@ -1,4 +1,4 @@
-"""`quantize_mask`: of which parameters the moments are held in few bits."""
+"""`quantize_mask`: the parameters whose moments are quantized."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def check_mask(mask: Any, allowed: Sequence[bool], leaves: Sequence[Any], least:
   large = any(math.prod(jnp.shape(p)) >= least for p in leaves)
   if large and not any(allowed) and mask is not False:
     raise ValueError(
-      "`quantize_mask` is False for every parameter, so that nothing is held in few bits. True is "
+      "`quantize_mask` is False for every parameter, so that nothing is quantized. True is "
       "what is quantized. If nothing is to be, pass `bits=32`, or False itself."
     )

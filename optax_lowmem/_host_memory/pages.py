@@ -1,4 +1,4 @@
-"""An array that rests in host memory, and the way there and back."""
+"""An array that is stored in host memory, and the way there and back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROW = 1 << 18
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Paged:
-  """An array that rests in host memory, in one array or in two, its lanes.
+  """An array that is stored in host memory, in one array or in two, its lanes.
 
   With two lanes, one can be fetched while what was made of the other is stored: XLA's GPU backend
   copies a whole array on the host if two parts of it are under way at once.

@@ -1,4 +1,4 @@
-"""Adafactor: second moments as rows and columns, the rest of its state in few bits."""
+"""Adafactor: second moments as rows and columns, and a quantized momentum."""
 
 from __future__ import annotations
 

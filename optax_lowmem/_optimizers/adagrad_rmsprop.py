@@ -1,4 +1,4 @@
-"""Adagrad and RMSProp: a second moment, held in few bits."""
+"""Adagrad and RMSProp, with quantized moments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adagrad(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adagrad (Duchi et al, 2011), its sum of squares held in few bits.
+  r"""Adagrad (Duchi et al, 2011), with a quantized sum of squares.
 
   `optax.adagrad` with its moment held in `bits` bits: the same arguments, the same rule, the same
   structure of state:
@@ -103,7 +103,7 @@ def rmsprop(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""RMSProp (Tieleman and Hinton, 2012), its moments held in few bits.
+  r"""RMSProp (Tieleman and Hinton, 2012), with quantized moments.
 
   `optax.rmsprop` with its moments held in `bits` bits: the same arguments, the same rule, the same
   structure of state:

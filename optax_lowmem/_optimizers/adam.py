@@ -1,4 +1,4 @@
-"""Adam and AdamW: two moments a parameter, held in few bits."""
+"""Adam and AdamW, with quantized moments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adam(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adam (Kingma and Ba, 2014), its moments held in few bits.
+  r"""Adam (Kingma and Ba, 2014), with quantized moments.
 
   `optax.adam` with its moments held in `bits` bits: the same arguments, the same rule, the same
   structure of state:
@@ -125,7 +125,7 @@ def adamw(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adam with decoupled weight decay (Loshchilov and Hutter, 2019), its moments held in few bits.
+  r"""Adam with decoupled weight decay (Loshchilov and Hutter, 2019), with quantized moments.
 
   `optax.adamw` with its moments held in `bits` bits: the same arguments, the same rule, the same
   structure of state. With the moments of `adam`,

@@ -1,4 +1,4 @@
-"""AdEMAMix: three moments a parameter, held in few bits."""
+"""AdEMAMix, with quantized moments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ademamix(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""AdEMAMix (Pagliardini et al, 2024), its three moments held in few bits.
+  r"""AdEMAMix (Pagliardini et al, 2024), with quantized moments.
 
   `optax.contrib.ademamix` with its moments held in `bits` bits: the same arguments, the same rule,
   the same structure of state. Adam with a fast and a slow first moment, :math:`m` and :math:`n`,

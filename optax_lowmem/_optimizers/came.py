@@ -21,7 +21,7 @@ class ScaleByCameState(NamedTuple):
   """State of `scale_by_came`. Trees are those of the parameters; R and C are the last two axes.
 
   Attributes:
-    momentum: `optax.EmaState` of the normalised gradients; its `ema` is held in few bits.
+    momentum: `optax.EmaState` of the normalised gradients; its `ema` is quantized.
     v_row: (…, R), average of the squared gradients' means over C; one zero below two axes.
     v_col: (…, C), the same over R.
     v: the average itself, of parameters with fewer than two axes; one zero of others.
@@ -83,7 +83,7 @@ def scale_by_came(
   RMS). On a GPU, momentum in 8 bits, it needs none: what two phases need is computed twice.
 
   A non-finite gradient element makes all updates of its array non-finite, since its row, its column
-  and the RMS are: as in float32. The statistics and a momentum in few bits keep their last values.
+  and the RMS are: as in float32. The statistics and a quantized momentum keep their last values.
 
   Args:
     b1: decay of the momentum.

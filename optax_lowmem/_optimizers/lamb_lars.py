@@ -1,4 +1,4 @@
-"""LAMB and LARS: steps as long as the parameter allows, their moments held in few bits."""
+"""LAMB and LARS: steps in proportion to the norm of the parameter, with quantized moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lion and gradient descent: a first moment, held in few bits."""
+"""Lion and gradient descent, with a quantized first moment."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lion(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Lion (Chen et al, 2023), the sign of a moment, which is held in few bits.
+  r"""Lion (Chen et al, 2023), the sign of a first moment, which is quantized.
 
   `optax.lion` with its moment held in `bits` bits: the same arguments, the same rule, the same
   structure of state:
@@ -114,7 +114,7 @@ def sgd(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Gradient descent (Sutskever et al, 2013), its momentum held in few bits.
+  r"""Gradient descent (Sutskever et al, 2013), with a quantized momentum.
 
   `optax.sgd` with its momentum held in `bits` bits: the same arguments, the same rule, the same
   structure of state:

@@ -1,4 +1,4 @@
-"""`quantized`: any optax transformation, its moments held in few bits."""
+"""`quantized`: any optax transformation, with quantized moments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def quantized(
   min_size: int = 4096,
   quantize_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Holds the moments of any optax transformation in few bits.
+  r"""Quantizes the moments of any optax transformation.
 
   The state is `inner`'s own, except that its moments are `QuantizedArray`\ s. An update decodes
   them, runs `inner`, and encodes them again:
@@ -56,7 +56,7 @@ def quantized(
   decoded arrays instead: the result is right, the peak is not lower. Put such a one outside:
   ``optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(3e-4))``.
 
-  What is held in few bits: the moments of optax's transformations, some thirty classes of state,
+  What is quantized: the moments of optax's transformations, some thirty classes of state,
   listed in ``docs/transformations.md``. First moments, which have a sign, are held as `"power8"`
   or `"power4"`; second moments, which must never become zero, as `"power8_unsigned"` or
   `"power4_unsigned"`; in blocks of 64. Everything else (counts, copies of the parameters, fields
@@ -92,8 +92,8 @@ def quantized(
   Raises:
     ValueError: for bad `bits`, `block_size` or `min_size`; from `init` if `storage` names a field
       that the state does not have, if a function or a tree for `quantize_mask` is False throughout,
-      if `inner`'s state is quantized or paged already, or was given a dtype for what few bits are
-      to hold; from `update`, for gradients of other shapes than the parameters, or a state that is
+      if `inner`'s state is quantized or paged already, or was given a dtype for what is to
+      be quantized; from `update`, for gradients of other shapes than the parameters, or a state that is
       held otherwise than this transformation holds it.
     TypeError: if `inner` is no transformation, a storage no storage, or `bits`, `block_size`,
       `min_size` or a bool of `quantize_mask` an array; from `init`, for parameters that are not

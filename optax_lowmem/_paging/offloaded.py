@@ -1,4 +1,4 @@
-"""`offloaded`: optimizer state that rests in pinned host memory."""
+"""`offloaded`: optimizer state in pinned host memory."""
 
 from __future__ import annotations
 

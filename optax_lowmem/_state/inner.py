@@ -21,7 +21,7 @@ def check_dense(state: Any) -> None:
   for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_stored)[0]:
     if is_quantized(x):
       raise ValueError(
-        f"`inner` holds {jax.tree_util.keystr(path)} in few bits already. Leave `quantized` out, "
+        f"`inner` holds {jax.tree_util.keystr(path)} quantized already. Leave `quantized` out, "
         "or wrap only what holds float32: `quantized(optax.adamw(…))`."
       )
     if is_paged(x):
@@ -44,7 +44,7 @@ def check_dtypes(
       name, dtype = field_of(moment), value.dtype.name
       raise ValueError(
         f"`inner` was given the dtype {dtype} for its moment {name!r}, which is to be held in "
-        "another way: in few bits a moment has no dtype. Leave the dtype out, pass `bits=32`, or "
+        "another way: a quantized moment has no dtype. Leave the dtype out, pass `bits=32`, or "
         f"give the moment a storage: `storage={{{name!r}: Dense(jnp.{dtype})}}`."
       )
 
@@ -66,7 +66,7 @@ def warn_if_unknown(
   params: Sequence[Any],
   min_size: int,
 ) -> None:
-  """Warns of a state with arrays that are large enough for few bits, of which none is held so."""
+  """Warns of a state with arrays that are large enough to be quantized, of which none is."""
   sizes = [math.prod(jnp.shape(p)) for p in params]
   unknown = [
     m
@@ -84,4 +84,4 @@ def warn_if_unknown(
       f"its fields {names} are not known to be moments. Name those that are, "
       f'`storage={{{named}}}`, and give Blockwise("power8_unsigned") to what is never negative.'
     )
-  warnings.warn(f"nothing of this state is held in few bits: {why}", stacklevel=3)
+  warnings.warn(f"nothing of this state is quantized: {why}", stacklevel=3)

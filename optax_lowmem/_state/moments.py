@@ -22,7 +22,7 @@ class Kind(enum.Enum):
 # The moments of optax, by the state's class and field; a class of this name from elsewhere is
 # another one, which may average parameters. A field that is not listed is left alone.
 # Left out on purpose, and told in docs/transformations.md:
-# - copies of the parameters (`z`, `x0`, `params0`, `init_params`), which few bits cannot hold;
+# - copies of the parameters (`z`, `x0`, `params0`, `init_params`), which cannot be quantized;
 # - sums that place the parameters at every step (MADGRAD, COCOB): rounding them moves parameters;
 # - `mu` and `nu` of ScaleByRStdDevState: rounded, `nu - mu ** 2` may turn negative;
 # - state that multiplies itself (Rprop's step sizes): 4 bits are coarser than its factor 1.2.

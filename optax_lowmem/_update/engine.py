@@ -145,7 +145,7 @@ def _method_of(
 ) -> tuple[str, str]:
   """By what a parameter is updated, and why; of `_update_leaf`'s arguments."""
   if not any(is_quantized(values[k]) for k in states):
-    return "optax", "nothing of its state is in few bits"
+    return "optax", "nothing of its state is quantized"
   if in_a_phase():
     return "elementwise", "it is part of a rule that takes norms or means of whole arrays"
   if (platform := asked_for()) not in ("cuda", "tpu"):

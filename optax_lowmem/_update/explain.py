@@ -111,7 +111,7 @@ def explain(
   explained = []
   for (path, leaf), arrays in zip(flat, held, strict=True):
     name = jax.tree_util.keystr(path)
-    note = notes.get(name, Note("optax", "nothing of its state is in few bits"))
+    note = notes.get(name, Note("optax", "nothing of its state is quantized"))
     method, reason = _on(platform, note)
     explained.append(
       Explained(

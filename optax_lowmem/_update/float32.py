@@ -1,4 +1,4 @@
-"""Transformations of which only one part is held in few bits, in float32 throughout."""
+"""Transformations of which only one part is quantized, computed in float32 throughout."""
 
 from __future__ import annotations
 

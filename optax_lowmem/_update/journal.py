@@ -50,7 +50,8 @@ def asked_for() -> str | None:
 def note(path: Any, method: str, reason: str) -> None:
   """Notes how the parameter at `path` is updated.
 
-  Of several updates, one in few bits counts; of several traces of it, one that is no kernel's.
+  Of several updates, one of quantized state counts; of several traces of it, one that is not a
+  kernel's.
   """
   if (found := _open.get()) is None:
     return

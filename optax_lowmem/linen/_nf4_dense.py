@@ -1,4 +1,4 @@
-"""A Dense layer of Flax Linen whose weight rests in few bits."""
+"""A Dense layer of Flax Linen whose weight is quantized."""
 
 from __future__ import annotations
 

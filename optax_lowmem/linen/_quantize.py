@@ -1,4 +1,4 @@
-"""Parameters of Linen models, packed into few bits."""
+"""Parameters of Linen models, quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen linear layer whose weight rests in 4-bit NormalFloat."""
+"""A frozen linear layer whose weight is stored in 4-bit NormalFloat."""
 
 from __future__ import annotations
 

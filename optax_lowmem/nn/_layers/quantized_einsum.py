@@ -1,4 +1,4 @@
-"""A frozen `nnx.Einsum` or `nnx.LinearGeneral` whose weight rests in 4 or 8 bits."""
+"""A frozen `nnx.Einsum` or `nnx.LinearGeneral` whose weight is stored in 4 or 8 bits."""
 
 from __future__ import annotations
 

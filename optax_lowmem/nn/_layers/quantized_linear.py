@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weight rests in 4 or 8 bits."""
+"""Frozen linear layers whose weight is stored in 4 or 8 bits."""
 
 from __future__ import annotations
 
