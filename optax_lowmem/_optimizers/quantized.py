@@ -93,8 +93,8 @@ def quantized(
     ValueError: for bad `bits`, `block_size` or `min_size`; from `init` if `storage` names a field
       that the state does not have, if a function or a tree for `quantize_mask` is False throughout,
       if `inner`'s state is quantized or paged already, or was given a dtype for what is to
-      be quantized; from `update`, for gradients of other shapes than the parameters, or a state that is
-      held otherwise than this transformation holds it.
+      be quantized; from `update`, for gradients of other shapes than the parameters, or a state
+      that is held otherwise than this transformation holds it.
     TypeError: if `inner` is no transformation, a storage no storage, or `bits`, `block_size`,
       `min_size` or a bool of `quantize_mask` an array; from `init`, for parameters that are not
       floating.
