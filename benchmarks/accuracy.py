@@ -10,7 +10,8 @@ all updated from unrounded moments: the dynamic map of bitsandbytes (8 bits, blo
 
 Gradients are noise, H (p - target), or both; those of `model` were recorded from the transformer of
 train.py. *Reach*: of every 64 elements one has gradients r times the others'; how far the others
-travel under Adam, of what they do in float32.
+travel under Adam, of what they do in float32. *Weight*: the same, and the distances, for other
+second moments in 4 bits.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import optax_lowmem as lowmem
 from _measure import write
 from codebooks import record
 from optax_lowmem._quantization.codebooks import Table
+from optax_lowmem._quantization.power_codebook import Power
 
 SHAPE = (256, 512)
 AT = (1, 2, 5, 20, 50)
@@ -148,7 +150,9 @@ def drift(found: np.ndarray, exact: np.ndarray) -> list[float]:
   return [float(d / np.linalg.norm(exact[t - 1])) for d, t in zip(off, at, strict=True)]
 
 
-def reach(ratio: float, signal: float, steps: int = 100) -> dict[str, float]:
+def reach(
+  ratio: float, signal: float, held: dict[str, Any] | None = None, steps: int = 100
+) -> dict[str, float]:
   """How far elements travel beside one that has `ratio` times their gradients, by form."""
   keys = jax.random.split(jax.random.key(1), 2)
   noise = jax.random.normal(keys[0], (steps, *SHAPE))
@@ -161,7 +165,24 @@ def reach(ratio: float, signal: float, steps: int = 100) -> dict[str, float]:
 
   rule = optax.adam(LR)
   exact = travelled(rule)
-  return {name: travelled(hold(rule)) / exact for name, hold in forms().items()}
+  return {name: travelled(hold(rule)) / exact for name, hold in (held or forms()).items()}
+
+
+def weights() -> Iterator[tuple[float, list[float], list[float]]]:
+  """What the weight of the fourth power does to second moments in 4 bits.
+
+  Yields the weight, the reach of Adam at r = 100 without a signal and with one, and the distance
+  of AdamW from float32 after 50 steps for every kind of gradient.
+  """
+  gradients, rule = kinds(AT[-1]), rules()["adamw"]
+  exact = {name: np.asarray(runner(rule)(kind)) for name, kind in gradients.items()}
+  for weight in (0.75, 0.9, 0.95, 1.0):
+    book = Power("nu", 4, False, fourth=weight)
+    storage = {"mu": lowmem.Blockwise("power4"), "nu": lowmem.Blockwise(book)}
+    hold = functools.partial(lowmem.quantized, storage=storage)
+    run = runner(hold(rule))
+    found = [drift(np.asarray(run(kind)), exact[name])[-1] for name, kind in gradients.items()]
+    yield weight, [reach(100, signal, {"": hold})[""] for signal in (0.0, 1.0)], found
 
 
 def peers() -> Iterator[tuple[str, Callable[[Any], Any]]]:
@@ -208,7 +229,7 @@ def main() -> None:
   args = parser.parse_args()
   gradients, names = kinds(args.steps), list(forms())
 
-  result: dict[str, Any] = {"drift": {}, "reach": {}, "peers": {}}
+  result: dict[str, Any] = {"drift": {}, "reach": {}, "weights": {}, "peers": {}}
   print(f"| rule | gradients | {' | '.join(names)} |")
   print("|---|---|" + "---|" * len(names))
   for rule_name, rule in rules().items():
@@ -228,6 +249,13 @@ def main() -> None:
       row = result["reach"][f"{ratio}, {signal:g}"] = reach(ratio, signal)
       cells = (f"{row[name]:.3g}" for name in names)
       print(f"| {ratio}, {signal:g} | {' | '.join(cells)} |", flush=True)
+
+  print(f"\n| weight | reach, and a signal | {' | '.join(gradients)} |")
+  print("|---|---|" + "---|" * len(gradients))
+  for weight, reached, found in weights():
+    result["weights"][f"{weight:g}"] = {"reach": reached, "drift": found}
+    cells = " | ".join(map(shown, found))
+    print(f"| {weight:g} | {' '.join(f'{x:.2f}' for x in reached)} | {cells} |", flush=True)
 
   exact_run = runner(rules()["adamw"])
   for name, make in peers():
