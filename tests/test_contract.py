@@ -60,6 +60,7 @@ def bytes_of(tx, shape):
   return sum(lowmem.state_bytes(state).values()) / np.prod(shape)
 
 
+@pytest.mark.cheap
 @every
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 16), (4096,), (3, 5, 7, 64), (1026, 68)])
 def test_state_bytes(name, shape):
@@ -73,6 +74,7 @@ def odd(name):
   return pytest.param(name, marks=marks)
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("name", [odd(name) for name in REGISTRY])
 def test_state_bytes_of_rows_of_odd_length(name):
   shape = (1025, 67)
@@ -408,12 +410,14 @@ def test_bad_arguments_are_refused_at_construction(name, argument, message):
     make(name, **argument)
 
 
+@pytest.mark.cheap
 @every
 def test_integer_parameters_are_refused_by_name(name):
   with pytest.raises(TypeError, match=r"parameter \['table'\] has dtype int32"):
     make(name).init({"w": jnp.ones((4, 4)), "table": jnp.arange(4)})
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
   ("name", "how"),
   [*((name, "whole") for name in REGISTRY), *((name, "tiles") for name in REPRESENTATIVES)],
