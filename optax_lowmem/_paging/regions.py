@@ -1,6 +1,6 @@
 """Which equations of a jaxpr can be run on a few rows of its paged arguments at a time.
 
-An equation that is elementwise, or an update of the engine's (`_announced`), makes rows of the same
+An equation that is elementwise, or an update of the engine's (`announced`), makes rows of the same
 rows of its operands. Such equations that follow from paged arguments grow to *regions*, each the
 update of one parameter. A region is run in a loop, as a whole: so nothing that it needs may be made
 of what it makes. What is left between regions (norms, factors, matrix products) is run on whole

@@ -35,7 +35,7 @@ def check_forms(
   for (path, x), place in zip(flat, places(state, updates), strict=True):
     if is_quantized(x):
       _check_dtypes(path, x)
-    if place.owner is None:  # no moment, or of gradients that do not fit: `_gradients` says so
+    if place.owner is None:  # no moment, or of gradients that do not fit: `gradients` says so
       continue
     storage = storage_of(state, place)
     if is_quantized(x) and not masked and (storage is None or not _is_form_of(x, storage)):

@@ -107,7 +107,7 @@ def map_blocks(
   *,
   interpret: bool = False,
 ) -> list[Any]:
-  """`_stream.map_tiles` in one launch: returns `fn(reads, writes)`, computed a tile at a time.
+  """`tile_loop.map_tiles` in one launch: returns `fn(reads, writes)`, computed a tile at a time.
 
   Args:
     fn: takes a tile of each array and returns the new tiles of `writes`, in the same form, then

@@ -2,7 +2,7 @@
 
 It differs from the one for GPUs in what a tile is. There it is a flat run of blocks. A TPU computes
 on registers of 8 x 128 elements and does not split the 128, so here it is a part of a matrix, with
-whole blocks in its rows; see `_vector_tiles`. Compiled for a v5e, 8-bit AdamW of 4096 x 4096
+whole blocks in its rows; see `lane_tiles`. Compiled for a v5e, 8-bit AdamW of 4096 x 4096
 float32 has no temporaries, where XLA's operations had 4 B/param.
 """
 

@@ -2,7 +2,7 @@
 
 Packages of models have linear layers of their own: an `Einsum` with a Param `w`, a `Dense` that
 computes `x @ self.kernel + self.bias`. They are not recognized by name. Such a module is called on
-abstract inputs, and its jaxpr is read: see `_product`. What is proved for one shape of the input
+abstract inputs, and its jaxpr is read: see `product`. What is proved for one shape of the input
 is proved again for each shape that it is used with.
 """
 
