@@ -22,11 +22,11 @@ def wait() -> None:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
   """Bytes of all tensors of the state, those inside torchao's subclasses included."""
 
-  def count(x):
+  def count(x: Any) -> int:
     if not isinstance(x, torch.Tensor) or x.ndim == 0:
       return 0
-    if hasattr(x, "__tensor_flatten__"):
-      return sum(count(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    if flatten := getattr(x, "__tensor_flatten__", None):
+      return sum(count(getattr(x, name)) for name in flatten()[0])
     return x.numel() * x.element_size()
 
   return sum(count(x) for entry in optimizer.state.values() for x in entry.values())

@@ -72,7 +72,7 @@ def load(
   import peft
   import transformers
 
-  base = transformers.LlamaForCausalLM.from_pretrained(model, dtype=dtype)
+  base: Any = transformers.LlamaForCausalLM.from_pretrained(model, dtype=dtype)
   base.config.use_cache = False
   if nf4:
     for layer in base.model.layers:
@@ -135,11 +135,11 @@ class Trainer:
     )
 
   def step(self, ids: np.ndarray) -> float:
-    ids = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+    tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
     with self.cast:
-      logits = self.model(input_ids=ids[:, :-1]).logits
+      logits = self.model(input_ids=tokens[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(
-      logits.float().reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
+      logits.float().reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1)
     )
     self.optimizer.zero_grad()
     loss.backward()

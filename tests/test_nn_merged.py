@@ -108,7 +108,8 @@ def from_pretrained(folder, **options):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     options = {"dtype": torch.float32, "output_loading_info": True} | options
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+  model, info = loaded
   assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   return model.eval()
 
