@@ -23,6 +23,27 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0]
 
 # Name -> the number of parameters, and the file.
 MODELS = {
+  "gemma-2b": (
+    2_506_172_416,
+    {
+      "bos_token_id": 2,
+      "eos_token_id": 1,
+      "head_dim": 256,
+      "hidden_act": "gelu",
+      "hidden_size": 2048,
+      "intermediate_size": 16384,
+      "max_position_embeddings": 8192,
+      "model_type": "gemma",
+      "num_attention_heads": 8,
+      "num_hidden_layers": 18,
+      "num_key_value_heads": 1,
+      "pad_token_id": 0,
+      "rms_norm_eps": 1e-06,
+      "rope_scaling": None,
+      "rope_theta": 10000.0,
+      "vocab_size": 256000,
+    },
+  ),
   "gemma-2-9b": (
     9_241_705_984,
     {
@@ -209,6 +230,9 @@ def test_a_model_in_use_has_the_tensors_of_its_configuration(name):
 
 def test_what_differs_between_them_is_read():
   read = {name: config_from_hf(SHARED | said) for name, (_, said) in MODELS.items()}
+  gemma = read["gemma-2b"]
+  assert gemma.hidden_act == "gelu_pytorch_tanh" and gemma.tie_word_embeddings
+  assert gemma.norm_offset and gemma.embedding_multiplier == 2048**0.5
   gemma2, gemma3 = read["gemma-2-9b"], read["gemma-3-1b-it"]
   assert gemma2.windows == (4096, None) * 21 and gemma2.embedding_multiplier == 3584**0.5
   assert [i for i, window in enumerate(gemma3.windows) if window is None] == [5, 11, 17, 23]

@@ -21,6 +21,7 @@ from qlora_cases import adapter, arguments, main, records, save_model, save_rows
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 CASES = {
+  "gemma": {"head_dim": 16},
   "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9},
   "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9},
   "phi3": {"sliding_window": 9},

@@ -128,6 +128,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
       "logits_scaling": 2.0,
     },
   ),
+  "gemma": ("gemma", {"head_dim": 8}),
 }
 FIRST = ("llama", "mistral", "qwen2", "qwen3")
 OFFSET = 20  # of the new families' seeds: greedy tokens differ from each other

@@ -7,7 +7,7 @@ says is a new field of `LlamaConfig`, and its place in ``llama_model.py`` or ``a
 """
 
 from optax_lowmem.qlora.families.family import Family as Family
-from optax_lowmem.qlora.families.gemma import GEMMA2, GEMMA3
+from optax_lowmem.qlora.families.gemma import GEMMA, GEMMA2, GEMMA3
 from optax_lowmem.qlora.families.granite import GRANITE
 from optax_lowmem.qlora.families.llama import LLAMA, MISTRAL
 from optax_lowmem.qlora.families.olmo import OLMO2
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     MISTRAL,
     QWEN2,
     QWEN3,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     PHI3,

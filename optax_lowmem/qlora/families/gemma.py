@@ -1,4 +1,4 @@
-"""Gemma 2, and Gemma 3 of text alone."""
+"""Gemma, Gemma 2, and Gemma 3 of text alone."""
 
 from typing import Any
 
@@ -21,9 +21,18 @@ SUPPORTED = {
   "use_bidirectional_attention": (False,),
 }
 
+# The first Gemma's files say "gelu", which its authors corrected to be this one.
+ACTIVATION = {"hidden_act": "gelu_pytorch_tanh"}
+
+
+def gemma1(read: Keys) -> dict[str, Any]:
+  """A Llama with larger embeddings, and weights of norms that are offsets from one."""
+  scale = read["hidden_size"] ** 0.5
+  return {**biases(read), **ACTIVATION, "norm_offset": True, "embedding_multiplier": scale}
+
 
 def gemma(read: Keys, period: int) -> dict[str, Any]:
-  """What both have; each `period`-th layer sees all."""
+  """What Gemma 2 and 3 have; each `period`-th layer sees all."""
   count = read["num_hidden_layers"]
   types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
   return {
@@ -61,6 +70,20 @@ def gemma3_rope(read: Keys) -> dict[str, Any]:
   theta = local.get("rope_theta", read["rope_local_base_freq"])
   return {**rope(read, theta=1e6), "rope_local_theta": theta}
 
+
+GEMMA = Family(
+  "gemma",
+  gguf="gemma",
+  defaults={
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "max_position_embeddings": 8192,
+  },
+  options=gemma1,
+  supported=SUPPORTED | {"hidden_activation": (None, "gelu_pytorch_tanh")},
+)
 
 GEMMA2 = Family(
   "gemma2",
