@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 
+from thorough import ALWAYS_ASKED
+
 # One thread a test process: the suite runs on as many processes as there are cores.
 os.environ.setdefault(
   "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -36,16 +38,33 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is heeded
 def pytest_collection_modifyitems(config, items):
-  """Laws over all transformations are asked of representatives; of the others by `-m slow`."""
-  from registry import REGISTRY, REPRESENTATIVES
+  """Laws over all transformations are asked of a few; of the others by `-m thorough` and `slow`."""
+  from registry import ALWAYS, REGISTRY, REPRESENTATIVES
 
-  others = {*REGISTRY} - {*REPRESENTATIVES}
   few = config.getoption("--few")
+  lost = {} if any("::" in argument for argument in config.args) else dict(ALWAYS_ASKED)
   for item in items:
+    where, _, case = f"{item.path.name}::{item.name}".partition("[")
+    kept = ALWAYS_ASKED.get(where)
+    if kept is not None and any(part in f"[{case}" for part in kept):
+      lost.pop(where, None)
     name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
     on_cards = item.path.stem.startswith("test_accelerator")
-    if name in others and (few or not on_cards) and not item.get_closest_marker("cheap"):
+    asked_of_all = (on_cards and not few) or item.get_closest_marker("cheap")
+    if name in REGISTRY and name not in REPRESENTATIVES and not asked_of_all:
       item.add_marker(pytest.mark.slow)
+    if item.get_closest_marker("slow") or on_cards:
+      continue
+    if kept is not None:
+      rare = not any(part in f"[{case}" for part in kept)
+    else:
+      rare = name in REGISTRY and name not in ALWAYS and not asked_of_all
+    if rare:
+      item.add_marker(pytest.mark.thorough)
+  files = {item.path.name for item in items}
+  lost = [key for key, kept in lost.items() if kept and key.partition("::")[0] in files]
+  if lost:
+    raise pytest.UsageError(f"tests/thorough.py keeps cases that are not there: {lost}.")
   items.sort(key=lambda item: item.path.stem not in LONG)
 
 

@@ -131,6 +131,8 @@ every_local = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if
 PHASED = ["adamw-8", "amsgrad-8", "lion-4", "came-8", "lamb-8", "lars-8", "adafactor-8"]
 # And one for each kind of state: where a law is asked of every wrapper, and in runs with `--few`.
 REPRESENTATIVES = [*PHASED, "adamw-4"]
+# Of these, those of which every run asks all laws; of the others, `-m thorough` does.
+ALWAYS = ["adamw-8", "lion-4", "came-8"]
 
 
 def by_method(names):
