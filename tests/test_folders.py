@@ -22,6 +22,7 @@ ORDER = [
   "_paging",
   "_optimizers",
   "",  # what `import optax_lowmem` gives
+  "_linear",
   "nn/_proofs",
   "nn/_layers",
   "nn/_model",

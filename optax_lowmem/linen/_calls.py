@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem.linen._lora_dense import LoRADense
 from optax_lowmem.linen._nf4_dense import NF4Dense
 from optax_lowmem.linen._product import dense
-from optax_lowmem.nn._proofs.contraction import Contraction
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
 _METHODS = {inspect.unwrap(kind.__call__): kind for kind in _KINDS}

@@ -12,11 +12,11 @@ import jax
 from flax import core
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._calls import call_of
 from optax_lowmem.linen._intercept import intercept
 from optax_lowmem.linen._product import STACKED
-from optax_lowmem.nn._proofs.contraction import Contraction
 
 # What they hold is not what their layer multiplies by, so that nothing can be merged into it.
 _NORMED = (nn.WeightNorm, nn.SpectralNorm)

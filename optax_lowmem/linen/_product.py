@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.packed_product import multiply
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.nn._layers.lora_linear import low_rank
-from optax_lowmem.nn._layers.packed_product import multiply
-from optax_lowmem.nn._proofs.contraction import Contraction
 
 STACKED = (
   "Layers are stacked along the leading axes of their variables: give `nn.scan` or `nn.vmap` "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import traverse_util
 
+from optax_lowmem._linear.head_names import HEAD
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._layers import Layers, copied, weight_at
 from optax_lowmem.linen._nf4_dense import check_unboxed
@@ -18,7 +19,6 @@ from optax_lowmem.nn._layers.quantized_linear import (
   quantize_like,
   quantize_stack,
 )
-from optax_lowmem.nn._model.head_names import HEAD
 from optax_lowmem.nn._model.places import matches, patterns
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from optax_lowmem._linear.head_names import HEADS
 from optax_lowmem.linen._layers import Layer, Layers
-from optax_lowmem.nn._model.head_names import HEADS
 from optax_lowmem.nn._model.places import listing, matches, nearest, patterns
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum
 from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear, at_rank, check_weight
 from optax_lowmem.nn._layers.quantized_module import QuantizedModule
-from optax_lowmem.nn._proofs.contraction import Contraction
 from optax_lowmem.nn._proofs.foreign_modules import NOTHING, Foreign, Reading, read
 from optax_lowmem.nn._proofs.product import NotAProduct
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._linear.packed_product import automatic
 from optax_lowmem.nn._layers.adapter import Adapter, check_adaptable, check_lora
 from optax_lowmem.nn._layers.base_layer import (
   check_dense,
@@ -22,7 +23,6 @@ from optax_lowmem.nn._layers.base_layer import (
   with_matrix,
 )
 from optax_lowmem.nn._layers.lora_init import Init
-from optax_lowmem.nn._layers.packed_product import automatic
 from optax_lowmem.nn._layers.quantized_linear import at_rank, placed
 from optax_lowmem.nn._proofs.foreign_modules import placement
 

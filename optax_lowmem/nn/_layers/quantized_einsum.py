@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.packed_product import multiply
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.nn._layers.packed_product import multiply
 from optax_lowmem.nn._layers.quantized_linear import (
   QuantizedWeight,
   dequantize_stack,
@@ -18,7 +19,6 @@ from optax_lowmem.nn._layers.quantized_linear import (
   quantize_stack,
   requantized,
 )
-from optax_lowmem.nn._proofs.contraction import Contraction
 
 
 class QuantizedEinsum(nnx.Module):

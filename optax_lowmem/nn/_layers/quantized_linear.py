@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
+from optax_lowmem._linear.packed_product import multiply
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._quantization.codebooks import CodebookName
 from optax_lowmem._quantization.quantize import quantize
-from optax_lowmem.nn._layers.packed_product import multiply
 
 
 class QuantizedWeight(nnx.Variable[QuantizedArray]):

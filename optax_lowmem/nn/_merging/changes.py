@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from optax_lowmem._linear.head_names import HEAD_TENSORS, HEADS, TABLE_TENSORS
+from optax_lowmem._linear.lora_scale import scale_of
 from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
-from optax_lowmem.nn._layers.lora_scale import scale_of
 from optax_lowmem.nn._merging.delta import Delta
-from optax_lowmem.nn._model.head_names import HEAD_TENSORS, HEADS, TABLE_TENSORS
 from optax_lowmem.nn._model.places import nearest, places
 from optax_lowmem.nn._model.targets import pattern_value
 from optax_lowmem.nn._model.trainable import trained_beside

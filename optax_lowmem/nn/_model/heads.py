@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from flax import nnx
 
+from optax_lowmem._linear.head_names import HEADS
 from optax_lowmem.nn._layers.base_layer import is_linear, matrix_shape
-from optax_lowmem.nn._model.head_names import HEADS
 from optax_lowmem.nn._model.places import Place, base_of
 
 

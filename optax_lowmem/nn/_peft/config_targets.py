@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from optax_lowmem._linear.head_names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_embed
-from optax_lowmem.nn._model.head_names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem.nn._model.places import Place, base_of, layer_names, names_in_stack, nearest
 from optax_lowmem.nn._model.targets import all_linear
 from optax_lowmem.nn._model.trainable import Tensor, below, find_saved, tensors_of

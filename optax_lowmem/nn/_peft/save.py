@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from optax_lowmem._linear.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
 from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
@@ -21,7 +22,6 @@ from optax_lowmem.nn._layers.base_layer import (
   stack_shape,
 )
 from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
-from optax_lowmem.nn._model.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
 from optax_lowmem.nn._model.places import Place, adaptable, layer_names, places
 from optax_lowmem.nn._model.trainable import trained_beside
 from optax_lowmem.nn._peft.config import configuration

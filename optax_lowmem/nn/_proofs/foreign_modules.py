@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._proofs.contraction import Contraction
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem.nn._proofs.product import NotAProduct, Product, prove
 
 # What `nnx.Module.train` and `eval` switch: what is proved of one mode is not of the other.
