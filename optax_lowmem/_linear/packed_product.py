@@ -132,6 +132,14 @@ def multiply(x: jax.Array, weight: QuantizedArray, precision: Any) -> jax.Array:
   return _multiply(x, weight, precision, jax.typeof(x).sharding)
 
 
+def multiply_matrices(x: jax.Array, weight: QuantizedArray, precision: Any) -> jax.Array:
+  """The same, or with one matrix for each index of the first axis of both."""
+  if weight.ndim == 2:
+    return multiply(x, weight, precision)
+  y: Any = jax.vmap(lambda x, weight: multiply(x, weight, precision))(x, weight)
+  return y
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _multiply(x: jax.Array, weight: QuantizedArray, precision: Any, place: Any) -> jax.Array:
   del place

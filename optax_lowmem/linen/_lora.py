@@ -12,13 +12,13 @@ from flax import linen as nn
 from flax import traverse_util
 
 from optax_lowmem._linear.lora_scale import check_numbers, scale_of
+from optax_lowmem._linear.packed_weight import dequantize_stack
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
 from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
 from optax_lowmem.linen._lora_dense import initial_a
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
-from optax_lowmem.nn._layers.quantized_linear import dequantize_stack
 from optax_lowmem.nn._model.targets import check_patterns, pattern_value
 
 

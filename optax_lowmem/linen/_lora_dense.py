@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._linear.lora_scale import check_numbers, scale_of
 from optax_lowmem.linen._nf4_dense import check_packable, packed_dense
-from optax_lowmem.linen._product import correction, dense, drop
+from optax_lowmem.linen._product import correction, drop
 
 
 def initial_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -105,4 +106,4 @@ class LoRADense(nn.Dense, kw_only=True):
     if self.dropout > 0 and not nn.merge_param("deterministic", self.deterministic, deterministic):
       x = drop(x, self.dropout, self.make_rng("dropout"))
     scale = scale_of(self.rank, self.alpha, self.use_rslora)
-    return y + correction(x, lora_a, scale * lora_b, dense(shape), y.dtype)
+    return y + correction(x, lora_a, scale * lora_b, Contraction.dense(*shape), y.dtype)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.packed_weight import check_codebook, quantize_stack
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.linen._product import dense, packed_product
-from optax_lowmem.nn._layers.quantized_linear import check_codebook, quantize_stack
+from optax_lowmem.linen._product import packed_product
 
 
 class NF4Dense(nn.Dense, kw_only=True):
@@ -112,4 +113,4 @@ def packed_dense(
   bias = None
   if module.use_bias:
     bias = module.param("bias", module.bias_init, (module.features,), module.param_dtype)
-  return packed_product(x, weight, dense(shape), bias, module.dtype, module.precision)
+  return packed_product(x, weight, Contraction.dense(*shape), bias, module.dtype, module.precision)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._linear.contraction import Contraction
-from optax_lowmem._linear.packed_product import multiply
+from optax_lowmem._linear.packed_product import multiply_matrices
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.nn._layers.lora_linear import low_rank
 
@@ -41,11 +41,7 @@ def packed_product(
     raise TypeError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
   x = jnp.asarray(x, dtype)
   flat = contraction.flatten(x)
-  if weight.ndim == 2:
-    y: Any = multiply(flat, weight, precision)
-  else:
-    y = jax.vmap(lambda x, weight: multiply(x, weight, precision))(flat, weight)
-  y = contraction.unflatten(y, x)
+  y = contraction.unflatten(multiply_matrices(flat, weight, precision), x)
   return y if bias is None else y + contraction.spread_bias(jnp.asarray(bias, dtype), x.ndim)
 
 
@@ -63,8 +59,3 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
   """Zeroes a share of the elements and scales up the others, as `flax.linen.Dropout`."""
   keep = jax.random.bernoulli(key, 1 - rate, x.shape)
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def dense(shape: tuple[int, int]) -> Contraction:
-  """A kernel (in, out), multiplied with the last axis of the input."""
-  return Contraction(None, (-1,), 0, shape)

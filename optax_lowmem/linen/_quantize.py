@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from optax_lowmem._linear.head_names import HEAD
-from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.linen._layers import Layers, copied, weight_at
-from optax_lowmem.linen._nf4_dense import check_unboxed
-from optax_lowmem.linen._targets import choose, output_heads
-from optax_lowmem.nn._layers.quantized_linear import (
+from optax_lowmem._linear.packed_weight import (
   check_codebook,
   check_weight,
   quantize_like,
   quantize_stack,
 )
+from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem.linen._layers import Layers, copied, weight_at
+from optax_lowmem.linen._nf4_dense import check_unboxed
+from optax_lowmem.linen._targets import choose, output_heads
 from optax_lowmem.nn._model.places import matches, patterns
 
 

@@ -21,9 +21,9 @@ from optax_lowmem.nn._layers.lora_init import LoftQ as LoftQ
 from optax_lowmem.nn._layers.lora_linear import LoRALinear as LoRALinear
 from optax_lowmem.nn._layers.lora_plus import scale_lora_b as scale_lora_b
 from optax_lowmem.nn._layers.nf4_linear import NF4Linear as NF4Linear
+from optax_lowmem.nn._layers.packed_layer import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum as QuantizedEinsum
 from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear as QuantizedLinear
-from optax_lowmem.nn._layers.quantized_linear import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._layers.quantized_module import QuantizedModule as QuantizedModule
 from optax_lowmem.nn._merging.merge import merge_lora as merge_lora
 from optax_lowmem.nn._merging.save_merged import merge_peft as merge_peft

@@ -12,6 +12,7 @@ from flax import nnx
 
 from optax_lowmem._linear.lora_scale import check_numbers, scale_of
 from optax_lowmem._linear.packed_product import wait_for
+from optax_lowmem._linear.packed_weight import dequantize_stack
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
@@ -20,7 +21,6 @@ from optax_lowmem.nn._layers.base_layer import (
   stack_shape,
 )
 from optax_lowmem.nn._layers.lora_init import Init, check_init, initial_factors
-from optax_lowmem.nn._layers.quantized_linear import dequantize_stack
 from optax_lowmem.nn._proofs.foreign_modules import setting_of
 
 
@@ -228,7 +228,7 @@ def _as_stored(base: Any) -> jax.Array:
   A transposed copy of each weight of a model would be made at once, and all of them kept.
   """
   contraction = contraction_of(base)
-  if contraction is not None and contraction.rhs != "".join(contraction.groups()):
+  if contraction.rhs != "".join(contraction.groups()):
     return matrix_of(base).swapaxes(-1, -2)
   *lead, out, inputs = matrix_shape(base)
   return dense_variable(base)[...].astype(jnp.float32).reshape(*lead, inputs, out)

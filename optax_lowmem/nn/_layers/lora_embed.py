@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_lowmem.nn._layers.adapter import Adapter, check_adaptable, check_lora
-from optax_lowmem.nn._layers.base_layer import check_dense, is_embed, with_matrix
+from optax_lowmem.nn._layers.base_layer import check_dense, with_matrix
 from optax_lowmem.nn._layers.lora_init import Init
-from optax_lowmem.nn._layers.quantized_linear import placed
+from optax_lowmem.nn._layers.packed_layer import placed
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
 class LoRAEmbed(Adapter):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._linear.packed_weight import check_codebook, over_stack
 from optax_lowmem.nn._layers.base_layer import (
-  contraction_of,
   dense_variable,
   foreign_of,
   matrix_of,
@@ -19,8 +19,9 @@ from optax_lowmem.nn._layers.base_layer import (
 )
 from optax_lowmem.nn._layers.nf4_linear import NF4Linear
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum
-from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear, check_codebook, over_stack
+from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear
 from optax_lowmem.nn._layers.quantized_module import QuantizedModule
+from optax_lowmem.nn._proofs.flax_layers import is_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def quantized(linear: Any, codebook: str, block_size: int | None, double: bool |
   options: Any = {"codebook": codebook, "block_size": block_size, "double_quantize": double}
   if foreign_of(linear) is not None:
     return QuantizedModule(linear, **options)
-  if contraction_of(linear) is not None:
+  if not is_kind(linear, nnx.Linear):
     return QuantizedEinsum(linear, **options)
   kind = NF4Linear if codebook == "nf4" else QuantizedLinear
   return kind.from_weight(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._linear.packed_product import automatic
 from optax_lowmem.nn._layers.adapter import Adapter, check_adaptable, check_lora
 from optax_lowmem.nn._layers.base_layer import (
@@ -23,7 +24,7 @@ from optax_lowmem.nn._layers.base_layer import (
   with_matrix,
 )
 from optax_lowmem.nn._layers.lora_init import Init
-from optax_lowmem.nn._layers.quantized_linear import at_rank, placed
+from optax_lowmem.nn._layers.packed_layer import placed
 from optax_lowmem.nn._proofs.foreign_modules import placement
 
 
@@ -168,8 +169,7 @@ class LoRALinear(Adapter):
     correction = placed(self._correction(dropped, shape), out_sharding)
     if self.magnitude is None:
       return y + correction
-    factor = self.factor(self.weight_norm(x)).astype(y.dtype)
-    factor = at_rank(factor, y.ndim) if shape is None else shape.spread(factor, x.ndim)
+    factor = shape.spread(self.factor(self.weight_norm(x)).astype(y.dtype), x.ndim)
     bias = output_bias(self.base, y, x)
     plain = y if bias is None else y - bias
     if self.dropout is None or self.dropout.deterministic:
@@ -180,14 +180,15 @@ class LoRALinear(Adapter):
     kept = kept if bias is None else kept - bias
     return y + (factor - 1) * kept + factor * correction
 
-  def _correction(self, x: jax.Array, shape: Any) -> jax.Array:
+  def _correction(self, x: jax.Array, shape: Contraction) -> jax.Array:
     a, b = self.lora_a[...].astype(x.dtype), self.scaled_b().astype(x.dtype)
-    flat = x if shape is None else shape.flatten(x)
+    flat = shape.flatten(x)
     low: Any = low_rank(flat, a, b) if a.ndim == 2 else jnp.matmul(jnp.matmul(flat, a), b)
     if self.lora_bias is not None:
       bias = self.scaled_bias().astype(low.dtype)
-      low = low + (at_rank(bias, low.ndim) if bias.ndim == 1 else bias[..., None, :])
-    return low if shape is None else shape.unflatten(low, x)
+      between = range(bias.ndim - 1, low.ndim - 1)
+      low = low + jax.lax.expand_dims(bias, between)
+    return shape.unflatten(low, x)
 
   def scaled_bias(self) -> jax.Array:
     """s times the adapter's own bias."""
@@ -212,8 +213,7 @@ class LoRALinear(Adapter):
           "the adapter has a bias (`lora_bias`) and its base has none to add it to. Keep the "
           "adapter, or give the base a bias of zeros."
         )
-      contraction, bias = contraction_of(self.base), self.scaled_bias()
-      bias = bias if contraction is None else contraction.vector_to_bias(bias)
+      bias = contraction_of(self.base).vector_to_bias(self.scaled_bias())
       bias = bias.reshape(layer.bias[...].shape)
       layer.bias = nnx.Param(layer.bias[...] + bias.astype(layer.bias[...].dtype))
     return layer

@@ -15,13 +15,13 @@ from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
   foreign_of,
-  is_embed,
   is_linear,
   matrix_shape,
 )
 from optax_lowmem.nn._layers.lora_init import Init, LoftQ, check_fits
 from optax_lowmem.nn._model.heads import output_heads
 from optax_lowmem.nn._model.places import Place, listing, matches, nearest, patterns
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
 def check_model(model: Any) -> None:

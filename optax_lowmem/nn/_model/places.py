@@ -10,7 +10,8 @@ from flax import nnx
 
 from optax_lowmem._arguments.spelling import nearest as alike
 from optax_lowmem.nn._layers.adapter import Adapter
-from optax_lowmem.nn._layers.base_layer import is_embed, is_linear, reading, stack_shape
+from optax_lowmem.nn._layers.base_layer import is_linear, reading, stack_shape
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
 class Place(NamedTuple):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._linear.head_names import HEAD
+from optax_lowmem._linear.packed_weight import check_codebook
 from optax_lowmem.nn._layers.adapter import check_lora, check_param_dtype
-from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_embed, is_linear
+from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_linear
 from optax_lowmem.nn._layers.lora_embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._layers.lora_init import Init, check_init, quantized
 from optax_lowmem.nn._layers.lora_linear import LoRALinear, check_base, check_own_bias
-from optax_lowmem.nn._layers.quantized_linear import check_codebook
 from optax_lowmem.nn._model.checks import check_model, check_product, check_start, excluded
 from optax_lowmem.nn._model.places import choose, places, replace
 from optax_lowmem.nn._model.skipped import sentence, skipped, warn
@@ -28,6 +28,7 @@ from optax_lowmem.nn._model.trainable import (
   train_biases,
   train_modules,
 )
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 M = TypeVar("M", bound=nnx.Module)
 

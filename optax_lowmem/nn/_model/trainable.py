@@ -14,22 +14,18 @@ from optax_lowmem.nn._layers.base_layer import (
   bias_field,
   contraction_of,
   dense_variable,
-  is_embed,
   is_linear,
   stack_shape,
   weight_field,
 )
 from optax_lowmem.nn._model.places import Place, base_of, listing, names_in_stack, nearest
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 _KNOWN = "linear layers of one matrix, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm"
 
 
 def _same(value: Any) -> Any:
   return value
-
-
-def _swap(value: Any) -> Any:
-  return value.swapaxes(-1, -2)
 
 
 class Tensor(NamedTuple):
@@ -76,20 +72,16 @@ def tensors_of(module: Any) -> list[Tensor] | None:
 def _of_linear(layer: Any) -> list[Tensor]:
   """Weight (out, in), unless it is packed, and bias (out,)."""
   lead, contraction = stack_shape(layer), contraction_of(layer)
-  if contraction is not None and len(contraction.matrix_shape) > 2:
+  if len(contraction.matrix_shape) > 2:
     return []  # one matrix for each expert: PyTorch has no such linear layer
   found: list[Tensor] = []
   if dense_variable(layer) is not None:
-    turns = (_swap, _swap)
-    if contraction is not None:
-      turns = (contraction.to_matrix, contraction.to_kernel)
+    turns = (contraction.to_matrix, contraction.to_kernel)
     found.append(Tensor(layer, weight_field(layer), "weight", lead, *turns))
   field = bias_field(layer)
   bias = getattr(layer, field, None)
   if bias is None:
     return found
-  if contraction is None:
-    return [*found, Tensor(layer, field, "bias", lead)]
   own = bias[...].shape[len(lead) :]
 
   def to_vector(value: Any) -> Any:

@@ -11,13 +11,13 @@ from flax import nnx
 
 from optax_lowmem._linear.head_names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem.nn._layers.adapter import Adapter
-from optax_lowmem.nn._layers.base_layer import is_embed
 from optax_lowmem.nn._model.places import Place, base_of, layer_names, names_in_stack, nearest
 from optax_lowmem.nn._model.targets import all_linear
 from optax_lowmem.nn._model.trainable import Tensor, below, find_saved, tensors_of
 from optax_lowmem.nn._peft.files import CONFIG, AdapterFile
 from optax_lowmem.nn._peft.foreign_patterns import check_pattern
 from optax_lowmem.nn._peft.save import is_tied
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
 def expected(

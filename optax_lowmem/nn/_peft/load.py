@@ -13,7 +13,7 @@ from flax import nnx
 
 from optax_lowmem._linear.lora_scale import scale_of
 from optax_lowmem.nn._layers.adapter import Adapter
-from optax_lowmem.nn._layers.base_layer import is_embed, matrix_shape, stack_shape
+from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
 from optax_lowmem.nn._model.places import (
   Place,
   adaptable,
@@ -39,6 +39,7 @@ from optax_lowmem.nn._peft.config_targets import (
 )
 from optax_lowmem.nn._peft.files import CONFIG, WEIGHTS, AdapterFile, read_config, read_tensors
 from optax_lowmem.nn._peft.save import check_matrix
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -52,7 +52,7 @@ def check_matrix(place: Place) -> None:
   """Refuses layers that have no one matrix in PyTorch."""
   module: Any = place.module
   contraction = contraction_of(module.base if isinstance(module, Adapter) else module)
-  if contraction is not None and len(contraction.matrix_shape) > 2:
+  if len(contraction.matrix_shape) > 2:
     raise ValueError(
       f"`{place.path}` multiplies by one matrix for each index of an axis that its kernel shares "
       "with input and output, for which PEFT has no adapter. Merge it with `merge_lora` instead."
