@@ -48,6 +48,11 @@ class Layer:
     return ".".join(self.path)
 
   @property
+  def embedding(self) -> bool:
+    """Whether it looks up in its weight instead of multiplying by it."""
+    return self.field == "embedding"
+
+  @property
   def matrix_shape(self) -> tuple[int, ...]:
     """(out, in), or (batch, out, in), of one layer."""
     return self.contraction.matrix_shape

@@ -13,13 +13,13 @@ from flax import traverse_util
 
 from optax_lowmem._linear.lora_scale import check_numbers, scale_of
 from optax_lowmem._linear.packed_weight import dequantize_stack
+from optax_lowmem._linear.patterns import check_patterns, check_used, pattern_value
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
 from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
 from optax_lowmem.linen._lora_dense import initial_a
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
-from optax_lowmem.nn._model.targets import check_patterns, pattern_value
 
 
 class Target(NamedTuple):
@@ -136,17 +136,11 @@ class LoRA:
       found = choose("targets", self.targets, self.layers, self.layers.layers)
     targets = []
     for layer in found:
-      rank = pattern_value(self.rank_pattern or {}, layer.name, self.rank)
-      alpha = pattern_value(self.alpha_pattern or {}, layer.name, self.alpha)
+      rank = pattern_value(self.rank_pattern, layer.name, self.rank)
+      alpha = pattern_value(self.alpha_pattern, layer.name, self.alpha)
       check_numbers(rank, alpha, self.dropout)
       targets.append(Target(layer, rank, alpha, scale_of(rank, alpha, self.use_rslora)))
-    for what in ("rank_pattern", "alpha_pattern"):
-      for key in getattr(self, what) or {}:
-        if not any(pattern_value({key: True}, layer.name, False) for layer in found):
-          raise ValueError(
-            f"`{what}` {key!r} matches no layer that is adapted. A key is a regular expression "
-            "that matches the end of a dotted path."
-          )
+    check_used(self.rank_pattern, self.alpha_pattern, [layer.name for layer in found])
     object.__setattr__(self, "chosen", tuple(targets))
 
   def init(self, key: jax.Array) -> dict[str, Any]:
@@ -154,7 +148,7 @@ class LoRA:
     flat: dict[tuple[str, ...], jax.Array] = {}
     for target, one in zip(self.chosen, jax.random.split(key, len(self.chosen)), strict=True):
       (name_a, shape_a), (name_b, shape_b) = target.shapes.items()
-      if target.layer.field == "embedding":  # as PEFT: looking up is cheap in A, so A is zero
+      if target.layer.embedding:  # as PEFT: looking up is cheap in A, so A is zero
         flat[name_a] = jnp.zeros(shape_a, jnp.float32)
         flat[name_b] = jax.random.normal(one, shape_b, jnp.float32)
       else:
@@ -199,7 +193,7 @@ class LoRA:
         raise ValueError(
           f"`{target.layer.name}` has a {FACTORS!r} in 'params' already. A layer has one adapter."
         )
-      drops = rate if target.layer.field == "kernel" else 0.0
+      drops = 0.0 if target.layer.embedding else rate
       at[FACTORS] = Factors(a, b * target.scale, drops)
     out = apply(self.model, {**variables, "params": params}, *args, **kwargs)
     if kwargs.get("mutable", False) is not False and "params" in out[1]:

@@ -96,8 +96,7 @@ def packed_dense(
   def initial() -> QuantizedArray:
     kernel = module.kernel_init(module.make_rng("params"), shape, module.param_dtype)
     check_unboxed("kernel_init", kernel)
-    double = codebook != "int8" if double_quantize is None else double_quantize
-    return quantize_stack(kernel.T, codebook, block_size, double)
+    return quantize_stack(kernel.T, codebook, block_size, double_quantize)
 
   if module.has_variable("params", "kernel"):
     raise ValueError(

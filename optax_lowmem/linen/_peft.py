@@ -12,10 +12,10 @@ import numpy as np
 from flax import traverse_util
 
 from optax_lowmem._linear.lora_scale import scale_of
+from optax_lowmem._linear.names import listing, names_in_stack, nearest, torch_names
+from optax_lowmem._linear.patterns import pattern_value
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.nn._model.places import listing, names_in_stack, nearest
-from optax_lowmem.nn._model.targets import pattern_value
 from optax_lowmem.nn._peft.config import configuration
 from optax_lowmem.nn._peft.config_targets import check_patterns_of
 from optax_lowmem.nn._peft.files import (
@@ -92,7 +92,11 @@ def save_peft(
         tensors[PREFIX + name + _end(target.layer, part)] = np.ascontiguousarray(one.T)
     ranks |= dict.fromkeys(names, target.rank)
     alphas |= dict.fromkeys(names, target.alpha)
-  every = [name for layer in lora.layers.layers for name in _names(layer, stack, check=False)]
+  every = [
+    name
+    for layer in lora.layers.layers
+    for name in names_in_stack(layer.name, layer.stack, stack) or [layer.name]
+  ]
   config = configuration(
     ranks,
     alphas,
@@ -150,8 +154,8 @@ def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers")
           f"the adapter in {str(dir)!r} must have {shapes} for `{name}`, got {got or 'none'}. "
           "Give `lora` the targets and the rank of the file; DoRA and biases are not supported."
         )
-      rank = int(pattern_value(config.get("rank_pattern") or {}, name, config["r"]))
-      alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+      rank = int(pattern_value(config.get("rank_pattern"), name, config["r"]))
+      alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
       scale = scale_of(rank, alpha, bool(config.get("use_rslora")))
       if abs(scale - target.scale) > 1e-6 * scale:
         raise ValueError(
@@ -170,7 +174,7 @@ def _check_plain(dir: str, lora: LoRA, plain: Mapping[str, np.ndarray], stack: s
   frozen: dict[str, tuple[int, ...]] = {}
   for target in lora.chosen:
     *_, out, inputs = target.layer.matrix_shape
-    shape = (inputs, out) if target.layer.field == "embedding" else (out, inputs)
+    shape = (inputs, out) if target.layer.embedding else (out, inputs)
     frozen |= {f"{name}.weight": shape for name in _names(target.layer, stack)}
   for name, value in plain.items():
     if name not in frozen:
@@ -185,21 +189,16 @@ def _check_plain(dir: str, lora: LoRA, plain: Mapping[str, np.ndarray], stack: s
       )
 
 
-def _names(layer: Layer, stack: str, check: bool = True) -> list[str]:
+def _names(layer: Layer, stack: str) -> list[str]:
   """What the layers of a stack are called in PyTorch."""
-  names = names_in_stack(layer.name, layer.stack, stack)
-  if check and not names:
-    raise ValueError(
-      f"`{layer.name}` is a stack of layers, and where its layer number belongs is not clear: the "
-      f"path must have one part {stack!r} and the weight one leading axis. Name it in `stack`."
-    )
-  if check and len(layer.matrix_shape) > 2:
+  names = torch_names(layer.name, layer.stack, stack)
+  if len(layer.matrix_shape) > 2:
     raise ValueError(
       f"`{layer.name}` multiplies by one matrix for each index of an axis that its kernel shares "
       "with input and output, for which PEFT has no adapter. Merge it with `LoRA.merge` instead."
     )
-  return names or [layer.name]
+  return names
 
 
 def _end(layer: Layer, part: str) -> str:
-  return f".lora_embedding_{part}" if layer.field == "embedding" else f".lora_{part}.weight"
+  return f".lora_embedding_{part}" if layer.embedding else f".lora_{part}.weight"

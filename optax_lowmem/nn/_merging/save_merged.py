@@ -26,6 +26,7 @@ from optax_lowmem.nn._merging.merged_folder import (
   write_merged,
 )
 from optax_lowmem.nn._merging.model_weights import model_weights
+from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._peft.config_targets import check_patterns_of, check_whole, tied_once
 from optax_lowmem.nn._peft.files import CONFIG, WEIGHTS, read_config, read_tensors
 from optax_lowmem.nn._peft.save import is_tied
@@ -93,13 +94,14 @@ def save_merged(
   >>> {name: (x.shape, x.dtype.name) for name, x in sorted(weights.items())}
   {'q_proj.bias': ((4,), 'bfloat16'), 'q_proj.weight': ((4, 8), 'bfloat16')}
   """
-  changes = changes_of_model(model, stack, original is not None)
+  tree = ModelTree(model, stack)
+  changes = changes_of_model(tree, original is not None)
   if not changes.deltas:
     raise ValueError("`model` holds no LoRALinear, there is nothing to merge.")
-  tied = is_tied(model) or shares_table(model) or None
+  tied = is_tied(model) or shares_table(tree) or None
   output = (dir, dtype, max_shard_size)
   if original is None:
-    return _save("`model`", model_weights(model, stack), changes, None, tied, *output)
+    return _save("`model`", model_weights(tree), changes, None, tied, *output)
   return _save("`original`", open_weights(original), changes, original, tied, *output)
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from optax_lowmem._linear.head_names import HEAD
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
@@ -19,8 +18,6 @@ from optax_lowmem.nn._layers.base_layer import (
   matrix_shape,
 )
 from optax_lowmem.nn._layers.lora_init import Init, LoftQ, check_fits
-from optax_lowmem.nn._model.heads import output_heads
-from optax_lowmem.nn._model.places import Place, listing, matches, nearest, patterns
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
@@ -42,25 +39,6 @@ def check_model(model: Any) -> None:
       "`model` holds shapes and no arrays. Call this within the function that is given to "
       "`nnx.eval_shape`."
     )
-
-
-def excluded(exclude: str | Sequence[str] | None, everything: Sequence[Place]) -> set[str]:
-  """The paths that `exclude` names; each pattern must match one: a typo would pack the head."""
-  found: set[str] = set()
-  paths = [place.path for place in everything]
-  for pattern in [] if exclude is None else patterns("exclude", exclude):
-    if pattern.pattern == HEAD:
-      found |= {place.path for place in output_heads(everything)}
-      continue
-    matched = {path for path in paths if matches(pattern, path)}
-    if not matched:
-      lasts = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-      raise ValueError(
-        f"`exclude` {pattern.pattern!r} matches no module."
-        f"{nearest(pattern.pattern, [*lasts, *paths])} Available modules: {listing(paths)}."
-      )
-    found |= matched
-  return found
 
 
 def check_product(path: str, layer: Any) -> None:

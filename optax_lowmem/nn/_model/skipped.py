@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._linear.names import folded
 from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_known, reading
-from optax_lowmem.nn._model.places import Place, folded
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
 
 
-def skipped(model: Any, everything: Sequence[Place]) -> dict[str, str]:
+def skipped(tree: ModelTree) -> dict[str, str]:
   """{path: why} of modules with weights of their own that are not known to be linear layers.
 
   Counted are modules outside flax that have a `__call__`, a matrix, and no module below them, and
@@ -22,7 +22,7 @@ def skipped(model: Any, everything: Sequence[Place]) -> dict[str, str]:
   another method, or a position embedding beside other modules, is neither.
   """
   found = {}
-  for place in (Place("", model, []), *everything):
+  for place in (Place("", tree.model, []), *tree.places):
     module: Any = place.module
     if isinstance(module, (Adapter, nnx.RMSNorm, nnx.LayerNorm)):  # a stack of norms has a matrix
       continue
@@ -56,8 +56,8 @@ def sentence(found: dict[str, str]) -> str:
   return f" Modules with weights that are not known to be linear layers: {listed}."
 
 
-def warn(function: str, done: str, model: Any, everything: Sequence[Place]) -> None:
-  found = skipped(model, everything)
+def warn(function: str, done: str, tree: ModelTree) -> None:
+  found = skipped(tree)
   if found:
     warnings.warn(
       f"`{function}` {done}.{sentence(found)} If that is meant, name the others in `targets`.",

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._linear.head_names import HEAD
+from optax_lowmem._linear.names import excluded
 from optax_lowmem._linear.packed_weight import check_codebook
 from optax_lowmem.nn._layers.adapter import check_lora, check_param_dtype
 from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_linear
 from optax_lowmem.nn._layers.lora_embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._layers.lora_init import Init, check_init, quantized
 from optax_lowmem.nn._layers.lora_linear import LoRALinear, check_base, check_own_bias
-from optax_lowmem.nn._model.checks import check_model, check_product, check_start, excluded
-from optax_lowmem.nn._model.places import choose, places, replace
+from optax_lowmem.nn._model.checks import check_model, check_product, check_start
+from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._model.skipped import sentence, skipped, warn
-from optax_lowmem.nn._model.targets import Target, all_linear, find_targets
+from optax_lowmem.nn._model.targets import Target, find_targets
 from optax_lowmem.nn._model.trainable import (
-  below,
   check_bias,
   check_named,
   check_saved,
@@ -82,11 +82,11 @@ def quantize_model(
   """
   check_codebook(codebook)
   check_model(model)
-  everything = places(model)
-  skip = excluded(exclude, everything)
+  tree = ModelTree(model)
+  skip = excluded(exclude, tree.paths, tree.heads)
   possible = [
     place
-    for place in everything
+    for place in tree.places
     if is_linear(place.module)
     and dense_variable(place.module) is not None
     and place.path not in skip
@@ -94,17 +94,17 @@ def quantize_model(
   if targets is None and not possible:
     raise ValueError(
       "`model` has no linear layer to quantize but those that `exclude` names."
-      + sentence(skipped(model, everything))
+      + sentence(skipped(tree))
     )
-  chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
+  chosen = tree.choose("targets", ".*" if targets is None else targets, possible)
   for place in chosen:
     check_dense(place.path, place.module)
     check_product(place.path, place.module)
   if targets is None:
-    warn("quantize_model", "left weights as they are", model, everything)
+    warn("quantize_model", "left weights as they are", tree)
   while chosen:
     place = chosen.pop(0)
-    replace(place, quantized(place.module, codebook, block_size, double_quantize))
+    place.replace(quantized(place.module, codebook, block_size, double_quantize))
   return model
 
 
@@ -188,30 +188,27 @@ def add_lora(
   check_model(model)
   if lora_bias and use_dora:
     raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
-  everything = places(model)
-  if targets == "all-linear" and not all_linear(everything):
+  tree = ModelTree(model, stack)
+  if targets == "all-linear" and not tree.all_linear():
     raise ValueError(
       "`targets` 'all-linear': `model` has no linear layer but the output head."
-      + sentence(skipped(model, everything))
+      + sentence(skipped(tree))
     )
-  saved = find_saved(everything, modules_to_save or ())
+  saved = find_saved(tree, modules_to_save or ())
   check_saved(saved)
-  found = find_targets(
-    everything, targets, rank, alpha, rank_pattern, alpha_pattern, stack, below(saved, everything)
-  )
+  found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))
   for target in found:
     check = check_embed if is_embed(target.place.module) else check_base
     check(target.place.path, target.place.module)
     check_lora(target.rank, target.alpha, dropout, rngs)
     check_start(target.place.path, target.place.module, target.rank, init)
     check_own_bias(f"`{target.place.path}`", target.place.module, lora_bias)
-  check_named(everything, saved, [target.place for target in found], bias)
+  check_named(tree, saved, [target.place for target in found], bias)
   if targets == "all-linear":
-    warn("add_lora", "put no adapter on some weights", model, everything)
+    warn("add_lora", "put no adapter on some weights", tree)
   while found:
     target = found.pop(0)
-    replace(
-      target.place,
+    target.place.replace(
       adapter(
         target,
         dropout=dropout,
@@ -224,7 +221,7 @@ def add_lora(
       ),
     )
   train_modules(saved, param_dtype)
-  train_biases(places(model), bias, param_dtype)
+  train_biases(ModelTree(model), bias, param_dtype)
   return model
 
 

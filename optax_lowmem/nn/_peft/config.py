@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optax_lowmem.nn._model.targets import pattern_value
+from optax_lowmem._linear.patterns import pattern_value
 
 
 def configuration(

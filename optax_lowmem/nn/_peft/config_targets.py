@@ -10,24 +10,25 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem._linear.head_names import HEAD_WEIGHT, HEADS, TABLE
-from optax_lowmem.nn._layers.adapter import Adapter
-from optax_lowmem.nn._model.places import Place, base_of, layer_names, names_in_stack, nearest
-from optax_lowmem.nn._model.targets import all_linear
-from optax_lowmem.nn._model.trainable import Tensor, below, find_saved, tensors_of
+from optax_lowmem._linear.names import names_in_stack, nearest
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._model.trainable import Tensor, find_saved, tensors_of
 from optax_lowmem.nn._peft.files import CONFIG, AdapterFile
 from optax_lowmem.nn._peft.foreign_patterns import check_pattern
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
-def expected(
-  config: dict[str, Any], everything: Sequence[Place], stack: str
-) -> Callable[[str], bool]:
-  """Whether PEFT, following the configuration, put an adapter on the layer of a name."""
+def expected(config: dict[str, Any], tree: ModelTree | None = None) -> Callable[[str], bool]:
+  """Whether PEFT, following the configuration, put an adapter on the layer of a name.
+
+  Without a model, "all-linear" names none.
+  """
   targets, excluded = config.get("target_modules"), config.get("exclude_modules")
   indices, below_ = config.get("layers_to_transform"), config.get("layers_pattern")
   if isinstance(targets, str) and targets.lower() == "all-linear":
-    targets = [n for place in all_linear(everything) for n in layer_names(place, stack)]
+    linear = [] if tree is None else tree.all_linear()
+    targets = [name for place in linear if tree for name in tree.names(place)]
 
   def matches(wanted: Any, name: str) -> bool:
     if isinstance(wanted, str):
@@ -69,9 +70,7 @@ def check_patterns_of(file: str, config: Mapping[str, Any], names: Sequence[str]
     check_pattern(f"{file!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
 
 
-def saved_modules(
-  everything: Sequence[Place], names: Sequence[str], file: AdapterFile, stack: str
-) -> list[Place]:
+def saved_modules(tree: ModelTree, names: Sequence[str], file: AdapterFile) -> list[Place]:
   """The modules that PEFT saves whole: those whose name ends in one of `names`.
 
   A name that neither the model nor the file has is passed over: PEFT writes "classifier" and
@@ -80,15 +79,15 @@ def saved_modules(
   found = []
   for name in names:
     # PEFT asks for no dot before the name: "norm" is input_layernorm too.
-    ends = [p.path for p in everything if any(n.endswith(name) for n in _names(p, stack))]
+    ends = [p.path for p in tree.places if any(n.endswith(name) for n in _names(tree, p))]
     held = any(name in tensor for tensor in file.plain)
     found += ends or ([name] if held else [])
-  return find_saved(everything, list(dict.fromkeys(found)))
+  return find_saved(tree, list(dict.fromkeys(found)))
 
 
-def _names(place: Place, stack: str) -> list[str]:
+def _names(tree: ModelTree, place: Place) -> list[str]:
   tensors = tensors_of(place.module) or []
-  named = [names_in_stack(place.path, tensor.lead, stack) for tensor in tensors[:1]]
+  named = [names_in_stack(place.path, tensor.lead, tree.stack) for tensor in tensors[:1]]
   return [place.path, *(name for names in named for name in names)]
 
 
@@ -124,23 +123,15 @@ def tied_once(dir: str, config: dict[str, Any], file: AdapterFile) -> AdapterFil
 
 
 def plain_tensors(
-  everything: Sequence[Place],
-  saved: Sequence[Place],
-  config: dict[str, Any],
-  file: AdapterFile,
-  stack: str,
-  dir: str,
+  tree: ModelTree, saved: Sequence[Place], config: dict[str, Any], file: AdapterFile, dir: str
 ) -> list[tuple[Tensor, np.ndarray]]:
   """The Variables of the base that the file replaces, and their values."""
   left = dict(file.plain)
-  whole = {id(place.module) for place in below(saved, everything)}
+  whole = {id(place.module) for place in tree.below(saved)}
   found: list[tuple[Tensor, np.ndarray]] = []
-  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
-  for place in everything:
-    if id(place.module) in bases:
-      continue
+  for place in tree.outer:
     for tensor in tensors_of(place.module) or []:
-      names = names_in_stack(place.path, tensor.lead, stack)
+      names = names_in_stack(place.path, tensor.lead, tree.stack)
       full = [f"{name}.{tensor.suffix}" for name in names]
       have = [name for name in full if name in left]
       if len(have) < len(full) and (have or id(place.module) in whole):
@@ -159,7 +150,7 @@ def plain_tensors(
         )
       read = [left.pop(name) for name in full]
       for name, one in zip(full, read, strict=True):
-        linear = len(one.shape) == 2 and not is_embed(base_of(place.module))
+        linear = len(one.shape) == 2 and not is_embed(place.base)
         if config.get("fan_in_fan_out") and linear and not HEADS.fullmatch(place.path):
           raise ValueError(
             f"the adapter in {dir!r} saves `{name}` whole, and with `fan_in_fan_out` it is not "
@@ -174,10 +165,9 @@ def plain_tensors(
       found.append((tensor, value if tensor.lead else value[0]))
   if left:
     name = next(iter(left))
-    known = [p.path for p in everything]
     raise ValueError(
       f"the adapter in {dir!r} holds `{name}`, which `model` does not have, or has quantized."
-      f"{nearest(name.rpartition('.')[0], known)}"
+      f"{nearest(name.rpartition('.')[0], tree.paths)}"
     )
   return found
 
@@ -192,7 +182,7 @@ def check_whole(
   saved = tuple(saved_names(config))
   names = [tensor.rpartition(".")[0] for tensor in shapes]
   check_patterns_of(f"{dir}/{CONFIG}", config, names)
-  expects = expected(config, (), "")
+  expects = expected(config)
 
   def whole(tensor: str) -> bool:
     parts = tensor.split(".")[:-1]

@@ -12,22 +12,13 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem._linear.lora_scale import scale_of
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem._linear.names import listing, nearest
+from optax_lowmem._linear.patterns import pattern_value
 from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
-from optax_lowmem.nn._model.places import (
-  Place,
-  adaptable,
-  base_of,
-  check_replaceable,
-  layer_names,
-  listing,
-  nearest,
-  places,
-  replace,
-)
+from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
 from optax_lowmem.nn._model.surgery import adapter
-from optax_lowmem.nn._model.targets import Target, pattern_value
-from optax_lowmem.nn._model.trainable import below, check_saved, train_biases, train_modules
+from optax_lowmem.nn._model.targets import Target
+from optax_lowmem.nn._model.trainable import check_saved, train_biases, train_modules
 from optax_lowmem.nn._peft.config_targets import (
   check_patterns_of,
   check_tying,
@@ -89,12 +80,12 @@ def load_peft(
   dir = pathlib.Path(dir)
   config = read_config(dir / CONFIG)
   file = tied_once(str(dir), config, read_tensors(dir / WEIGHTS))
-  everything = places(model)
-  saved = saved_modules(everything, saved_names(config), file, stack)
+  tree = ModelTree(model, stack)
+  saved = saved_modules(tree, saved_names(config), file)
   check_saved(saved)
-  skip = {id(place.module) for place in below(saved, everything)}
-  layers = [place for place in adaptable(everything) if id(place.module) not in skip]
-  known = [name for place in layers for name in layer_names(place, stack)]
+  skip = {id(place.module) for place in tree.below(saved)}
+  layers = [place for place in tree.layers() if id(place.module) not in skip]
+  known = [name for place in layers for name in tree.names(place)]
   have = set(known)
   unknown = [name for name in file.layers if name not in have]
   if unknown:
@@ -104,18 +95,18 @@ def load_peft(
     )
   check_tying(model, config, saved, file)
   check_patterns_of(str(dir / CONFIG), config, known)
-  expects = expected(config, everything, stack)
-  plan = _Plan(str(dir), config, file, stack, rngs)
+  expects = expected(config, tree)
+  plan = _Plan(str(dir), config, file, tree, rngs)
   ready = [r for place in layers if (r := plan.layer(place, expects)) is not None]
-  tensors = plain_tensors(everything, saved, config, file, stack, str(dir))
+  tensors = plain_tensors(tree, saved, config, file, str(dir))
   check_replaceable([place for place, lora, _ in ready if lora is not place.module])
   for place, lora, values in ready:
     for variable, value in values:
       variable[...] = jnp.asarray(value, variable[...].dtype)
     if lora is not place.module:
-      replace(place, lora)
+      place.replace(lora)
   train_modules(saved)
-  train_biases(places(model), config.get("bias", "none"))
+  train_biases(ModelTree(model), config.get("bias", "none"))
   for tensor, value in tensors:
     old = tensor.variable
     setattr(tensor.holder, tensor.field, type(old)(jnp.asarray(value), **old.get_metadata()))
@@ -125,18 +116,19 @@ def load_peft(
 class _Plan:
   """What is to be put where, checked before anything is."""
 
-  def __init__(self, dir: str, config: dict[str, Any], file: AdapterFile, stack: str, rngs: Any):
-    self.dir, self.config, self.file, self.stack, self.rngs = dir, config, file, stack, rngs
+  def __init__(
+    self, dir: str, config: dict[str, Any], file: AdapterFile, tree: ModelTree, rngs: Any
+  ):
+    self.dir, self.config, self.file, self.tree, self.rngs = dir, config, file, tree, rngs
 
   def setting(self, what: str, default: Any, name: str) -> Any:
-    return pattern_value(self.config.get(what) or {}, name, default)
+    return pattern_value(self.config.get(what), name, default)
 
   def layer(self, place: Place, expects: Callable[[str], bool]) -> Any:
     """The place, its adapter, and the values of the adapter's Variables; None if it has none."""
-    modules, names = self.file.layers, layer_names(place, self.stack)
-    adapted = isinstance(place.module, Adapter)
+    modules, names = self.file.layers, self.tree.names(place)
     missing = [name for name in names if name not in modules]
-    if len(missing) == len(names) and not adapted and not any(map(expects, missing)):
+    if len(missing) == len(names) and not place.adapted and not any(map(expects, missing)):
       return None
     lacks = [n for n in missing if expects(n) or len(missing) == len(names)]
     if lacks or not names:
@@ -153,8 +145,8 @@ class _Plan:
     )
     alphas = tuple(self.setting("alpha_pattern", self.config["lora_alpha"], n) for n in names)
     self.check_shapes(place, names, ranks)  # before an adapter of that rank is made
-    lora = place.module if adapted else self.new(place, names, ranks, alphas)
-    if adapted:
+    lora = place.module if place.adapted else self.new(place, names, ranks, alphas)
+    if place.adapted:
       self.check_settings(place, names, ranks, alphas)
     return place, lora, self.values(lora, names, ranks)
 
@@ -174,7 +166,7 @@ class _Plan:
     )
 
   def check_shapes(self, place: Place, names: Sequence[str], ranks: Any) -> None:
-    base = base_of(place.module)
+    base = place.base
     out, inputs = matrix_shape(base)[len(stack_shape(base)) :]
     for name, rank in zip(names, ranks, strict=True):
       if not rank:

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem._linear.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
-from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
@@ -22,7 +21,7 @@ from optax_lowmem.nn._layers.base_layer import (
   stack_shape,
 )
 from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
-from optax_lowmem.nn._model.places import Place, adaptable, layer_names, places
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import trained_beside
 from optax_lowmem.nn._peft.config import configuration
 from optax_lowmem.nn._peft.files import PREFIX, check_writable, write_adapter
@@ -36,23 +35,9 @@ class Layer(NamedTuple):
   tensors: dict[str, np.ndarray]  # by the end of their name
 
 
-def check_nameable(place: Place, stack: str) -> list[str]:
-  """The names of an adapter's layers in PEFT."""
-  names = layer_names(place, stack)
-  if not names:
-    raise ValueError(
-      f"`{place.path}` is a stack of layers, and where its layer number belongs in "
-      f"PEFT's name is not clear: the path must have one part {stack!r} and the weight one "
-      "leading axis. Name the part in `stack`."
-    )
-  return names
-
-
 def check_matrix(place: Place) -> None:
   """Refuses layers that have no one matrix in PyTorch."""
-  module: Any = place.module
-  contraction = contraction_of(module.base if isinstance(module, Adapter) else module)
-  if len(contraction.matrix_shape) > 2:
+  if len(contraction_of(place.base).matrix_shape) > 2:
     raise ValueError(
       f"`{place.path}` multiplies by one matrix for each index of an axis that its kernel shares "
       "with input and output, for which PEFT has no adapter. Merge it with `merge_lora` instead."
@@ -164,13 +149,11 @@ def save_peft(
     https://huggingface.co/docs/peft/developer_guides/checkpoint
   """
   dir = check_writable(dir, overwrite)
-  everything = places(model)
+  tree = ModelTree(model, stack)
   layers: dict[str, Layer] = {}
   settings: dict[tuple[Any, ...], str] = {}
-  for place in everything:
-    if not isinstance(place.module, Adapter):
-      continue
-    names = check_nameable(place, stack)
+  for place in tree.adapters:
+    names = tree.torch_names(place)
     check_matrix(place)
     lora: Any = place.module
     written = peft_layers(place, names, save_embedding_layers)
@@ -199,8 +182,8 @@ def save_peft(
     for name, layer in layers.items()
     for end, value in layer.tensors.items()
   }
-  all_names = [n for p in adaptable(everything) for n in layer_names(p, stack)]
-  bias, modules = _beside(everything, stack, set(layers), tensors)
+  all_names = [name for place in tree.layers() for name in tree.names(place)]
+  bias, modules = _beside(tree, set(layers), tensors)
   for name in modules:
     others = {n for n in all_names if n.endswith(name)} - set(modules)
     if others:
@@ -249,11 +232,11 @@ def is_tied(model: Any) -> bool:
 
 
 def _beside(
-  everything: Sequence[Place], stack: str, adapted: set[str], tensors: dict[str, np.ndarray]
+  tree: ModelTree, adapted: set[str], tensors: dict[str, np.ndarray]
 ) -> tuple[str, list[str]]:
   """Adds what is trained beside adapters to `tensors`; returns `bias` and `modules_to_save`."""
   biases, modules = set(), dict[str, set[str]]()
-  for tensor, names in trained_beside(everything, stack).values():
+  for tensor, names in trained_beside(tree).values():
     value = tensor.to_torch(np.asarray(tensor.variable[...], np.float32))
     for name, one in zip(names, value if tensor.lead else value[None], strict=True):
       inner = f"{name}.base_layer" if name in adapted else name
