@@ -105,6 +105,13 @@ def listing(paths: Iterable[str]) -> str:
   return ", ".join(dict.fromkeys(folded(path) for path in paths)) or "none"
 
 
+def summary(found: Sequence[str], others: Sequence[object]) -> str:
+  """How many layers were found, and their names, numbers folded into a star."""
+  short = dict.fromkeys(re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name) for name in found)
+  names = [*list(short)[:12], *["…"][: len(short) > 12]]
+  return f"{len(found)} found: {', '.join(names)}; others: {len(others)}"
+
+
 def names_in_stack(path: str, lead: tuple[int, ...], stack: str) -> list[str]:
   """`path`, with each layer's number after the part `stack` if there are leading axes.
 

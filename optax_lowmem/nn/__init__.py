@@ -28,6 +28,9 @@ from optax_lowmem.nn._layers.quantized_module import QuantizedModule as Quantize
 from optax_lowmem.nn._merging.merge import merge_lora as merge_lora
 from optax_lowmem.nn._merging.save_merged import merge_peft as merge_peft
 from optax_lowmem.nn._merging.save_merged import save_merged as save_merged
+from optax_lowmem.nn._model.found_layers import Layer as Layer
+from optax_lowmem.nn._model.found_layers import Layers as Layers
+from optax_lowmem.nn._model.found_layers import find_layers as find_layers
 from optax_lowmem.nn._model.surgery import add_lora as add_lora
 from optax_lowmem.nn._model.surgery import quantize_model as quantize_model
 from optax_lowmem.nn._peft.load import load_peft as load_peft
@@ -35,6 +38,8 @@ from optax_lowmem.nn._peft.save import save_peft as save_peft
 
 _name_after(
   __name__,
+  Layer,
+  Layers,
   LoRAEmbed,
   LoRALinear,
   LoftQ,
@@ -49,6 +54,8 @@ __all__ = [
   "Init",
   "LoRAEmbed",
   "LoRALinear",
+  "Layer",
+  "Layers",
   "LoftQ",
   "NF4Linear",
   "QuantizedEinsum",
@@ -56,6 +63,7 @@ __all__ = [
   "QuantizedModule",
   "QuantizedWeight",
   "add_lora",
+  "find_layers",
   "load_peft",
   "merge_lora",
   "merge_peft",

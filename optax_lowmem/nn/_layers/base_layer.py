@@ -13,7 +13,14 @@ from optax_lowmem._linear.packed_weight import check_weight
 from optax_lowmem.nn._layers.packed_layer import PackedLayer
 from optax_lowmem.nn._layers.quantized_module import QuantizedModule
 from optax_lowmem.nn._proofs.flax_layers import flax_contraction, is_embed, is_flax_linear
-from optax_lowmem.nn._proofs.foreign_modules import NOTHING, Foreign, Reading, read
+from optax_lowmem.nn._proofs.foreign_modules import (
+  NOTHING,
+  Foreign,
+  Reading,
+  forget,
+  read,
+  remember,
+)
 from optax_lowmem.nn._proofs.product import NotAProduct
 
 
@@ -111,6 +118,7 @@ def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
     new = base.float_layer()
   else:
     new = nnx.merge(*nnx.split(base))  # another module with the same Variables
+    forget(new)
   if (foreign := foreign_of(base)) is not None:
     old = getattr(new, foreign.weight)  # the base's own Variable; a new one keeps its metadata
     setattr(new, foreign.weight, old.replace(weight))
@@ -130,7 +138,10 @@ def set_matrix(base: Any, matrix: jax.Array) -> Any:
   """`base` with another weight, kept as it keeps it: quantized again, or in its own dtype."""
   if isinstance(base, PackedLayer):
     return base.requantized(matrix)
-  return with_matrix(base, matrix, dense_variable(base)[...].dtype)
+  new = with_matrix(base, matrix, dense_variable(base)[...].dtype)
+  if foreign_of(base) is not None:
+    remember(new, reading(base))
+  return new
 
 
 def output_bias(base: Any, y: jax.Array, x: jax.Array) -> jax.Array | None:

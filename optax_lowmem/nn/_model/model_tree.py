@@ -30,6 +30,10 @@ class Place(NamedTuple):
     """The layer under an adapter, or the module itself."""
     return self.module.base if self.adapted else self.module
 
+  @property
+  def replaceable(self) -> bool:
+    return not any(isinstance(holder, tuple) for holder, _ in self.holders)
+
   def replace(self, new: nnx.Module) -> None:
     """Puts `new` wherever the module is held."""
     for holder, key in self.holders:
@@ -119,7 +123,7 @@ def _kind(module: Any) -> str:
 
 def check_replaceable(chosen: Sequence[Place]) -> None:
   for place in chosen:
-    if any(isinstance(holder, tuple) for holder, _ in place.holders):
+    if not place.replaceable:
       raise ValueError(
         f"`{place.path}` is held in a tuple, which cannot be changed in place. "
         "Hold it in an `nnx.List` instead."

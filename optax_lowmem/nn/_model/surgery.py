@@ -17,6 +17,7 @@ from optax_lowmem.nn._layers.lora_embed import LoRAEmbed, check_embed
 from optax_lowmem.nn._layers.lora_init import Init, check_init, quantized
 from optax_lowmem.nn._layers.lora_linear import LoRALinear, check_base, check_own_bias
 from optax_lowmem.nn._model.checks import check_model, check_product, check_start
+from optax_lowmem.nn._model.found_layers import Layers, shown
 from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._model.skipped import sentence, skipped, warn
 from optax_lowmem.nn._model.targets import Target, find_targets
@@ -41,6 +42,7 @@ def quantize_model(
   codebook: Literal["nf4", "fp4", "int8"] = "nf4",
   block_size: int | None = 64,
   double_quantize: bool | None = None,
+  layers: Layers | None = None,
 ) -> M:
   """Turns linear layers into quantized ones, in place.
 
@@ -66,6 +68,8 @@ def quantize_model(
     codebook: `"nf4"`, `"fp4"` or `"int8"`.
     block_size: how many inputs share a scale; None is all inputs of an output.
     double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
+    layers: of `find_layers`, by which modules that are not of flax are known to be linear layers.
+      None makes up inputs for them.
 
   Returns:
     `model`.
@@ -82,29 +86,30 @@ def quantize_model(
   """
   check_codebook(codebook)
   check_model(model)
-  tree = ModelTree(model)
-  skip = excluded(exclude, tree.paths, tree.heads)
-  possible = [
-    place
-    for place in tree.places
-    if is_linear(place.module)
-    and dense_variable(place.module) is not None
-    and place.path not in skip
-  ]
-  if targets is None and not possible:
-    raise ValueError(
-      "`model` has no linear layer to quantize but those that `exclude` names."
-      + sentence(skipped(tree))
-    )
-  chosen = tree.choose("targets", ".*" if targets is None else targets, possible)
-  for place in chosen:
-    check_dense(place.path, place.module)
-    check_product(place.path, place.module)
-  if targets is None:
-    warn("quantize_model", "left weights as they are", tree)
-  while chosen:
-    place = chosen.pop(0)
-    place.replace(quantized(place.module, codebook, block_size, double_quantize))
+  with shown(model, layers):
+    tree = ModelTree(model)
+    skip = excluded(exclude, tree.paths, tree.heads)
+    possible = [
+      place
+      for place in tree.places
+      if is_linear(place.module)
+      and dense_variable(place.module) is not None
+      and place.path not in skip
+    ]
+    if targets is None and not possible:
+      raise ValueError(
+        "`model` has no linear layer to quantize but those that `exclude` names."
+        + sentence(skipped(tree))
+      )
+    chosen = tree.choose("targets", ".*" if targets is None else targets, possible)
+    for place in chosen:
+      check_dense(place.path, place.module)
+      check_product(place.path, place.module)
+    if targets is None:
+      warn("quantize_model", "left weights as they are", tree)
+    while chosen:
+      place = chosen.pop(0)
+      place.replace(quantized(place.module, codebook, block_size, double_quantize))
   return model
 
 
@@ -125,6 +130,7 @@ def add_lora(
   init: Init = "default",
   param_dtype: Any = jnp.float32,
   stack: str = "layers",
+  layers: Layers | None = None,
   rngs: nnx.Rngs,
 ) -> M:
   r"""Puts an adapter around the layers that `targets` names, in place.
@@ -162,6 +168,7 @@ def add_lora(
       dtype of their base. Modules and biases that are trained whole are held in it, or in their own
       if that is wider; their layers compute in what they did.
     stack: the part of a stacked module's path after which the layer number belongs.
+    layers: as in `quantize_model`.
     rngs: as in `LoRALinear`.
 
   Returns:
@@ -188,40 +195,41 @@ def add_lora(
   check_model(model)
   if lora_bias and use_dora:
     raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
-  tree = ModelTree(model, stack)
-  if targets == "all-linear" and not tree.all_linear():
-    raise ValueError(
-      "`targets` 'all-linear': `model` has no linear layer but the output head."
-      + sentence(skipped(tree))
-    )
-  saved = find_saved(tree, modules_to_save or ())
-  check_saved(saved)
-  found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))
-  for target in found:
-    check = check_embed if is_embed(target.place.module) else check_base
-    check(target.place.path, target.place.module)
-    check_lora(target.rank, target.alpha, dropout, rngs)
-    check_start(target.place.path, target.place.module, target.rank, init)
-    check_own_bias(f"`{target.place.path}`", target.place.module, lora_bias)
-  check_named(tree, saved, [target.place for target in found], bias)
-  if targets == "all-linear":
-    warn("add_lora", "put no adapter on some weights", tree)
-  while found:
-    target = found.pop(0)
-    target.place.replace(
-      adapter(
-        target,
-        dropout=dropout,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        lora_bias=lora_bias,
-        init=init,
-        param_dtype=param_dtype,
-        rngs=rngs,
-      ),
-    )
-  train_modules(saved, param_dtype)
-  train_biases(ModelTree(model), bias, param_dtype)
+  with shown(model, layers):
+    tree = ModelTree(model, stack)
+    if targets == "all-linear" and not tree.all_linear():
+      raise ValueError(
+        "`targets` 'all-linear': `model` has no linear layer but the output head."
+        + sentence(skipped(tree))
+      )
+    saved = find_saved(tree, modules_to_save or ())
+    check_saved(saved)
+    found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))
+    for target in found:
+      check = check_embed if is_embed(target.place.module) else check_base
+      check(target.place.path, target.place.module)
+      check_lora(target.rank, target.alpha, dropout, rngs)
+      check_start(target.place.path, target.place.module, target.rank, init)
+      check_own_bias(f"`{target.place.path}`", target.place.module, lora_bias)
+    check_named(tree, saved, [target.place for target in found], bias)
+    if targets == "all-linear":
+      warn("add_lora", "put no adapter on some weights", tree)
+    while found:
+      target = found.pop(0)
+      target.place.replace(
+        adapter(
+          target,
+          dropout=dropout,
+          use_rslora=use_rslora,
+          use_dora=use_dora,
+          lora_bias=lora_bias,
+          init=init,
+          param_dtype=param_dtype,
+          rngs=rngs,
+        ),
+      )
+    train_modules(saved, param_dtype)
+    train_biases(ModelTree(model), bias, param_dtype)
   return model
 
 

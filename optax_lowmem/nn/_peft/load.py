@@ -15,6 +15,7 @@ from optax_lowmem._linear.lora_scale import scale_of
 from optax_lowmem._linear.names import listing, nearest
 from optax_lowmem._linear.patterns import pattern_value
 from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
+from optax_lowmem.nn._model.found_layers import Layers, shown
 from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
 from optax_lowmem.nn._model.surgery import adapter
 from optax_lowmem.nn._model.targets import Target
@@ -36,7 +37,12 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def load_peft(
-  model: M, dir: str | os.PathLike[str], *, stack: str = "layers", rngs: nnx.Rngs | None = None
+  model: M,
+  dir: str | os.PathLike[str],
+  *,
+  stack: str = "layers",
+  layers: Layers | None = None,
+  rngs: nnx.Rngs | None = None,
 ) -> M:
   """Loads an adapter that PEFT or `save_peft` wrote, in place.
 
@@ -50,6 +56,7 @@ def load_peft(
     model: a module whose paths are those of the PyTorch model, stacked or not.
     dir: the directory of `adapter_config.json` and `adapter_model.safetensors`.
     stack: the part of a stacked module's path after which the layer number belongs.
+    layers: as in `quantize_model`.
     rngs: with it, new `LoRALinear` layers get the adapter's dropout, to go on training; without
       it they have none.
 
@@ -77,7 +84,11 @@ def load_peft(
   References:
     https://huggingface.co/docs/peft/developer_guides/checkpoint
   """
-  dir = pathlib.Path(dir)
+  with shown(model, layers):
+    return _load(model, pathlib.Path(dir), stack, rngs)
+
+
+def _load(model: M, dir: pathlib.Path, stack: str, rngs: nnx.Rngs | None) -> M:
   config = read_config(dir / CONFIG)
   file = tied_once(str(dir), config, read_tensors(dir / WEIGHTS))
   tree = ModelTree(model, stack)

@@ -3,7 +3,8 @@
 Packages of models have linear layers of their own: an `Einsum` with a Param `w`, a `Dense` that
 computes `x @ self.kernel + self.bias`. They are not recognized by name. Such a module is called on
 abstract inputs, and its jaxpr is read: see `product`. What is proved for one shape of the input
-is proved again for each shape that it is used with.
+is proved again for each shape that it is used with. The first comes from a call of the model
+(`find_layers`), or is guessed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,10 +122,104 @@ class Reading:
 
 
 NOTHING = Reading()
+# The attribute of a module with what a call that the model made of it showed. It stays while an
+# adapter is on the module.
+_SHOWN = "_optax_lowmem_shown"
+
+
+def remember(module: Any, shown: Reading) -> None:
+  """Makes `read` give what a call of the module showed."""
+  setattr(module, _SHOWN, shown)
+
+
+def forget(module: Any) -> None:
+  if _SHOWN in vars(module):
+    delattr(module, _SHOWN)
+
+
+class _Parts(NamedTuple):
+  """A module without its arrays: see `Foreign`, but with the shapes of a whole stack."""
+
+  graphdef: Any
+  treedef: Any
+  fields: tuple[str, ...]
+  shapes: tuple[tuple[int, ...], ...]
+  dtypes: tuple[Any, ...]
+  constants: tuple[str, ...]
+
+  @property
+  def rank(self) -> int:
+    """How many axes the weight has, which has the most."""
+    return max(len(shape) for name, shape in self._own())
+
+  def _own(self) -> list[tuple[str, tuple[int, ...]]]:
+    pairs = zip(self.fields, self.shapes, strict=True)
+    return [(name, shape) for name, shape in pairs if name not in self.constants]
+
+  def layer(self, lead: int) -> Foreign | None:
+    """One layer of a stack with so many leading axes; None if it cannot be one."""
+    own = self._own()
+    if len({shape[:lead] for _, shape in own}) > 1:
+      return None
+    weight = next(name for name, shape in own if len(shape) == self.rank)
+    bias = next((name for name, _ in own if name != weight), None)
+    shapes = tuple(
+      shape if name in self.constants else shape[lead:]
+      for name, shape in zip(self.fields, self.shapes, strict=True)
+    )
+    return Foreign(*self._replace(shapes=shapes), weight, bias)
 
 
 def read(module: Any) -> Reading:
-  """Whether a module is a product of its input and a weight of its own."""
+  """Whether a module is a product of its input and a weight of its own.
+
+  That is what a call of it showed, or else is looked for with inputs that are made up.
+  """
+  if isinstance(module, nnx.Module) and _SHOWN in vars(module):
+    return vars(module)[_SHOWN]
+  parts = _parts(module)
+  if isinstance(parts, Reading):
+    return parts
+  try:
+    return _search(parts)
+  except TypeError as error:
+    return _not_hashed(error)
+
+
+def read_called(module: Any, lead: int, inputs: Sequence[tuple[tuple[int, ...], Any]]) -> Reading:
+  """The same for inputs of these shapes and dtypes, and a stack with `lead` leading axes."""
+  parts = _parts(module)
+  if isinstance(parts, Reading):
+    return parts
+  foreign, contraction = parts.layer(lead), None
+  if foreign is None:
+    return Reading(reason="its arrays are not stacked alike")
+  try:
+    for shape, dtype in inputs:
+      product = foreign.at(shape, dtype)
+      contraction = foreign.contraction(product)
+      plain = foreign.plain and product.plain
+      foreign = dataclasses.replace(foreign, plain=plain, sides=contraction.sides)
+  except NotAProduct as error:
+    return Reading(reason=str(error))
+  except TypeError as error:
+    return _not_hashed(error)
+  return Reading(foreign, contraction)
+
+
+def may_be_product(module: Any) -> bool:
+  """Whether a module has a matrix and a call."""
+  return _parts(module) is not NOTHING
+
+
+def _not_hashed(error: TypeError) -> Reading:
+  if "unhashable" not in str(error):
+    raise error
+  return Reading(reason="its settings cannot be hashed")
+
+
+def _parts(module: Any) -> _Parts | Reading:
+  """A module that may be such a product, or why it is none."""
   if not isinstance(module, nnx.Module) or not callable(module):
     return NOTHING
   variables = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
@@ -152,13 +247,8 @@ def read(module: Any) -> Reading:
   order = {str(getattr(path[0], "key", path[0])): leaf for path, leaf in leaves}
   shapes = tuple(tuple(leaf.shape) for leaf in order.values())
   dtypes = tuple(leaf.dtype for leaf in order.values())
-  try:
-    fixed = tuple(name for name in order if name in constants)
-    return _search(graphdef, treedef, tuple(order), shapes, dtypes, fixed)
-  except TypeError as error:
-    if "unhashable" not in str(error):
-      raise
-    return Reading(reason="its settings cannot be hashed")
+  fixed = tuple(name for name in order if name in constants)
+  return _Parts(graphdef, treedef, tuple(order), shapes, dtypes, fixed)
 
 
 def placement(module: Any, out_sharding: Any) -> dict[str, Any]:
@@ -185,25 +275,16 @@ def _is_matrix(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _search(
-  graphdef: Any, treedef: Any, fields: Any, shapes: Any, dtypes: Any, constants: Any
-) -> Reading:
+def _search(parts: _Parts) -> Reading:
   """Looks for the input that a module takes, and for the axes of its weight that stack layers."""
-  ranks = [
-    0 if name in constants else len(shape) for name, shape in zip(fields, shapes, strict=True)
-  ]
-  weight = ranks.index(max(ranks))
-  own = [i for i, name in enumerate(fields) if name not in constants]
-  bias = next((fields[i] for i in own if i != weight), None)
   reason = ""
   for free in (2, 1, 3):
     found: list[Reading] = []
-    for lead in range(max(ranks) - 1):
-      if len({shapes[i][:lead] for i in own}) > 1:
+    for lead in range(parts.rank - 1):
+      foreign = parts.layer(lead)
+      if foreign is None:
         continue
-      inner = tuple(shape[lead:] if i in own else shape for i, shape in enumerate(shapes))
-      foreign = Foreign(graphdef, treedef, fields, inner, dtypes, constants, fields[weight], bias)
-      for shape in _inputs(inner[weight], free):
+      for shape in _inputs(foreign.kernel_shape, free):
         try:
           product = foreign.at(shape, jnp.float32)
         except NotAProduct as error:

@@ -1,0 +1,261 @@
+"""The linear layers of a model, found by tracing a call of it once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.names import nearest, summary
+from optax_lowmem._linear.tracing import trace
+from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._layers.base_layer import contraction_of, is_known, stack_shape
+from optax_lowmem.nn._model.checks import check_model
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._proofs.flax_layers import is_embed
+from optax_lowmem.nn._proofs.foreign_modules import (
+  Reading,
+  forget,
+  may_be_product,
+  read_called,
+  remember,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A linear layer or an embedding of a model.
+
+  Attributes:
+    name: its dotted path.
+    kind: the name of its class.
+    stack: the leading axes that its weight has in the model, and not where it is called.
+    contraction: how the axes of its weight make a matrix.
+    inputs: the shapes and dtypes of the inputs that it was called with, each once.
+  """
+
+  name: str
+  kind: str
+  stack: tuple[int, ...]
+  contraction: Contraction
+  inputs: tuple[tuple[tuple[int, ...], Any], ...]
+
+  @property
+  def weight_shape(self) -> tuple[int, ...]:
+    """The shape of the float layer's weight, with the axes of the stack."""
+    return (*self.stack, *self.contraction.kernel_shape)
+
+  @property
+  def matrix_shape(self) -> tuple[int, ...]:
+    """(out, in), or (batch, out, in), of one layer."""
+    return self.contraction.matrix_shape
+
+
+class Layers(NamedTuple):
+  """What `find_layers` found.
+
+  Attributes:
+    layers: the linear layers and embeddings, in the order of the calls.
+    others: (dotted path, why) of every other module that has a matrix and might have been one.
+  """
+
+  layers: tuple[Layer, ...]
+  others: tuple[tuple[str, str], ...]
+
+  def __repr__(self) -> str:
+    """How many there are, and their names, numbers folded into a star."""
+    return f"Layers({summary(self.names, self.others)})"
+
+  @property
+  def names(self) -> list[str]:
+    """The dotted paths of the linear layers and embeddings."""
+    return [layer.name for layer in self.layers]
+
+
+def find_layers(
+  model: nnx.Module, *args: Any, method: Callable[..., Any] | None = None, **kwargs: Any
+) -> Layers:
+  """Finds the linear layers and embeddings that a call of the model goes through.
+
+  The model is traced once, abstractly, and nothing is computed or changed. Layers of flax are known
+  by their class. A module of any other class is seen with the inputs that the model gives it, and
+  from what it computes of them it is proved to be one product (see `QuantizedModule`); that, too,
+  is how a stack of layers is told from a weight of one more axis. Without it, `add_lora` and
+  `quantize_model` make up inputs from the shape of the weight.
+
+  Args:
+    model: any NNX module. It is not changed.
+    *args: arguments of the call, arrays or `jax.ShapeDtypeStruct`.
+    method: what is called with the model and the arguments; None is the model itself.
+    **kwargs: keyword arguments of the call.
+
+  Returns:
+    `Layers`, for `add_lora` and `quantize_model`.
+
+  Raises:
+    TypeError: `model` is no module of NNX.
+    ValueError: `model` is a layer itself.
+
+  >>> import jax, jax.numpy as jnp
+  >>> from flax import nnx
+  >>> from optax_lowmem import nn
+  >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+  >>> layers = nn.find_layers(model, jax.ShapeDtypeStruct((1, 3, 8), jnp.float32))
+  >>> layers
+  Layers(4 found: query, key, value, out; others: 0)
+  >>> layers.layers[3].weight_shape, layers.layers[3].matrix_shape
+  ((2, 4, 8), (8, 8))
+  """
+  check_model(model)
+  calls: dict[str, _Calls] = {}
+  graphdef, state = nnx.split(model)
+
+  def call(state: Any, given: Any) -> None:
+    copy: Any = nnx.merge(graphdef, state)
+    for place in _candidates(ModelTree(copy)):
+      if place.replaceable:
+        place.replace(_Watched(place.module, _Note(place.path, calls)))
+    args, kwargs = given
+    (copy if method is None else functools.partial(method, copy))(*args, **kwargs)
+
+  trace(call, state, (args, kwargs))
+  places = {place.path: place for place in _candidates(ModelTree(model))}
+  found: list[Layer] = []
+  others: list[tuple[str, str]] = []
+  for path in (*calls, *(path for path in places if path not in calls)):
+    base = places[path].base
+    layer = _layer(path, base, calls.get(path))
+    if isinstance(layer, Layer):
+      found.append(layer)
+    else:
+      others.append((path, f"{type(base).__name__}: {layer}"))
+  return Layers(tuple(found), tuple(others))
+
+
+@dataclasses.dataclass
+class _Calls:
+  """What one layer is called with."""
+
+  rank: int  # of its weight, as it is then
+  inputs: dict[tuple[tuple[int, ...], Any], None] = dataclasses.field(default_factory=dict)
+  more: dict[str, None] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Note:
+  """Where the calls of one layer are written down."""
+
+  path: str
+  calls: dict[str, _Calls]
+
+  def __call__(self, layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    base = layer.base if isinstance(layer, Adapter) else layer
+    calls = self.calls.setdefault(self.path, _Calls(_rank(base)))
+    given = {**dict(zip(("its input", "a second"), args, strict=False)), **kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
+    first = next(iter(given), "its input")
+    x = given.pop(first, None)
+    given.pop("out_sharding", None)
+    calls.more.update(dict.fromkeys(given))
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+      calls.inputs.setdefault((tuple(x.shape), jnp.dtype(x.dtype)))
+    else:
+      calls.more.setdefault(first)
+
+
+class _Watched(nnx.Module):
+  """A layer in the copy of a model that is traced."""
+
+  def __init__(self, layer: nnx.Module, note: _Note):
+    self.layer, self.note = layer, note
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    layer: Any = self.layer
+    self.note(layer, args, kwargs)
+    return layer(*args, **kwargs)
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith("_") or "layer" not in vars(self):
+      raise AttributeError(name)
+    return getattr(self.layer, name)
+
+
+def _candidates(tree: ModelTree) -> list[Place]:
+  """What is a linear layer or an embedding, or may be one."""
+  return [place for place in tree.outer if place.adapted or _may_be_layer(place.module)]
+
+
+def _may_be_layer(module: Any) -> bool:
+  return is_known(module) or is_embed(module) or may_be_product(module)
+
+
+def _rank(base: Any) -> int:
+  values = (v.get_value() for v in vars(base).values() if isinstance(v, nnx.Variable))
+  return max(getattr(value, "ndim", 0) for value in values)
+
+
+def _layer(path: str, base: Any, calls: _Calls | None) -> Layer | str:
+  """A layer from its calls, or why it is none."""
+  if calls is None:
+    return read_called(base, 0, ()).reason or "the call does not come to it"
+  if is_known(base) or is_embed(base):
+    try:
+      contraction, stack = contraction_of(base), stack_shape(base)
+    except ValueError as error:
+      return str(error)
+  else:
+    if calls.more:
+      return f"it is called with more than an input: {', '.join(calls.more)}"
+    lead = _rank(base) - calls.rank
+    known = read_called(base, lead, tuple(calls.inputs))
+    if known.foreign is None or known.contraction is None:
+      return known.reason
+    contraction = known.contraction
+    stack = getattr(base, known.foreign.weight)[...].shape[:lead]
+  return Layer(path, type(base).__name__, tuple(stack), contraction, tuple(calls.inputs))
+
+
+@contextlib.contextmanager
+def shown(model: nnx.Module, layers: Layers | None) -> Iterator[None]:
+  """For its time, what was found takes the place of guesses; for good where adapters are put on."""
+  tree = ModelTree(model)
+  known = {} if layers is None else _by_name(tree, layers)
+  reasons = {} if layers is None else dict(layers.others)
+  noted: list[Any] = []
+  for place in [] if layers is None else tree.outer:
+    module = place.module
+    if place.adapted or not may_be_product(module) or is_known(module) or is_embed(module):
+      continue
+    if (layer := known.get(place.path)) is None:
+      why = reasons.get(place.path, "").partition(": ")[2]
+      reading = Reading(reason=why or "`layers` does not have it")
+    else:
+      reading = read_called(module, len(layer.stack), layer.inputs)
+    remember(module, reading)
+    noted.append(module)
+  try:
+    yield
+  finally:
+    kept = {id(place.base) for place in ModelTree(model).adapters}
+    for module in noted:
+      if id(module) not in kept:
+        forget(module)
+
+
+def _by_name(tree: ModelTree, layers: Any) -> dict[str, Layer]:
+  if not isinstance(layers, Layers):
+    raise TypeError(f"`layers` must be what `find_layers` returns, got {type(layers).__name__}.")
+  modules = {place.path: place.base for place in tree.outer}
+  for layer in layers.layers:
+    if layer.name not in modules or _rank(modules[layer.name]) < len(layer.stack):
+      raise ValueError(
+        f"`layers` has `{layer.name}`, and `model` has no such layer."
+        f"{nearest(layer.name, tree.paths)} Call `find_layers` on this model."
+      )
+  return {layer.name: layer for layer in layers.layers}
