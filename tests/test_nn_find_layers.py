@@ -53,7 +53,7 @@ class Stack(nnx.Module):
 
 class Model(nnx.Module):
   def __init__(self):
-    self.first = Pooled(64, 64)
+    self.first: Any = Pooled(64, 64)
     self.stack = Stack()
     self.unused = Plain(64, 32)
     self.extra = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
@@ -173,6 +173,14 @@ def test_loads_an_adapter_into_them(tmp_path):
   np.testing.assert_array_equal(loaded(x), model(x))
   with pytest.raises(ValueError, match="which `model` does not have"):
     nn.load_peft(Model(), tmp_path)
+
+
+def test_names_what_no_call_can_be_seen_of():
+  model: Any = nnx.Dict(b=nnx.Dict(c=Plain(64, 32)))
+  model.both = nnx.data((Plain(64, 64), model.b))
+  found = nn.find_layers(model, SHAPE, method=lambda model, x: model.both[0](x))
+  assert [path for path, _ in found.others] == ["b.c", "both.0"]
+  assert "does not come" in found.others[0][1] and "held in a tuple" in found.others[1][1]
 
 
 def test_layers_of_another_model_are_refused():

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from optax_lowmem._linear.lora_scale import check_numbers, scale_of
 from optax_lowmem._linear.packed_weight import dequantize_stack
 from optax_lowmem._linear.patterns import check_patterns, check_used, pattern_value
 from optax_lowmem._quantization.array import QuantizedArray
@@ -20,6 +19,7 @@ from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
 from optax_lowmem.linen._lora_dense import initial_a
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
+from optax_lowmem.nn._layers.lora_scale import check_numbers, scale_of
 
 
 class Target(NamedTuple):

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from optax_lowmem._linear.lora_scale import scale_of
 from optax_lowmem._linear.names import listing, names_in_stack, nearest, torch_names
 from optax_lowmem._linear.patterns import pattern_value
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
+from optax_lowmem.nn._layers.lora_scale import scale_of
 from optax_lowmem.nn._peft.config import configuration
 from optax_lowmem.nn._peft.config_targets import check_patterns_of
 from optax_lowmem.nn._peft.files import (

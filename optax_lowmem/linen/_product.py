@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._linear.contraction import Contraction
-from optax_lowmem._linear.packed_product import multiply_matrices
+from optax_lowmem._linear.packed_product import contract
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.nn._layers.lora_linear import low_rank
 
@@ -40,8 +40,7 @@ def packed_product(
   if not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
   x = jnp.asarray(x, dtype)
-  flat = contraction.flatten(x)
-  y = contraction.unflatten(multiply_matrices(flat, weight, precision), x)
+  y = contract(x, weight, contraction, precision)
   return y if bias is None else y + contraction.spread_bias(jnp.asarray(bias, dtype), x.ndim)
 
 

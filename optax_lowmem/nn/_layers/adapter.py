@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem._linear.lora_scale import check_numbers, scale_of
 from optax_lowmem._linear.packed_product import wait_for
 from optax_lowmem._linear.packed_weight import dequantize_stack
 from optax_lowmem.nn._layers.base_layer import (
@@ -21,6 +20,7 @@ from optax_lowmem.nn._layers.base_layer import (
   stack_shape,
 )
 from optax_lowmem.nn._layers.lora_init import Init, check_init, initial_factors
+from optax_lowmem.nn._layers.lora_scale import check_numbers, scale_of
 from optax_lowmem.nn._proofs.foreign_modules import setting_of
 
 

@@ -13,15 +13,9 @@ from optax_lowmem._linear.packed_weight import check_weight
 from optax_lowmem.nn._layers.packed_layer import PackedLayer
 from optax_lowmem.nn._layers.quantized_module import QuantizedModule
 from optax_lowmem.nn._proofs.flax_layers import flax_contraction, is_embed, is_flax_linear
-from optax_lowmem.nn._proofs.foreign_modules import (
-  NOTHING,
-  Foreign,
-  Reading,
-  forget,
-  read,
-  remember,
-)
+from optax_lowmem.nn._proofs.foreign_modules import NOTHING, Foreign, Reading
 from optax_lowmem.nn._proofs.product import NotAProduct
+from optax_lowmem.nn._proofs.reading import forget, read, remember
 
 
 def is_linear(module: Any) -> bool:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from optax_lowmem._linear.contraction import Contraction
-from optax_lowmem._linear.packed_product import multiply_matrices
+from optax_lowmem._linear.packed_product import contract
 from optax_lowmem._linear.packed_weight import dequantize_stack
 from optax_lowmem._quantization.array import QuantizedArray
 
@@ -63,8 +63,7 @@ class PackedLayer(nnx.Module):
         f"this {type(self).__name__} holds a stack of layers, its weight has shape {q.shape}. "
         "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
       )
-    flat = contraction.flatten(x)
-    return contraction.unflatten(multiply_matrices(flat, q, precision), x)
+    return contract(x, q, contraction, precision)
 
   def _with_bias(self, y: jax.Array, contraction: Contraction, ndim: int) -> jax.Array:
     if self.bias is None:

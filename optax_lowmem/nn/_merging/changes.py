@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowmem._linear.head_names import HEAD_TENSORS, HEADS, TABLE_TENSORS
-from optax_lowmem._linear.lora_scale import scale_of
 from optax_lowmem._linear.names import nearest
 from optax_lowmem._linear.patterns import pattern_value
 from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
+from optax_lowmem.nn._layers.lora_scale import scale_of
 from optax_lowmem.nn._merging.delta import Delta
 from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._model.trainable import trained_beside

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._linear.names import nearest, summary
-from optax_lowmem._linear.tracing import trace
-from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import contraction_of, is_known, stack_shape
 from optax_lowmem.nn._model.checks import check_model
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._model.watched_calls import Calls, candidates, rank_of, watched_calls
 from optax_lowmem.nn._proofs.flax_layers import is_embed
-from optax_lowmem.nn._proofs.foreign_modules import (
-  Reading,
-  forget,
-  may_be_product,
-  read_called,
-  remember,
-)
+from optax_lowmem.nn._proofs.foreign_modules import Reading
+from optax_lowmem.nn._proofs.reading import forget, may_be_product, read_called, remember
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,95 +105,24 @@ def find_layers(
   ((2, 4, 8), (8, 8))
   """
   check_model(model)
-  calls: dict[str, _Calls] = {}
-  graphdef, state = nnx.split(model)
-
-  def call(state: Any, given: Any) -> None:
-    copy: Any = nnx.merge(graphdef, state)
-    for place in _candidates(ModelTree(copy)):
-      if place.replaceable:
-        place.replace(_Watched(place.module, _Note(place.path, calls)))
-    args, kwargs = given
-    (copy if method is None else functools.partial(method, copy))(*args, **kwargs)
-
-  trace(call, state, (args, kwargs))
-  places = {place.path: place for place in _candidates(ModelTree(model))}
+  calls = watched_calls(model, args, kwargs, method)
+  places = {place.path: place for place in candidates(ModelTree(model))}
   found: list[Layer] = []
   others: list[tuple[str, str]] = []
   for path in (*calls, *(path for path in places if path not in calls)):
-    base = places[path].base
-    layer = _layer(path, base, calls.get(path))
+    layer = _layer(places[path], calls.get(path))
     if isinstance(layer, Layer):
       found.append(layer)
     else:
-      others.append((path, f"{type(base).__name__}: {layer}"))
+      others.append((path, f"{type(places[path].base).__name__}: {layer}"))
   return Layers(tuple(found), tuple(others))
 
 
-@dataclasses.dataclass
-class _Calls:
-  """What one layer is called with."""
-
-  rank: int  # of its weight, as it is then
-  inputs: dict[tuple[tuple[int, ...], Any], None] = dataclasses.field(default_factory=dict)
-  more: dict[str, None] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Note:
-  """Where the calls of one layer are written down."""
-
-  path: str
-  calls: dict[str, _Calls]
-
-  def __call__(self, layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    base = layer.base if isinstance(layer, Adapter) else layer
-    calls = self.calls.setdefault(self.path, _Calls(_rank(base)))
-    given = {**dict(zip(("its input", "a second"), args, strict=False)), **kwargs}
-    given = {name: value for name, value in given.items() if value is not None}
-    first = next(iter(given), "its input")
-    x = given.pop(first, None)
-    given.pop("out_sharding", None)
-    calls.more.update(dict.fromkeys(given))
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-      calls.inputs.setdefault((tuple(x.shape), jnp.dtype(x.dtype)))
-    else:
-      calls.more.setdefault(first)
-
-
-class _Watched(nnx.Module):
-  """A layer in the copy of a model that is traced."""
-
-  def __init__(self, layer: nnx.Module, note: _Note):
-    self.layer, self.note = layer, note
-
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    layer: Any = self.layer
-    self.note(layer, args, kwargs)
-    return layer(*args, **kwargs)
-
-  def __getattr__(self, name: str) -> Any:
-    if name.startswith("_") or "layer" not in vars(self):
-      raise AttributeError(name)
-    return getattr(self.layer, name)
-
-
-def _candidates(tree: ModelTree) -> list[Place]:
-  """What is a linear layer or an embedding, or may be one."""
-  return [place for place in tree.outer if place.adapted or _may_be_layer(place.module)]
-
-
-def _may_be_layer(module: Any) -> bool:
-  return is_known(module) or is_embed(module) or may_be_product(module)
-
-
-def _rank(base: Any) -> int:
-  values = (v.get_value() for v in vars(base).values() if isinstance(v, nnx.Variable))
-  return max(getattr(value, "ndim", 0) for value in values)
-
-
-def _layer(path: str, base: Any, calls: _Calls | None) -> Layer | str:
+def _layer(place: Place, calls: Calls | None) -> Layer | str:
   """A layer from its calls, or why it is none."""
+  base = place.base
+  if calls is None and not place.replaceable:
+    return "it is held in a tuple, in which it cannot be replaced"
   if calls is None:
     return read_called(base, 0, ()).reason or "the call does not come to it"
   if is_known(base) or is_embed(base):
@@ -212,13 +133,13 @@ def _layer(path: str, base: Any, calls: _Calls | None) -> Layer | str:
   else:
     if calls.more:
       return f"it is called with more than an input: {', '.join(calls.more)}"
-    lead = _rank(base) - calls.rank
+    lead = rank_of(base) - calls.rank
     known = read_called(base, lead, tuple(calls.inputs))
     if known.foreign is None or known.contraction is None:
       return known.reason
     contraction = known.contraction
     stack = getattr(base, known.foreign.weight)[...].shape[:lead]
-  return Layer(path, type(base).__name__, tuple(stack), contraction, tuple(calls.inputs))
+  return Layer(place.path, type(base).__name__, tuple(stack), contraction, tuple(calls.inputs))
 
 
 @contextlib.contextmanager
@@ -253,7 +174,7 @@ def _by_name(tree: ModelTree, layers: Any) -> dict[str, Layer]:
     raise TypeError(f"`layers` must be what `find_layers` returns, got {type(layers).__name__}.")
   modules = {place.path: place.base for place in tree.outer}
   for layer in layers.layers:
-    if layer.name not in modules or _rank(modules[layer.name]) < len(layer.stack):
+    if layer.name not in modules or rank_of(modules[layer.name]) < len(layer.stack):
       raise ValueError(
         f"`layers` has `{layer.name}`, and `model` has no such layer."
         f"{nearest(layer.name, tree.paths)} Call `find_layers` on this model."

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._linear.names import folded
-from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_known, reading
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._proofs.flax_layers import is_no_product
 
 
 def skipped(tree: ModelTree) -> dict[str, str]:
@@ -24,9 +24,7 @@ def skipped(tree: ModelTree) -> dict[str, str]:
   found = {}
   for place in (Place("", tree.model, []), *tree.places):
     module: Any = place.module
-    if isinstance(module, (Adapter, nnx.RMSNorm, nnx.LayerNorm)):  # a stack of norms has a matrix
-      continue
-    if is_known(module) or _is_flax(module):
+    if place.adapted or is_known(module) or is_no_product(module):
       continue
     known = reading(module)
     if known.foreign is not None:
@@ -41,10 +39,6 @@ def skipped(tree: ModelTree) -> dict[str, str]:
       reason = known.reason or "it has no `__call__`"
       found[place.path or "the model itself"] = f"{type(module).__name__}: {reason}"
   return found
-
-
-def _is_flax(module: Any) -> bool:
-  return type(module).__module__.partition(".")[0] == "flax"
 
 
 def sentence(found: dict[str, str]) -> str:

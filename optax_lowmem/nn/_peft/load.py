@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem._linear.lora_scale import scale_of
 from optax_lowmem._linear.names import listing, nearest
 from optax_lowmem._linear.patterns import pattern_value
 from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
+from optax_lowmem.nn._layers.lora_scale import scale_of
 from optax_lowmem.nn._model.found_layers import Layers, shown
 from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
 from optax_lowmem.nn._model.surgery import adapter

@@ -24,6 +24,13 @@ def is_flax_linear(module: Any) -> bool:
   return any(is_kind(module, kind) for kind in LINEAR)
 
 
+def is_no_product(module: Any) -> bool:
+  """Whether a class says that a module is no product: norms, and what else is of flax."""
+  norm = isinstance(module, (nnx.RMSNorm, nnx.LayerNorm))  # a stack of them has a matrix
+  of_flax = type(module).__module__.partition(".")[0] == "flax"
+  return norm or (of_flax and not is_flax_linear(module))
+
+
 def flax_contraction(layer: Any) -> Contraction:
   """How the axes of a layer's weight make a matrix.
 
