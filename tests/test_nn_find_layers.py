@@ -186,8 +186,12 @@ def test_names_what_no_call_can_be_seen_of():
 def test_layers_of_another_model_are_refused():
   layers = nn.find_layers(Model(), SHAPE)
   other = nnx.Dict(firs=Plain(64, 64))
-  with pytest.raises(ValueError, match=r"`layers` has `first`.*Nearest: firs.*Call `find_layers`"):
+  with pytest.raises(ValueError, match=r"`layers` has `first`.*no such layer.*Nearest: firs"):
     nn.quantize_model(other, layers=layers)
+  model = Model()
+  model.first = Pooled(64, 32)
+  with pytest.raises(ValueError, match=r"`first` with a weight of shape \(64, 64\).*\(64, 32\)"):
+    nn.add_lora(model, 4, 8, layers=layers, rngs=nnx.Rngs(0))
   with pytest.raises(TypeError, match="`layers` must be what `find_layers` returns, got tuple"):
     nn.quantize_model(other, layers=tuple(layers.layers))  # pyright: ignore[reportArgumentType]
   with pytest.raises(TypeError, match=r"must be an nnx.Module"):

@@ -17,7 +17,7 @@ from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.watched_calls import Calls, candidates, rank_of, watched_calls
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 from optax_lowmem.nn._proofs.foreign_modules import Reading
-from optax_lowmem.nn._proofs.reading import forget, may_be_product, read_called, remember
+from optax_lowmem.nn._proofs.reading import forget, read_called, remember
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +145,22 @@ def _layer(place: Place, calls: Calls | None) -> Layer | str:
 @contextlib.contextmanager
 def shown(model: nnx.Module, layers: Layers | None) -> Iterator[None]:
   """For its time, what was found takes the place of guesses; for good where adapters are put on."""
+  if layers is None:
+    yield
+    return
   tree = ModelTree(model)
-  known = {} if layers is None else _by_name(tree, layers)
-  reasons = {} if layers is None else dict(layers.others)
+  known, reasons = _by_name(tree, layers), dict(layers.others)
   noted: list[Any] = []
-  for place in [] if layers is None else tree.outer:
-    module = place.module
-    if place.adapted or not may_be_product(module) or is_known(module) or is_embed(module):
+  for place in candidates(tree):
+    if place.adapted or is_known(place.module) or is_embed(place.module):
       continue
     if (layer := known.get(place.path)) is None:
       why = reasons.get(place.path, "").partition(": ")[2]
       reading = Reading(reason=why or "`layers` does not have it")
     else:
-      reading = read_called(module, len(layer.stack), layer.inputs)
-    remember(module, reading)
-    noted.append(module)
+      reading = read_called(place.module, len(layer.stack), layer.inputs)
+    remember(place.module, reading)
+    noted.append(place.module)
   try:
     yield
   finally:
@@ -172,11 +173,19 @@ def shown(model: nnx.Module, layers: Layers | None) -> Iterator[None]:
 def _by_name(tree: ModelTree, layers: Any) -> dict[str, Layer]:
   if not isinstance(layers, Layers):
     raise TypeError(f"`layers` must be what `find_layers` returns, got {type(layers).__name__}.")
-  modules = {place.path: place.base for place in tree.outer}
+  shapes = {place.path: _weight_shape(place.base) for place in candidates(tree)}
   for layer in layers.layers:
-    if layer.name not in modules or rank_of(modules[layer.name]) < len(layer.stack):
+    if shapes.get(layer.name) != layer.weight_shape:
       raise ValueError(
-        f"`layers` has `{layer.name}`, and `model` has no such layer."
-        f"{nearest(layer.name, tree.paths)} Call `find_layers` on this model."
+        f"`layers` has `{layer.name}` with a weight of shape {layer.weight_shape}, and `model` has "
+        f"{shapes.get(layer.name, 'no such layer')}.{nearest(layer.name, list(shapes))} Call "
+        "`find_layers` on this model."
       )
   return {layer.name: layer for layer in layers.layers}
+
+
+def _weight_shape(base: Any) -> tuple[int, ...]:
+  """Of a float layer, or of what a packed one was."""
+  if is_known(base):
+    return tuple(base.kernel.shape)
+  return max((v.shape for v in vars(base).values() if isinstance(v, nnx.Variable)), key=len)
