@@ -24,6 +24,7 @@ ORDER = [
   "",  # what `import optax_lowmem` gives
   "nn/_proofs",
   "nn/_layers",
+  "nn/_adapters",
   "nn/_model",
   "nn/_peft",
   "nn/_merging",

@@ -17,7 +17,7 @@ from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
 from optax_lowmem.linen._lora_dense import initial_a
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
-from optax_lowmem.nn._layers.lora_scale import check_numbers, scale_of
+from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
 from optax_lowmem.nn._layers.quantized_linear import dequantize_stack
 from optax_lowmem.nn._model.targets import check_patterns, pattern_value
 

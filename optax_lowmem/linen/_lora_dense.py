@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from optax_lowmem.linen._nf4_dense import check_packable, packed_dense
 from optax_lowmem.linen._product import correction, dense, drop
-from optax_lowmem.nn._layers.lora_scale import check_numbers, scale_of
+from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
 
 
 def initial_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.nn._layers.lora_scale import scale_of
+from optax_lowmem.nn._adapters.lora_scale import scale_of
 from optax_lowmem.nn._model.places import listing, names_in_stack, nearest
 from optax_lowmem.nn._model.targets import pattern_value
 from optax_lowmem.nn._peft.config import configuration

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.nn._layers.lora_linear import low_rank
+from optax_lowmem.nn._adapters.lora_linear import low_rank
 from optax_lowmem.nn._layers.packed_product import multiply
 from optax_lowmem.nn._proofs.contraction import Contraction
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
-from optax_lowmem.nn._layers.lora_scale import scale_of
+from optax_lowmem.nn._adapters.adapter import Adapter
+from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
+from optax_lowmem.nn._adapters.lora_scale import scale_of
 from optax_lowmem.nn._merging.delta import Delta
 from optax_lowmem.nn._model.head_names import HEAD_TENSORS, HEADS, TABLE_TENSORS
 from optax_lowmem.nn._model.places import nearest, places

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
+from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
 from optax_lowmem.nn._layers.base_layer import dense_variable, matrix_shape, stack_shape
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
 from optax_lowmem.nn._model.places import Place, check_replaceable, layer_names, places, replace
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._peft.tensor_files import open_weights

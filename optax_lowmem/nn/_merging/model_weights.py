@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import dense_variable, is_linear, matrix_shape, stack_shape
 from optax_lowmem.nn._model.places import Place, base_of, names_in_stack, places
 from optax_lowmem.nn._model.trainable import tensors_of

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from optax_lowmem.nn._adapters.lora_init import Init, LoftQ, check_fits
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
@@ -18,7 +19,6 @@ from optax_lowmem.nn._layers.base_layer import (
   is_linear,
   matrix_shape,
 )
-from optax_lowmem.nn._layers.lora_init import Init, LoftQ, check_fits
 from optax_lowmem.nn._model.head_names import HEAD
 from optax_lowmem.nn._model.heads import output_heads
 from optax_lowmem.nn._model.places import Place, listing, matches, nearest, patterns

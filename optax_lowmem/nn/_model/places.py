@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from optax_lowmem._arguments.spelling import nearest as alike
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_embed, is_linear, reading, stack_shape
 
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import check_lora, check_param_dtype
+from optax_lowmem.nn._adapters.adapter import check_lora, check_param_dtype
+from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed, check_embed
+from optax_lowmem.nn._adapters.lora_init import Init, check_init, quantized
+from optax_lowmem.nn._adapters.lora_linear import LoRALinear, check_base, check_own_bias
 from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_embed, is_linear
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed, check_embed
-from optax_lowmem.nn._layers.lora_init import Init, check_init, quantized
-from optax_lowmem.nn._layers.lora_linear import LoRALinear, check_base, check_own_bias
 from optax_lowmem.nn._layers.quantized_linear import check_codebook
 from optax_lowmem.nn._model.checks import check_model, check_product, check_start, excluded
 from optax_lowmem.nn._model.head_names import HEAD

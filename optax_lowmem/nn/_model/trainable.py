@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import (
   bias_field,
   contraction_of,

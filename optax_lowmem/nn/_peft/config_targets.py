@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_embed
 from optax_lowmem.nn._model.head_names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem.nn._model.places import Place, base_of, layer_names, names_in_stack, nearest

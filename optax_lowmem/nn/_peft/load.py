@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
+from optax_lowmem.nn._adapters.lora_scale import scale_of
 from optax_lowmem.nn._layers.base_layer import is_embed, matrix_shape, stack_shape
-from optax_lowmem.nn._layers.lora_scale import scale_of
 from optax_lowmem.nn._model.places import (
   Place,
   adaptable,

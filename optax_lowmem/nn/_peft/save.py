@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
+from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
   matrix_of,
   stack_shape,
 )
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
 from optax_lowmem.nn._model.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
 from optax_lowmem.nn._model.places import Place, adaptable, layer_names, places
 from optax_lowmem.nn._model.trainable import trained_beside

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem.nn._adapters.lora_init import Init, check_init, initial_factors
+from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
@@ -17,8 +19,6 @@ from optax_lowmem.nn._layers.base_layer import (
   matrix_shape,
   stack_shape,
 )
-from optax_lowmem.nn._layers.lora_init import Init, check_init, initial_factors
-from optax_lowmem.nn._layers.lora_scale import check_numbers, scale_of
 from optax_lowmem.nn._layers.packed_product import wait_for
 from optax_lowmem.nn._layers.quantized_linear import dequantize_stack
 from optax_lowmem.nn._proofs.foreign_modules import setting_of

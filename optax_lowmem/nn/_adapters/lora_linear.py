@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter, check_adaptable, check_lora
+from optax_lowmem.nn._adapters.adapter import Adapter, check_adaptable, check_lora
+from optax_lowmem.nn._adapters.lora_init import Init
 from optax_lowmem.nn._layers.base_layer import (
   check_dense,
   contraction_at,
@@ -21,7 +22,6 @@ from optax_lowmem.nn._layers.base_layer import (
   reading,
   with_matrix,
 )
-from optax_lowmem.nn._layers.lora_init import Init
 from optax_lowmem.nn._layers.packed_product import automatic
 from optax_lowmem.nn._layers.quantized_linear import at_rank, placed
 from optax_lowmem.nn._proofs.foreign_modules import placement

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_lowmem.nn._layers.adapter import Adapter, check_adaptable, check_lora
+from optax_lowmem.nn._adapters.adapter import Adapter, check_adaptable, check_lora
+from optax_lowmem.nn._adapters.lora_init import Init
 from optax_lowmem.nn._layers.base_layer import check_dense, is_embed, with_matrix
-from optax_lowmem.nn._layers.lora_init import Init
 from optax_lowmem.nn._layers.quantized_linear import placed
 
 
