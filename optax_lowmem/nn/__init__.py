@@ -20,6 +20,8 @@ from optax_lowmem.nn._adapters.lora_init import Init as Init
 from optax_lowmem.nn._adapters.lora_init import LoftQ as LoftQ
 from optax_lowmem.nn._adapters.lora_linear import LoRALinear as LoRALinear
 from optax_lowmem.nn._adapters.lora_plus import scale_lora_b as scale_lora_b
+from optax_lowmem.nn._adapters.variant import Part as Part
+from optax_lowmem.nn._adapters.variant import Variant as Variant
 from optax_lowmem.nn._layers.nf4_linear import NF4Linear as NF4Linear
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum as QuantizedEinsum
 from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear as QuantizedLinear
@@ -39,10 +41,12 @@ _name_after(
   LoRALinear,
   LoftQ,
   NF4Linear,
+  Part,
   QuantizedEinsum,
   QuantizedLinear,
   QuantizedModule,
   QuantizedWeight,
+  Variant,
 )
 
 __all__ = [
@@ -51,10 +55,12 @@ __all__ = [
   "LoRALinear",
   "LoftQ",
   "NF4Linear",
+  "Part",
   "QuantizedEinsum",
   "QuantizedLinear",
   "QuantizedModule",
   "QuantizedWeight",
+  "Variant",
   "add_lora",
   "load_peft",
   "merge_lora",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,26 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._adapters.lora_init import Init, check_init, initial_factors
-from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
-from optax_lowmem.nn._layers.base_layer import (
-  contraction_of,
-  dense_variable,
-  matrix_of,
-  matrix_shape,
-  stack_shape,
-)
-from optax_lowmem.nn._layers.packed_product import wait_for
-from optax_lowmem.nn._layers.quantized_linear import dequantize_stack
+from optax_lowmem.nn._adapters.dora import DoRA
+from optax_lowmem.nn._adapters.lora_init import Init, check_init
+from optax_lowmem.nn._adapters.lora_scale import check_numbers, masked, scale_of, spread
+from optax_lowmem.nn._adapters.variant import Arrays, Part, Variant, matrix
+from optax_lowmem.nn._adapters.variants import chosen
+from optax_lowmem.nn._layers.base_layer import matrix_of, matrix_shape, stack_shape
 from optax_lowmem.nn._proofs.foreign_modules import setting_of
 
 
 class LoRAScale(nnx.Variable[jax.Array]):
   """One scale for each layer of a stack whose ranks or alphas differ; not trained."""
-
-
-class LoRAStart(nnx.Variable[jax.Array]):
-  """A factor as it was before training, where the base was changed to make room for it."""
 
 
 def check_lora(rank: Any, alpha: Any, dropout: float, rngs: nnx.Rngs) -> None:
@@ -55,17 +45,35 @@ def check_param_dtype(param_dtype: Any) -> None:
     )
 
 
+def check_settings(variant: Variant, use_rslora: bool, dropout: float) -> None:
+  """Refuses settings that this kind of adapter has not in PEFT."""
+  for key, value in {"use_rslora": use_rslora, "lora_dropout": dropout}.items():
+    if value and variant.peft_keys.get(key, key) is None:
+      raise ValueError(
+        f"`{key.removeprefix('lora_')}` is {value!r}, and {type(variant).__name__} has none in "
+        "PEFT. Leave it out."
+      )
+
+
 class Adapter(nnx.Module):
-  """The factors of a low-rank correction of `base`, and how they are scaled.
+  """The parts of an adapter of `base`, of the kind `variant`, and how they are scaled.
 
   `rank` and `alpha` are those of every layer, or the largest of a stack whose layers differ; then
-  `ranks` and `alphas` hold them all, columns of A and rows of B beyond a layer's rank are zero,
-  and stay zero: the gradient of each is a product with the other.
+  `ranks` and `alphas` hold them all, and what parts have beyond a layer's rank is zero, and stays
+  zero: the gradient of each is a product with another.
 
-  Invariants: `lora_a.shape == (..., in_features, rank)`,
+  Invariants: each part of `variant.parts` is an `nnx.LoRAParam` of its name, of shape
+  (..., *axes): `lora_a.shape == (..., in_features, rank)`,
   `lora_b.shape == (..., rank, out_features)`, and, with DoRA,
   `magnitude.shape == (..., out_features)`.
   """
+
+  is_embed = False
+  # Parts that only some variants of LoRA have, and the factors that its `init` took from the base.
+  magnitude: Any = None
+  lora_bias: Any = None
+  start_a: Any = None
+  start_b: Any = None
 
   def __init__(
     self,
@@ -73,16 +81,22 @@ class Adapter(nnx.Module):
     rank: int | Sequence[int],
     alpha: float | Sequence[float],
     *,
-    dropout: float,
-    use_rslora: bool,
-    use_dora: bool,
-    init: Init,
-    param_dtype: Any,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_bias: bool = False,
+    variant: Variant | None = None,
+    init: Init = "default",
+    param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
     check_lora(rank, alpha, dropout, rngs)
+    self.check_base("base", base)
+    variant = self.variant = chosen(variant, use_dora, lora_bias)
     check_init(init)
     check_param_dtype(param_dtype)
+    check_settings(variant, use_rslora, dropout)
+    variant.check(type(base).__name__, base, rank, init)
     stack = stack_shape(base)
     self.ranks, self.alphas = _per_layer("rank", rank, stack), _per_layer("alpha", alpha, stack)
     self.rank: int = max(rank) if isinstance(rank, Sequence) else rank
@@ -91,38 +105,50 @@ class Adapter(nnx.Module):
     self.scales = nnx.data(None)
     if self.ranks or self.alphas:
       self.scales = LoRAScale(jnp.asarray(self.layer_scales(stack[0]), jnp.float32))
-    scale = self.scale
-    base, a, b, started = initial_factors(
-      base, self.rank, self.ranks, scale, init, param_dtype, rngs
-    )
     self.base = base
-    self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
-    self.start_a = nnx.data(LoRAStart(jnp.copy(a)) if started else None)
-    self.start_b = nnx.data(LoRAStart(jnp.copy(b)) if started else None)
-    self.magnitude = nnx.data(None)
-    if use_dora:
-      self.magnitude = nnx.LoRAParam(self.weight_norm().astype(param_dtype))
+    *lead, out, inputs = matrix_shape(base)
+    sizes = {"in": inputs, "out": out, "rank": self.rank}
+    shapes = {part.name: (*lead, *part.shape(sizes)) for part in self.parts}
+    values = variant.start(self, shapes, init, param_dtype, rngs)
+    for part in self.parts:
+      value = values[part.name].astype(param_dtype)
+      if "rank" in part.axes:
+        value = masked(value, part.axes.index("rank") - len(part.axes), self.ranks)
+      setattr(self, part.name, nnx.LoRAParam(value))
     self.dropout = nnx.data(None)
     if dropout > 0:
       self.dropout = nnx.Dropout(dropout, rngs=rngs)
       if stack:  # one key and one counter for each layer, so that nnx.scan can slice them
         self.dropout.rngs = rngs["dropout"].split(tuple(stack))
 
+  @classmethod
+  def check_base(cls, name: str, base: Any) -> None:
+    """Refuses a base that an adapter cannot be put on."""
+    if isinstance(base, Adapter):
+      raise ValueError(
+        f"`{name}` has a LoRA adapter already. "
+        "Call `merge_lora` first, or train the adapter that is there."
+      )
+
   def __getattr__(self, name: str) -> Any:
     """Settings of the base, which the model may ask for, and the shapes of its arrays."""
     return setting_of(self, vars(self).get("base"), name)
 
   @property
+  def parts(self) -> tuple[Part, ...]:
+    return self.variant.parts(self.is_embed)
+
+  @property
   def in_features(self) -> int:
-    return self.lora_a[...].shape[-2]
+    return matrix_shape(self.base)[-1]
 
   @property
   def out_features(self) -> int:
-    return self.lora_b[...].shape[-1]
+    return matrix_shape(self.base)[-2]
 
   @property
   def use_dora(self) -> bool:
-    return self.magnitude is not None
+    return isinstance(self.variant, DoRA)
 
   def layer_scales(self, count: int) -> list[float]:
     """The scale of each layer of a stack."""
@@ -136,59 +162,31 @@ class Adapter(nnx.Module):
       return self.scales[...]
     return scale_of(self.rank, self.alpha, self.use_rslora)
 
-  def scaled_b(self) -> jax.Array:
-    """s B in float32, so that a scale that is no power of 2 rounds nothing."""
-    b = self.lora_b[...].astype(jnp.float32)
-    return b * self._spread_scale(b.ndim)
+  def values(self) -> Arrays:
+    """The parts' arrays, by their names."""
+    return {part.name: getattr(self, part.name)[...] for part in self.parts}
 
-  def delta(self, a: Any = None, b: Any = None) -> jax.Array:
-    """The scaled product of A and B as a matrix (..., out, in), in float32."""
-    a, b = self.lora_a[...] if a is None else a, self.lora_b[...] if b is None else b
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    product = jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
-    return self._spread_scale(product.ndim) * product
+  def scaled(self, values: Arrays, dtype: Any) -> Arrays:
+    """Parts with the scale multiplied in, in float32: one that is no power of 2 rounds nothing."""
+    values = dict(values)
+    for part in self.parts:
+      if part.scaled and part.name in values:
+        value = values[part.name].astype(jnp.float32)
+        values[part.name] = value * spread(self.scale, value.ndim)
+    return {name: value.astype(dtype) for name, value in values.items()}
 
-  def weight_norm(self, x: jax.Array | None = None) -> jax.Array:
-    r"""The norm of each row of W + s (A B)^T, of which no gradient is taken.
+  def delta(self, values: Arrays | None = None) -> jax.Array:
+    """What the adapter adds to the weight (..., out, in), in float32."""
+    values = self.values() if values is None else values
+    delta = self.variant.delta({k: v.astype(jnp.float32) for k, v in values.items()}, matrix)
+    return spread(self.scale, delta.ndim) * delta
 
-    Expanded, so that no product A B of a layer's size is made: :math:`\|w\|^2 + 2 s\,b \cdot
-    A^T w + s^2 b \cdot (A^T A) b`.
-
-    Args:
-      x: the layer's input, before which no packed weight is decoded: otherwise all layers' are, at
-        once, and kept (12 dense weights for 12 unrolled layers; tied to the input, 1.5).
-    """
-    packed = dense_variable(self.base) is None
-    if not packed:
-      w = _as_stored(self.base)
-    elif x is None:
-      w = self.base.dequantize()
-    else:
-      w = dequantize_stack(wait_for(x, self.base.weight.get_value()))
-    a = self.lora_a[...].astype(jnp.float32)
-    w, a, b = jax.lax.stop_gradient((w, a, self.scaled_b()))
-    dot = functools.partial(jnp.matmul, precision="highest")
-    a_t = a.swapaxes(-1, -2)
-    if packed:
-      squares, product = (w * w).sum(-1), dot(w, a).swapaxes(-1, -2)
-    else:
-      squares, product = (w * w).sum(-2), dot(a_t, w)
-    squared = squares + ((2 * product + dot(dot(a_t, a), b)) * b).sum(-2)
-    return jnp.sqrt(jnp.maximum(squared, 0.0))
-
-  def factor(self, norm: jax.Array | None = None) -> jax.Array:
-    """DoRA's magnitude over the norm: what the rows of the weight are multiplied by."""
-    magnitude: Any = self.magnitude
-    norm = self.weight_norm() if norm is None else norm
-    factor = jnp.where(norm > 0, magnitude[...] / jnp.where(norm > 0, norm, 1.0), 0.0)
+  def factor(self, norm: jax.Array) -> jax.Array:
+    """What the rows of the weight, of that norm, are multiplied by."""
+    factor = self.variant.factor(self.values(), norm)
     if self.ranks and 0 in self.ranks:  # layers of a stack that have no adapter
-      factor = jnp.where(self._spread_scale(factor.ndim) > 0, factor, 1.0)
+      factor = jnp.where(spread(self.scale, factor.ndim) > 0, factor, 1.0)
     return factor
-
-  def _spread_scale(self, ndim: int) -> Any:
-    """The scale, to broadcast against an array of that rank whose first axes are the stack's."""
-    scale = self.scale
-    return scale if self.scales is None else scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))
 
   def merged_matrix(self, original: jax.Array | None = None) -> jax.Array:
     """The weight (..., out, in) that base and adapter amount to, in float32.
@@ -197,16 +195,11 @@ class Adapter(nnx.Module):
     the adapter, the adapter is added to that one instead.
     """
     delta = self.delta()
-    if original is None:
-      weight = matrix_of(self.base)
-    else:
-      weight = original
-      if self.start_a is not None and self.start_b is not None:
-        delta = delta - self.delta(self.start_a[...], self.start_b[...])
-    weight = weight + delta
-    if self.use_dora:
-      norm = jnp.sqrt((weight * weight).sum(-1))
-      weight = self.factor(norm)[..., None] * weight
+    if original is not None and (room := self.variant.room(self)):
+      delta = delta - self.delta(room)
+    weight = (matrix_of(self.base) if original is None else original) + delta
+    if self.variant.normed:
+      weight = self.factor(jnp.sqrt((weight * weight).sum(-1)))[..., None] * weight
     return weight
 
 
@@ -220,23 +213,3 @@ def _per_layer(name: str, value: Any, stack: tuple[int, ...]) -> tuple[Any, ...]
       "value, or one for each layer of a stack with one leading axis."
     )
   return tuple(value)
-
-
-def _as_stored(base: Any) -> jax.Array:
-  """The dense weight (..., in, out) in float32, of most layers without moving an element.
-
-  A transposed copy of each weight of a model would be made at once, and all of them kept.
-  """
-  contraction = contraction_of(base)
-  if contraction is not None and contraction.rhs != "".join(contraction.groups()):
-    return matrix_of(base).swapaxes(-1, -2)
-  *lead, out, inputs = matrix_shape(base)
-  return dense_variable(base)[...].astype(jnp.float32).reshape(*lead, inputs, out)
-
-
-def check_adaptable(name: str, base: Any) -> None:
-  if isinstance(base, Adapter):
-    raise ValueError(
-      f"`{name}` has a LoRA adapter already. "
-      "Call `merge_lora` first, or train the adapter that is there."
-    )

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem.nn._adapters.lora_scale import masked, spread
+from optax_lowmem.nn._adapters.variant import matrix
 from optax_lowmem.nn._layers.base_layer import (
-  contraction_of,
   dense_variable,
-  foreign_of,
+  is_embed,
   matrix_of,
   matrix_shape,
   set_matrix,
 )
-from optax_lowmem.nn._layers.nf4_linear import NF4Linear
-from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum
-from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear, check_codebook, over_stack
-from optax_lowmem.nn._layers.quantized_module import QuantizedModule
+from optax_lowmem.nn._layers.quantize_layer import check_product, quantized
+from optax_lowmem.nn._layers.quantized_linear import check_codebook, over_stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,10 @@ class LoftQ:
     check_codebook(self.codebook)
 
 
+class LoRAStart(nnx.Variable[jax.Array]):
+  """A factor as it was before training, where the base was changed to make room for it."""
+
+
 Init = Literal["default", "gaussian", "pissa", "loftq"] | LoftQ
 
 
@@ -73,117 +77,76 @@ def check_init(init: Any) -> None:
     )
 
 
-def check_fits(rank: int, shape: tuple[int, ...], of: str = "") -> None:
-  """Refuses a rank of which the weight has not as many singular vectors."""
-  if rank > min(shape):
+def check_start(name: str, base: Any, rank: Any, init: Init) -> None:
+  """Refuses a layer whose adapter cannot start as `init` says."""
+  loftq = init == "loftq" or isinstance(init, LoftQ)
+  if is_embed(base) or not (loftq or init == "pissa"):
+    return
+  if loftq:
+    if dense_variable(base) is None:
+      raise ValueError(
+        f"{name} is quantized, and `init` 'loftq' needs the weights before they are quantized. "
+        "Call `add_lora` on the float model, without `quantize_model`; it quantizes the layers "
+        "that it adapts."
+      )
+    check_product(name, base)
+  largest, shape = max(rank) if isinstance(rank, Sequence) else rank, matrix_shape(base)[-2:]
+  if largest > min(shape):
     raise ValueError(
-      f"`rank` {rank} is larger than a side of the weight {shape}{of}, whose singular vectors "
-      "`init` takes. Choose a smaller rank, or `init='default'`."
+      f"`rank` {largest} is larger than a side of the weight {shape} of {name}, whose singular "
+      "vectors `init` takes. Choose a smaller rank, or `init='default'`."
     )
 
 
-def quantized(linear: Any, codebook: str, block_size: int | None, double: bool | None) -> Any:
-  """A float layer, quantized."""
-  options: Any = {"codebook": codebook, "block_size": block_size, "double_quantize": double}
-  if foreign_of(linear) is not None:
-    return QuantizedModule(linear, **options)
-  if contraction_of(linear) is not None:
-    return QuantizedEinsum(linear, **options)
-  kind = NF4Linear if codebook == "nf4" else QuantizedLinear
-  return kind.from_weight(
-    linear.kernel[...].swapaxes(-1, -2),
-    linear.bias,
-    **options,
-    dtype=linear.dtype,
-    precision=linear.precision,
-  )
+def starting_factors(
+  layer: Any, shapes: Mapping[str, Any], init: Init, param_dtype: Any, rngs: nnx.Rngs
+) -> dict[str, jax.Array] | None:
+  """A (..., in, r) and B (..., r, out) where `init` is a way of its own; of embeddings none is.
 
-
-def initial_factors(
-  base: Any, rank: int, ranks: Any, scale: Any, init: Init, param_dtype: Any, rngs: nnx.Rngs
-) -> tuple[Any, jax.Array, jax.Array, bool]:
-  """The base, A (..., in, r) and B (..., r, out), and whether the base was changed for them.
-
-  A and B are in `param_dtype`; the room made in a base is for them as they are rounded.
+  Where they are taken out of the base, `layer` gets another, with room for them as they are
+  rounded to `param_dtype`, and remembers them.
   """
-  base, a, b, started = _factors(base, rank, ranks, scale, init, param_dtype, rngs)
-  return base, a.astype(param_dtype), b.astype(param_dtype), started
-
-
-def _factors(
-  base: Any, rank: int, ranks: Any, scale: Any, init: Init, param_dtype: Any, rngs: nnx.Rngs
-) -> tuple[Any, jax.Array, jax.Array, bool]:
-  *lead, out, inputs = matrix_shape(base)
-  embed = isinstance(base, nnx.Embed)
-  if init == "loftq":
-    init = LoftQ()
-  if isinstance(init, LoftQ) and not embed:
-    if dense_variable(base) is None:
-      raise ValueError(
-        "`init` 'loftq' needs the weights before they are quantized. Call `add_lora` on the "
-        "float model, without `quantize_model`; it quantizes the layers that it adapts."
-      )
-    return (*_loftq(base, rank, ranks, scale, init), True)
-  if init == "pissa" and not embed:
-    w = matrix_of(base)
-    a, b = (x.astype(param_dtype) for x in _svd(w, rank, ranks, scale))
-    return set_matrix(base, w - _product(a, b, scale)), a, b, True
-  key, a_shape = rngs.params(), (*lead, inputs, rank)
-  if embed:  # as PEFT: looking up is cheap in A, so A is the factor that starts at zero
-    b = jax.random.normal(key, (*lead, rank, out), jnp.float32)
-    return base, jnp.zeros(a_shape, jnp.float32), _mask(b, ranks, -2), False
+  if layer.is_embed or init == "default":
+    return None
   if init == "gaussian":
-    divide = jnp.asarray(rank if ranks is None else [max(r, 1) for r in ranks], jnp.float32)
-    a = jax.random.normal(key, a_shape, jnp.float32)
-    a = a / divide.reshape(divide.shape + (1,) * (a.ndim - divide.ndim) if ranks else ())
+    ranks = layer.rank if layer.ranks is None else [max(r, 1) for r in layer.ranks]
+    a = jax.random.normal(rngs.params(), shapes["lora_a"], jnp.float32)
+    return {"lora_a": a / spread(jnp.asarray(ranks, jnp.float32), a.ndim)}
+  if init == "pissa":
+    w = matrix_of(layer.base)
+    a, b = (x.astype(param_dtype) for x in _svd(w, layer))
+    layer.base = set_matrix(layer.base, w - _product(a, b, layer.scale))
   else:
-    bound = 1 / inputs**0.5
-    a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
-  return base, _mask(a, ranks, -1), jnp.zeros((*lead, rank, out), jnp.float32), False
-
-
-def _mask(factor: jax.Array, ranks: Any, axis: int) -> jax.Array:
-  """Zero beyond each layer's rank."""
-  if ranks is None:
-    return factor
-  keep = jnp.arange(factor.shape[axis]) < jnp.asarray(ranks)[:, None]  # (layers, rank)
-  shape = [1] * factor.ndim
-  shape[0], shape[axis] = keep.shape
-  return jnp.where(keep.reshape(shape), factor, 0.0)
-
-
-def _spread(scale: Any, like: jax.Array) -> Any:
-  if isinstance(scale, float):
-    return scale
-  return scale.reshape(scale.shape + (1,) * (like.ndim - scale.ndim))
+    layer.base, a, b = _loftq(layer, LoftQ() if init == "loftq" else init)
+    a, b = a.astype(param_dtype), b.astype(param_dtype)
+  layer.start_a, layer.start_b = LoRAStart(jnp.copy(a)), LoRAStart(jnp.copy(b))
+  return {"lora_a": a, "lora_b": b}
 
 
 def _product(a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  product = jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
-  return _spread(scale, product) * product
+  product = matrix(a, b)
+  return spread(scale, product.ndim) * product
 
 
-def _svd(w: jax.Array, rank: int, ranks: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
+def _svd(w: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
   """A and B whose scaled product is the best approximation of (..., out, in) of that rank."""
-  check_fits(rank, w.shape[-2:])
+  rank = layer.rank
   u, s, v = over_stack(
     lambda one: jnp.linalg.svd(one, full_matrices=False), w.ndim - 2, jax.lax.map
   )(w)
   root = jnp.sqrt(s[..., :rank])
-  scale = _spread(scale, root)
+  scale = spread(layer.scale, root.ndim)
   root = root / jnp.sqrt(jnp.where(scale > 0, scale, 1.0))
   a = v[..., :rank, :].swapaxes(-1, -2) * root[..., None, :]
   b = u[..., :rank].swapaxes(-1, -2) * root[..., :, None]
-  return _mask(a, ranks, -1), _mask(b, ranks, -2)
+  return masked(a, -1, layer.ranks), masked(b, -2, layer.ranks)
 
 
-def _loftq(base: Any, rank: int, ranks: Any, scale: Any, init: LoftQ) -> Any:
-  w = matrix_of(base)
-  options = (init.codebook, init.block_size, init.double_quantize)
-  new = quantized(base, *options)
-  a, b = _svd(w - new.dequantize(), rank, ranks, scale)
+def _loftq(layer: Any, init: LoftQ) -> Any:
+  w = matrix_of(layer.base)
+  new = quantized(layer.base, init.codebook, init.block_size, init.double_quantize)
+  a, b = _svd(w - new.dequantize(), layer)
   for _ in range(init.iterations - 1):
-    new = new.requantized(w - _product(a, b, scale))
-    a, b = _svd(w - new.dequantize(), rank, ranks, scale)
+    new = new.requantized(w - _product(a, b, layer.scale))
+    a, b = _svd(w - new.dequantize(), layer)
   return new, a, b

@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._adapters.adapter import Adapter, check_adaptable, check_lora
-from optax_lowmem.nn._adapters.lora_init import Init
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import (
   check_dense,
   contraction_at,
   contraction_of,
-  foreign_of,
   is_linear,
-  matrix_shape,
-  output_bias,
   reading,
   with_matrix,
 )
-from optax_lowmem.nn._layers.packed_product import automatic
-from optax_lowmem.nn._layers.quantized_linear import at_rank, placed
+from optax_lowmem.nn._layers.quantized_linear import placed
 from optax_lowmem.nn._proofs.foreign_modules import placement
-
-
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-  """x A B."""
-  # Where axes are explicit or manual, JAX's own rule knows how gradients are to be placed.
-  return _low_rank(x, a, b) if automatic(x, a, b) else (x @ a) @ b
-
-
-@jax.custom_vjp
-def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-  return (x @ a) @ b
-
-
-def low_rank_forward(x, a, b):
-  low = x @ a
-  return low @ b, (x, low, a, b)
-
-
-def low_rank_backward(residuals, g):
-  # Derived by JAX, the gradient of A is written ((g B^T)^T x)^T, which XLA's CPU backend computes
-  # three times slower than x^T (g B^T): a fifth of a whole QLoRA step of a 135M model.
-  x, low, a, b = residuals
-  d = g @ b.T
-  batch = tuple(range(x.ndim - 1))
-  over_batch = ((batch, batch), ((), ()))
-  da = jax.lax.dot_general(x, d, over_batch)
-  return d @ a.T, da, jax.lax.dot_general(low, g, over_batch)
-
-
-_low_rank.defvjp(low_rank_forward, low_rank_backward)
 
 
 class LoRALinear(Adapter):
@@ -93,6 +57,7 @@ class LoRALinear(Adapter):
     use_rslora: scale by alpha / sqrt(rank) instead (rank-stabilized LoRA).
     use_dora: learn the magnitude of each output's weights apart (weight-decomposed LoRA).
     lora_bias: learn a bias after B too, scaled as the product is.
+    variant: a kind of adapter other than LoRA and DoRA: see `Variant`.
     init: `"default"`; `"gaussian"`, A normal with deviation 1 / r; `"pissa"`, the largest
       singular vectors of the weight, which are taken out of the base; `"loftq"` or a `LoftQ`.
     param_dtype: what the adapter is held in, and so its gradients. In bfloat16 both are half as
@@ -123,76 +88,34 @@ class LoRALinear(Adapter):
     arXiv:2404.02948.
   """
 
-  def __init__(
-    self,
-    base: Any,
-    rank: int | Sequence[int],
-    alpha: float | Sequence[float],
-    *,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    lora_bias: bool = False,
-    init: Init = "default",
-    param_dtype: Any = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    check_lora(rank, alpha, dropout, rngs)
-    check_base("base", base)
-    if lora_bias and use_dora:
-      raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
-    check_own_bias(type(base).__name__, base, lora_bias)
-    super().__init__(
-      base,
-      rank,
-      alpha,
-      dropout=dropout,
-      use_rslora=use_rslora,
-      use_dora=use_dora,
-      init=init,
-      param_dtype=param_dtype,
-      rngs=rngs,
-    )
-    self.lora_bias = nnx.data(None)
-    if lora_bias:
-      self.lora_bias = nnx.LoRAParam(jnp.zeros(matrix_shape(base)[:-1], param_dtype))
+  @classmethod
+  def check_base(cls, name: str, base: Any) -> None:
+    super().check_base(name, base)
+    if not is_linear(base):
+      reason = reading(base).reason
+      raise TypeError(
+        f"`{name}` must be an nnx.Linear, nnx.LinearGeneral, nnx.Einsum or a quantized one, "
+        f"got {type(base).__name__}" + (f": {reason}." if reason else ".")
+      )
+    contraction_of(base)
+    check_dense("" if name == "base" else name, base)
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    x = inputs
-    sharding = placement(self.base, out_sharding)
+    x, sharding = inputs, placement(self.base, out_sharding)
     y = self.base(x, **sharding)
-    dropped = x.astype(y.dtype)
+    given = x.astype(y.dtype)
     if self.dropout is not None:
-      dropped = self.dropout(dropped)
+      given = self.dropout(given)
+    drops = self.dropout is not None and not self.dropout.deterministic
     shape = contraction_at(self.base, x)
-    correction = placed(self._correction(dropped, shape), out_sharding)
-    if self.magnitude is None:
-      return y + correction
-    factor = self.factor(self.weight_norm(x)).astype(y.dtype)
-    factor = at_rank(factor, y.ndim) if shape is None else shape.spread(factor, x.ndim)
-    bias = output_bias(self.base, y, x)
-    plain = y if bias is None else y - bias
-    if self.dropout is None or self.dropout.deterministic:
-      y = factor * (plain + correction)
-      return y if bias is None else y + bias
-    # As PEFT: what the magnitude changes of the base's output is dropped too.
-    kept = self.base(dropped, **sharding)
-    kept = kept if bias is None else kept - bias
-    return y + (factor - 1) * kept + factor * correction
+    parts = self.scaled(self.values(), y.dtype)
+    added = self.variant.product(parts, given if shape is None else shape.flatten(given))
+    added = placed(added if shape is None else shape.unflatten(added, given), out_sharding)
+    return self.variant.apply(self, x, y, added, given if drops else None, sharding)
 
-  def _correction(self, x: jax.Array, shape: Any) -> jax.Array:
-    a, b = self.lora_a[...].astype(x.dtype), self.scaled_b().astype(x.dtype)
-    flat = x if shape is None else shape.flatten(x)
-    low: Any = low_rank(flat, a, b) if a.ndim == 2 else jnp.matmul(jnp.matmul(flat, a), b)
-    if self.lora_bias is not None:
-      bias = self.scaled_bias().astype(low.dtype)
-      low = low + (at_rank(bias, low.ndim) if bias.ndim == 1 else bias[..., None, :])
-    return low if shape is None else shape.unflatten(low, x)
-
-  def scaled_bias(self) -> jax.Array:
-    """s times the adapter's own bias."""
-    bias: Any = self.lora_bias
-    return bias[...].astype(jnp.float32) * self._spread_scale(bias[...].ndim)
+  def added_bias(self) -> jax.Array | None:
+    """What the adapter adds to the bias of the base, in float32; None if nothing."""
+    return self.variant.bias(self.scaled(self.values(), jnp.float32))
 
   def merge(self, original: jax.Array | None = None, dtype: Any = jnp.float32) -> Any:
     """One plain layer that computes what this layer computes without dropout.
@@ -206,36 +129,19 @@ class LoRALinear(Adapter):
       dtype: of the kernel.
     """
     layer = with_matrix(self.base, self.merged_matrix(original), dtype)
-    if self.lora_bias is not None:
-      if layer.bias is None:
-        raise ValueError(
-          "the adapter has a bias (`lora_bias`) and its base has none to add it to. Keep the "
-          "adapter, or give the base a bias of zeros."
-        )
-      contraction, bias = contraction_of(self.base), self.scaled_bias()
+    bias = self.added_bias()
+    if bias is not None:
+      check_mergeable("the adapter", self)
+      contraction, old = contraction_of(self.base), layer.bias[...]
       bias = bias if contraction is None else contraction.vector_to_bias(bias)
-      bias = bias.reshape(layer.bias[...].shape)
-      layer.bias = nnx.Param(layer.bias[...] + bias.astype(layer.bias[...].dtype))
+      layer.bias = nnx.Param(old + bias.reshape(old.shape).astype(old.dtype))
     return layer
 
 
-def check_base(name: str, base: Any) -> None:
-  """Refuses a base layer that an adapter of linear layers cannot be put on."""
-  check_adaptable(name, base)
-  if not is_linear(base):
-    raise TypeError(
-      f"`{name}` must be an nnx.Linear, nnx.LinearGeneral, nnx.Einsum or a quantized one, "
-      f"got {type(base).__name__}" + (f": {reason}." if (reason := reading(base).reason) else ".")
-    )
-  contraction_of(base)
-  check_dense("" if name == "base" else name, base)
-
-
-def check_own_bias(name: str, base: Any, lora_bias: bool) -> None:
-  """Refuses an adapter's bias where the base has no place to merge it into."""
-  foreign = foreign_of(base)
-  if lora_bias and foreign is not None and foreign.bias != "bias":
+def check_mergeable(name: str, layer: Adapter) -> None:
+  """Refuses an adapter with a bias where the base has none."""
+  if layer.variant.bias(layer.values()) is not None and layer.base.bias is None:
     raise ValueError(
-      f"`lora_bias` needs a `bias` in the base to be merged into, and {name} has none of that "
-      "name. Leave it out."
+      f"{name} has a bias (`lora_bias`) and its base has none to add it to. Keep the adapter, or "
+      "give the base a bias of zeros."
     )

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem.nn._adapters.adapter import Adapter
-from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
+from optax_lowmem.nn._adapters.lora_linear import check_mergeable
 from optax_lowmem.nn._layers.base_layer import dense_variable, matrix_shape, stack_shape
 from optax_lowmem.nn._model.places import Place, check_replaceable, layer_names, places, replace
 from optax_lowmem.nn._peft.save import is_tied
@@ -60,12 +60,8 @@ def merge_lora(
   if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
   for place in chosen:
-    if getattr(place.module, "lora_bias", None) is not None and place.module.base.bias is None:
-      raise ValueError(
-        f"the adapter of `{place.path}` has a bias (`lora_bias`) and its base has none to add it "
-        "to. Keep the adapter, or give the base a bias of zeros."
-      )
-    if isinstance(place.module, LoRAEmbed) and is_tied(model):
+    check_mergeable(f"the adapter of `{place.path}`", place.module)
+    if place.module.is_embed and is_tied(model):
       raise ValueError(
         f"the embedding `{place.path}` has an adapter, which is of the input alone, and the output "
         "layer is tied to it (`tie_word_embeddings`). A merged table would change both. Keep the "
@@ -95,7 +91,7 @@ def _dtype(base: Any, dtype: Any) -> Any:
 def _torch_shape(place: Place) -> tuple[int, ...]:
   """The shape of one layer's weight in PyTorch."""
   shape = matrix_shape(place.module.base)[len(stack_shape(place.module.base)) :]
-  return shape[::-1] if isinstance(place.module, LoRAEmbed) else shape
+  return shape[::-1] if place.module.is_embed else shape
 
 
 def check_original(place: Place, weights: Any, stack: str) -> None:
@@ -119,4 +115,4 @@ def read_original(place: Place, weights: Any, stack: str) -> np.ndarray:
   read = [weights.read(f"{name}.weight") for name in layer_names(place, stack)]
   read = [w.astype(np.float32) for w in read]
   w = np.stack(read) if stack_shape(place.module.base) else read[0]
-  return w.swapaxes(-1, -2) if isinstance(place.module, LoRAEmbed) else w
+  return w.swapaxes(-1, -2) if place.module.is_embed else w
