@@ -25,6 +25,7 @@ ORDER = [
   "_linear",
   "nn/_proofs",
   "nn/_layers",
+  "nn/_adapters",
   "nn/_model",
   "nn/_peft",
   "nn/_merging",

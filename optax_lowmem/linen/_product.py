@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._linear.packed_product import contract
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.nn._layers.lora_linear import low_rank
+from optax_lowmem.nn._adapters.variant import Arrays, Variant
 
 STACKED = (
   "Layers are stacked along the leading axes of their variables: give `nn.scan` or `nn.vmap` "
@@ -45,13 +45,14 @@ def packed_product(
 
 
 def correction(
-  x: jax.Array, a: jax.Array, b: jax.Array, contraction: Contraction, dtype: Any
+  x: jax.Array, variant: Variant, parts: Arrays, contraction: Contraction, dtype: Any
 ) -> jax.Array:
-  """x A B in the dtype of the layer's output, with the axes of the layer's output."""
-  x = jnp.asarray(x, dtype)
-  flat, a, b = contraction.flatten(x), a.astype(dtype), b.astype(dtype)
-  y: Any = low_rank(flat, a, b) if a.ndim == 2 else jnp.matmul(jnp.matmul(flat, a), b)
-  return contraction.unflatten(y, x)
+  """What an adapter adds, in the dtype and with the axes of the layer's output.
+
+  Its scale is in `parts` already.
+  """
+  x, parts = jnp.asarray(x, dtype), {name: part.astype(dtype) for name, part in parts.items()}
+  return contraction.unflatten(variant.product(parts, contraction.flatten(x)), x)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

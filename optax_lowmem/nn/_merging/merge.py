@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from optax_lowmem.nn._adapters.lora_linear import check_mergeable
 from optax_lowmem.nn._layers.base_layer import dense_variable, matrix_shape, stack_shape
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
 from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._peft.tensor_files import open_weights
@@ -60,12 +60,8 @@ def merge_lora(
   if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
   for place in chosen:
-    if getattr(place.module, "lora_bias", None) is not None and place.base.bias is None:
-      raise ValueError(
-        f"the adapter of `{place.path}` has a bias (`lora_bias`) and its base has none to add it "
-        "to. Keep the adapter, or give the base a bias of zeros."
-      )
-    if isinstance(place.module, LoRAEmbed) and is_tied(model):
+    check_mergeable(f"the adapter of `{place.path}`", place.module)
+    if place.module.is_embed and is_tied(model):
       raise ValueError(
         f"the embedding `{place.path}` has an adapter, which is of the input alone, and the output "
         "layer is tied to it (`tie_word_embeddings`). A merged table would change both. Keep the "
@@ -95,7 +91,7 @@ def _dtype(base: Any, dtype: Any) -> Any:
 def _torch_shape(place: Place) -> tuple[int, ...]:
   """The shape of one layer's weight in PyTorch."""
   shape = matrix_shape(place.base)[len(stack_shape(place.base)) :]
-  return shape[::-1] if isinstance(place.module, LoRAEmbed) else shape
+  return shape[::-1] if place.module.is_embed else shape
 
 
 def check_original(place: Place, weights: Any, tree: ModelTree) -> None:
@@ -113,4 +109,4 @@ def read_original(place: Place, weights: Any, tree: ModelTree) -> np.ndarray:
   read = [weights.read(f"{name}.weight") for name in tree.torch_names(place)]
   read = [w.astype(np.float32) for w in read]
   w = np.stack(read) if stack_shape(place.base) else read[0]
-  return w.swapaxes(-1, -2) if isinstance(place.module, LoRAEmbed) else w
+  return w.swapaxes(-1, -2) if place.module.is_embed else w

@@ -9,7 +9,7 @@ from flax import nnx
 
 from optax_lowmem._linear.head_names import output_heads
 from optax_lowmem._linear.names import matched, names_in_stack, torch_names
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_linear, matrix_shape, reading, stack_shape
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 

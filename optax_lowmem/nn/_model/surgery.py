@@ -11,12 +11,15 @@ from flax import nnx
 from optax_lowmem._linear.head_names import HEAD
 from optax_lowmem._linear.names import excluded
 from optax_lowmem._linear.packed_weight import check_codebook
-from optax_lowmem.nn._layers.adapter import check_lora, check_param_dtype
+from optax_lowmem.nn._adapters.adapter import check_lora, check_param_dtype, check_settings
+from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
+from optax_lowmem.nn._adapters.lora_init import Init, check_init
+from optax_lowmem.nn._adapters.lora_linear import LoRALinear
+from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem.nn._adapters.variants import chosen
 from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_linear
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed, check_embed
-from optax_lowmem.nn._layers.lora_init import Init, check_init, quantized
-from optax_lowmem.nn._layers.lora_linear import LoRALinear, check_base, check_own_bias
-from optax_lowmem.nn._model.checks import check_model, check_product, check_start
+from optax_lowmem.nn._layers.quantize_layer import check_product, quantized
+from optax_lowmem.nn._model.checks import check_model
 from optax_lowmem.nn._model.found_layers import Layers, shown
 from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._model.skipped import sentence, skipped, warn
@@ -104,7 +107,7 @@ def quantize_model(
     chosen = tree.choose("targets", ".*" if targets is None else targets, possible)
     for place in chosen:
       check_dense(place.path, place.module)
-      check_product(place.path, place.module)
+      check_product(f"`{place.path}`", place.module)
     if targets is None:
       warn("quantize_model", "left weights as they are", tree)
     while chosen:
@@ -123,6 +126,7 @@ def add_lora(
   use_rslora: bool = False,
   use_dora: bool = False,
   lora_bias: bool = False,
+  variant: Variant | None = None,
   rank_pattern: Mapping[str, int] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
   modules_to_save: str | Sequence[str] | None = None,
@@ -156,6 +160,7 @@ def add_lora(
     use_rslora: as in `LoRALinear`.
     use_dora: as in `LoRALinear`.
     lora_bias: as in `LoRALinear`.
+    variant: as in `LoRALinear`.
     rank_pattern: ranks of some layers, by regular expressions that match the end of a name; the
       first that does counts, as in PEFT.
     alpha_pattern: the same for alpha.
@@ -193,8 +198,8 @@ def add_lora(
   check_param_dtype(param_dtype)
   check_bias(bias)
   check_model(model)
-  if lora_bias and use_dora:
-    raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
+  variant = chosen(variant, use_dora, lora_bias)
+  check_settings(variant, use_rslora, dropout)
   with shown(model, layers):
     tree = ModelTree(model, stack)
     if targets == "all-linear" and not tree.all_linear():
@@ -206,11 +211,10 @@ def add_lora(
     check_saved(saved)
     found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))
     for target in found:
-      check = check_embed if is_embed(target.place.module) else check_base
-      check(target.place.path, target.place.module)
+      path, base = target.place.path, target.place.module
+      _kind(base).check_base(path, base)
       check_lora(target.rank, target.alpha, dropout, rngs)
-      check_start(target.place.path, target.place.module, target.rank, init)
-      check_own_bias(f"`{target.place.path}`", target.place.module, lora_bias)
+      variant.check(f"`{path}`", base, target.rank, init)
     check_named(tree, saved, [target.place for target in found], bias)
     if targets == "all-linear":
       warn("add_lora", "put no adapter on some weights", tree)
@@ -221,8 +225,7 @@ def add_lora(
           target,
           dropout=dropout,
           use_rslora=use_rslora,
-          use_dora=use_dora,
-          lora_bias=lora_bias,
+          variant=variant,
           init=init,
           param_dtype=param_dtype,
           rngs=rngs,
@@ -233,9 +236,12 @@ def add_lora(
   return model
 
 
-def adapter(target: Target, *, dropout: float, lora_bias: bool, **options: Any) -> Any:
-  """An adapter for a layer; embeddings have neither dropout nor a bias, as in PEFT."""
-  base, rank, alpha = target.place.module, target.rank, target.alpha
-  if is_embed(base):
-    return LoRAEmbed(base, rank, alpha, **options)
-  return LoRALinear(base, rank, alpha, dropout=dropout, lora_bias=lora_bias, **options)
+def _kind(base: Any) -> type[LoRAEmbed] | type[LoRALinear]:
+  return LoRAEmbed if is_embed(base) else LoRALinear
+
+
+def adapter(target: Target, *, dropout: float, **options: Any) -> Any:
+  """An adapter for a layer; embeddings have no dropout, as in PEFT."""
+  base = target.place.module
+  options |= {} if is_embed(base) else {"dropout": dropout}
+  return _kind(base)(base, target.rank, target.alpha, **options)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._linear.names import listing, nearest
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import (
   bias_field,
   contraction_of,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._linear.tracing import trace
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_known
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._proofs.flax_layers import is_embed, is_no_product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,17 +14,19 @@ from optax_lowmem._linear.head_names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem._linear.names import names_in_stack, nearest
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import Tensor, find_saved, tensors_of
-from optax_lowmem.nn._peft.files import CONFIG, AdapterFile
+from optax_lowmem.nn._peft.adapter_file import AdapterFile
+from optax_lowmem.nn._peft.files import CONFIG
 from optax_lowmem.nn._peft.foreign_patterns import check_pattern
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
-def expected(config: dict[str, Any], tree: ModelTree | None = None) -> Callable[[str], bool]:
+def expected(file: AdapterFile, tree: ModelTree | None = None) -> Callable[[str], bool]:
   """Whether PEFT, following the configuration, put an adapter on the layer of a name.
 
   Without a model, "all-linear" names none.
   """
+  config = file.config
   targets, excluded = config.get("target_modules"), config.get("exclude_modules")
   indices, below_ = config.get("layers_to_transform"), config.get("layers_pattern")
   if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -51,33 +54,34 @@ def expected(config: dict[str, Any], tree: ModelTree | None = None) -> Callable[
   return expects
 
 
-def saved_names(config: Mapping[str, Any]) -> list[str]:
+def saved_names(file: AdapterFile) -> list[str]:
   """The names in `modules_to_save`, of which a single one may be a text."""
-  names = config.get("modules_to_save") or []
+  names = file.config.get("modules_to_save") or []
   return [names] if isinstance(names, str) else names
 
 
-def check_patterns_of(file: str, config: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_patterns_of(file: AdapterFile, names: Sequence[str]) -> None:
   """Refuses regular expressions that are none, or take too long for these names of layers."""
+  config, path = file.config, os.path.join(file.dir, CONFIG)
   for key in ("target_modules", "exclude_modules"):
     if isinstance(config.get(key), str):
-      check_pattern(f"{file!r} {key}", config[key], names)
+      check_pattern(f"{path!r} {key}", config[key], names)
   for key in ("rank_pattern", "alpha_pattern"):
     for pattern in config.get(key) or {}:
-      check_pattern(f"{file!r} {key}", pattern, names, r"(.*\.)?({})$")
+      check_pattern(f"{path!r} {key}", pattern, names, r"(.*\.)?({})$")
   below_ = config.get("layers_pattern") or []
   for pattern in [below_] if isinstance(below_, str) else below_:
-    check_pattern(f"{file!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
+    check_pattern(f"{path!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
 
 
-def saved_modules(tree: ModelTree, names: Sequence[str], file: AdapterFile) -> list[Place]:
-  """The modules that PEFT saves whole: those whose name ends in one of `names`.
+def saved_modules(tree: ModelTree, file: AdapterFile) -> list[Place]:
+  """The modules that PEFT saves whole: those whose name ends in a `saved_names`.
 
   A name that neither the model nor the file has is passed over: PEFT writes "classifier" and
   "score" into the configuration of every classifier.
   """
   found = []
-  for name in names:
+  for name in saved_names(file):
     # PEFT asks for no dot before the name: "norm" is input_layernorm too.
     ends = [p.path for p in tree.places if any(n.endswith(name) for n in _names(tree, p))]
     held = any(name in tensor for tensor in file.plain)
@@ -91,11 +95,11 @@ def _names(tree: ModelTree, place: Place) -> list[str]:
   return [place.path, *(name for names in named for name in names)]
 
 
-def check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file: Any) -> None:
+def check_tying(model: Any, saved: Sequence[Place], file: AdapterFile) -> None:
   """In PEFT an output layer that is tied to the embedding follows it only if asked to."""
   if not is_tied(model):
     return
-  tying = bool(config.get("ensure_weight_tying"))
+  tying = bool(file.config.get("ensure_weight_tying"))
   if not tying and any(isinstance(place.module, nnx.Embed) for place in saved):
     raise ValueError(
       "the adapter saves the embedding whole, and in PEFT the output layer that is tied to it "
@@ -108,25 +112,26 @@ def check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file
     )
 
 
-def tied_once(dir: str, config: dict[str, Any], file: AdapterFile) -> AdapterFile:
+def tied_once(file: AdapterFile) -> AdapterFile:
   """The file with one table, where PEFT wrote that of the tied output layer a second time."""
   tables = [name for name in file.plain if name.endswith(TABLE)]
   heads = [name for name in file.plain if name.endswith(HEAD_WEIGHT)]
-  if not config.get("ensure_weight_tying") or len(tables) != 1 or len(heads) != 1:
+  if not file.config.get("ensure_weight_tying") or len(tables) != 1 or len(heads) != 1:
     return file
   if not np.array_equal(file.plain[tables[0]], file.plain[heads[0]]):
     raise ValueError(
-      f"the adapter in {dir!r} ties the output layer to the embedding (`ensure_weight_tying`), and "
-      f"holds two values for them: `{tables[0]}` and `{heads[0]}`. Remove the one that is wrong."
+      f"the adapter in {file.dir!r} ties the output layer to the embedding "
+      f"(`ensure_weight_tying`), and holds two values for them: `{tables[0]}` and `{heads[0]}`. "
+      "Remove the one that is wrong."
     )
   return file._replace(plain={n: v for n, v in file.plain.items() if n != heads[0]})
 
 
 def plain_tensors(
-  tree: ModelTree, saved: Sequence[Place], config: dict[str, Any], file: AdapterFile, dir: str
+  tree: ModelTree, saved: Sequence[Place], file: AdapterFile
 ) -> list[tuple[Tensor, np.ndarray]]:
   """The Variables of the base that the file replaces, and their values."""
-  left = dict(file.plain)
+  left, config, dir = dict(file.plain), file.config, file.dir
   whole = {id(place.module) for place in tree.below(saved)}
   found: list[tuple[Tensor, np.ndarray]] = []
   for place in tree.outer:
@@ -172,17 +177,15 @@ def plain_tensors(
   return found
 
 
-def check_whole(
-  dir: str, config: dict[str, Any], file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_whole(file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Refuses a file that lacks what its configuration names, or holds more.
 
   `shapes` are those of the tensors of the model.
   """
-  saved = tuple(saved_names(config))
+  saved, dir = tuple(saved_names(file)), file.dir
   names = [tensor.rpartition(".")[0] for tensor in shapes]
-  check_patterns_of(f"{dir}/{CONFIG}", config, names)
-  expects = expected(config)
+  check_patterns_of(file, names)
+  expects = expected(file)
 
   def whole(tensor: str) -> bool:
     parts = tensor.split(".")[:-1]
@@ -198,7 +201,7 @@ def check_whole(
       raise ValueError(f"the adapter in {dir!r} lacks `{name}`, which its `target_modules` names.")
   for tensor in file.plain:
     name, _, suffix = tensor.rpartition(".")
-    trained = suffix == "bias" and config.get("bias", "none") != "none"
+    trained = suffix == "bias" and file.config.get("bias", "none") != "none"
     if not (whole(tensor) or trained or name in file.layers):
       raise ValueError(
         f"the adapter in {dir!r} holds `{tensor}`, which neither its `modules_to_save` nor its "
