@@ -16,6 +16,7 @@ from flax import nnx
 from optax_lowmem import linen, nn
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora import LoRA
+from optax_lowmem.nn._peft import files
 
 PACKAGE = pathlib.Path(nn.__file__).parents[1]
 
@@ -255,6 +256,24 @@ def test_what_is_no_kind_and_files_of_another_are_refused(tmp_path):
   plain = nn.add_lora(Model(), 4, 8, "q_proj", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=r"is LoHa.*, the one at `layers.0.q_proj` LoRA"):
     nn.load_peft(plain, tmp_path, variant=LOHA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unscaled(LoHa):
+  def parts(self, embedding):
+    return tuple(part._replace(scaled=False) for part in super().parts(embedding))
+
+
+def test_a_kind_that_would_be_merged_with_another_scale_is_refused():
+  with pytest.raises(ValueError, match="no part that is `scaled`"):
+    nn.add_lora(Model(), 4, 8, "q_proj", variant=Unscaled(), rngs=nnx.Rngs(0))
+
+
+def test_a_kind_that_is_listed_is_known_by_its_configuration(monkeypatch, tmp_path):
+  nn.save_peft(adapted("q_proj"), tmp_path)
+  monkeypatch.setattr(files, "VARIANTS", (*files.VARIANTS, LoHa))
+  loaded: Any = nn.load_peft(Model(), tmp_path)
+  assert loaded.layers[0].q_proj.variant == LOHA
 
 
 def test_linen_refuses_what_does_more_than_to_add():

@@ -22,7 +22,8 @@ class Part(NamedTuple):
       experts put their own axes before them.
     peft: the end of its name in PEFT's files, such as `lora_A.weight`. There its axes are in the
       opposite order, as PyTorch has them.
-    scaled: whether the adapter's scale is multiplied into this array before it is used.
+    scaled: whether the adapter's scale is multiplied into this array before it is used: of arrays
+      that are multiplied with each other, into one.
     older: another end that is read too.
   """
 
@@ -56,8 +57,11 @@ class Variant(abc.ABC):
 
   .. math:: y = x \, (W + s \, \Delta), \qquad s = \alpha / r
 
-  `parts`, `initial` and `delta` must be defined, and :math:`\Delta`, (in, out), must be zero at the
-  start. The rest has defaults.
+  `peft_type`, `parts`, `initial` and `delta` must be defined, and :math:`\Delta`, (in, out), must
+  be zero at the start. The rest has defaults.
+
+  Raises:
+    ValueError: where it is used, no part is `scaled`.
 
   >>> import dataclasses, jax, jax.numpy as jnp
   >>> from flax import nnx
@@ -97,16 +101,29 @@ class Variant(abc.ABC):
 
   @abc.abstractmethod
   def initial(self, key: jax.Array, shapes: Mapping[str, Any], embedding: bool) -> Arrays:
-    """The parts as they start, of these shapes, in float32."""
+    """The parts as they start.
+
+    Args:
+      key: a random key.
+      shapes: of the parts by their names, with the leading axes of stacks and experts.
+      embedding: as in `parts`.
+
+    Returns:
+      The arrays by their names, float32.
+    """
 
   @abc.abstractmethod
   def delta(self, parts: Arrays, dot: Callable[[Any, Any], Any]) -> Any:
     """What is added to the weight, before the scale.
 
     Args:
-      parts: the arrays; of jax, or of NumPy where files are merged, with all or some of the inputs
-        and outputs.
-      dot: the product of an (in, n) and an (n, out) array, transposed where the weight is.
+      parts: the arrays by their names; of jax, or of NumPy where files are merged, with all or some
+        of the inputs and outputs.
+      dot: the product of an (..., in, n) and an (..., n, out) array, transposed where the weight
+        is.
+
+    Returns:
+      What `dot` returns, or an array of its shape.
     """
 
   def config(self) -> dict[str, Any]:
@@ -119,7 +136,17 @@ class Variant(abc.ABC):
     return cls() if config.get("peft_type") == cls.peft_type else None
 
   def check(self, name: str, base: Any, rank: Any, init: Any) -> None:
-    """Refuses a layer that this kind cannot be put on, or cannot start on as `init` says."""
+    """Refuses a layer that this kind cannot be put on, or cannot start on as `init` says.
+
+    Args:
+      name: what the layer is called in the message.
+      base: the layer.
+      rank: as in `LoRALinear`.
+      init: as in `LoRALinear`.
+
+    Raises:
+      ValueError: `init` is not "default".
+    """
     if init != "default":
       raise ValueError(
         f"`init` {init!r} is a way in which LoRA starts, and the adapter of {name} is "
@@ -129,7 +156,15 @@ class Variant(abc.ABC):
   def start(
     self, layer: Any, shapes: Mapping[str, Any], init: Any, dtype: Any, rngs: Any
   ) -> Arrays:
-    """The parts as `init` says. It may put another base in the place of `layer.base`."""
+    """The parts as `init` says.
+
+    Args:
+      layer: the adapter that is made. `layer.base` may be replaced by another base.
+      shapes: as in `initial`.
+      init: as in `LoRALinear`.
+      dtype: what the parts will be held in.
+      rngs: as in `LoRALinear`.
+    """
     return self.initial(rngs.params(), shapes, layer.is_embed)
 
   def room(self, layer: Any) -> Arrays:
