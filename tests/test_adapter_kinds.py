@@ -33,7 +33,7 @@ class LoHa(nn.Variant):
   }
   use_effective_conv2d: bool = False
 
-  def parts(self, embedding):
+  def parts(self, embedding) -> tuple[nn.Part, ...]:
     # In PEFT w1_a is (out, r) and w1_b (r, in).
     return (
       nn.Part("hada_w1_a", ("rank", "out"), "hada_w1_a", scaled=True),
