@@ -22,8 +22,10 @@ ORDER = [
   "_paging",
   "_optimizers",
   "",  # what `import optax_lowmem` gives
+  "_linear",
   "nn/_proofs",
   "nn/_layers",
+  "nn/_adapters",
   "nn/_model",
   "nn/_peft",
   "nn/_merging",

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_lowmem import linen, nn
-from optax_lowmem.nn._layers import packed_product as _multiply
+from optax_lowmem._linear import packed_product as _multiply
 
 MESHES = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
 ROWS, FEATURES = P("d"), P(None, "d")  # of the input

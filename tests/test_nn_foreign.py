@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from optax_lowmem import nn
-from optax_lowmem.nn._proofs.foreign_modules import read
+from optax_lowmem.nn._proofs.reading import read
 
 
 def normal(*shape, seed=0):

@@ -20,9 +20,9 @@ from optax import contrib
 
 import optax_lowmem as lowmem
 from optax_lowmem import linen, nn
+from optax_lowmem._linear.packed_weight import CODEBOOKS
 from optax_lowmem._optimizers.quantized import _BITS
 from optax_lowmem._quantization.codebooks import _CODEBOOKS
-from optax_lowmem.nn._layers.quantized_linear import CODEBOOKS
 
 ROOT = pathlib.Path(lowmem.__file__).parents[1]
 PYRIGHT = importlib.util.find_spec("pyright")

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem.linen._lora_dense import LoRADense
 from optax_lowmem.linen._nf4_dense import NF4Dense
-from optax_lowmem.linen._product import dense
-from optax_lowmem.nn._proofs.contraction import Contraction
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
 _METHODS = {inspect.unwrap(kind.__call__): kind for kind in _KINDS}
@@ -39,9 +38,9 @@ def call_of(args: Sequence[Any], kwargs: Mapping[str, Any], context: Any) -> Cal
     return None
   x = jnp.asarray(args[0] if args else kwargs["inputs"])
   if kind is nn.Embed:
-    return Call(x, "embedding", dense((module.num_embeddings, module.features)))
+    return Call(x, "embedding", Contraction.dense(module.num_embeddings, module.features))
   if kind is nn.Dense:
-    return Call(x, "kernel", dense((x.shape[-1], module.features)))
+    return Call(x, "kernel", Contraction.dense(x.shape[-1], module.features))
   if kind is nn.Einsum:
     equation = module.einsum_str or (args[1] if len(args) > 1 else kwargs["einsum_str"])
     return Call(x, "kernel", Contraction.of_equation(equation, tuple(module.shape)))

@@ -14,28 +14,33 @@ from flax import linen as nn
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._calls import Call, call_of
 from optax_lowmem.linen._product import STACKED, correction, drop, packed_product
+from optax_lowmem.nn._adapters.variant import Arrays, Variant
 
 FACTORS = "lora"  # the name of the factors beside a kernel
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=("a", "b"), meta_fields=("dropout",)
+  jax.tree_util.register_dataclass,
+  data_fields=("parts",),
+  meta_fields=("variant", "rank", "dropout"),
 )
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  """The factors of one layer, put beside its kernel for the time of a call.
+  """The adapter of one layer, put beside its kernel for the time of a call.
 
-  There the transformations of Linen slice them as they slice the kernel. The rate of dropout is
+  There the transformations of Linen slice it as they slice the kernel. The rate of dropout is
   part of the tree's structure, so that `nn.jit` does not mistake one rate for another.
 
   Attributes:
-    a: (..., in, rank).
-    b: (..., rank, out), times the scale.
-    dropout: the share of the inputs of A to zero.
+    parts: the arrays of the adapter, with its scale in them.
+    variant: the kind of adapter.
+    rank: its rank.
+    dropout: the share of the inputs to zero.
   """
 
-  a: jax.Array
-  b: jax.Array
+  parts: Arrays
+  variant: Variant
+  rank: int
   dropout: float
 
 
@@ -88,21 +93,24 @@ def _packed(module: Any, call: Call, weight: QuantizedArray) -> jax.Array:
 
 
 def _correction(module: Any, call: Call, factors: Factors, dtype: Any) -> jax.Array:
+  variant, parts, embedding = factors.variant, factors.parts, call.field == "embedding"
   *batch, out, inputs = call.contraction.matrix_shape
-  rank = factors.a.shape[-1]
-  want = (*batch, inputs, rank), (*batch, rank, out)
-  if (factors.a.shape, factors.b.shape) != want:
-    raise ValueError(
-      f"the factors of `{'.'.join(module.path)}` must have shapes {want[0]} and {want[1]} in the "
-      f"layer, got {factors.a.shape} and {factors.b.shape}. {STACKED}"
-    )
-  if call.field == "embedding":
+  sizes = {"in": inputs, "out": out, "rank": factors.rank}
+  for part in variant.parts(embedding):
+    want = (*batch, *part.shape(sizes))
+    if parts[part.name].shape != want:
+      raise ValueError(
+        f"`{part.name}` of `{'.'.join(module.path)}` must have shape {want} in the layer, got "
+        f"{parts[part.name].shape}. {STACKED}"
+      )
+  if embedding:
     rows = call.x if module.num_embeddings > 1 else jnp.zeros_like(call.x)
-    return jnp.take(factors.a, rows, axis=0).astype(dtype) @ factors.b.astype(dtype)
+    parts = variant.looked_up(parts, lambda part: jnp.take(part, rows, axis=0))
+    return variant.delta({name: part.astype(dtype) for name, part in parts.items()}, jnp.matmul)
   x = jnp.asarray(call.x, dtype)
   if factors.dropout > 0:
     x = drop(x, factors.dropout, module.make_rng("dropout"))
-  return correction(x, factors.a, factors.b, call.contraction, dtype)
+  return correction(x, variant, parts, call.contraction, dtype)
 
 
 def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from flax import core
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.names import summary
+from optax_lowmem._linear.tracing import trace
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._calls import call_of
 from optax_lowmem.linen._intercept import intercept
 from optax_lowmem.linen._product import STACKED
-from optax_lowmem.nn._proofs.contraction import Contraction
 
 # What they hold is not what their layer multiplies by, so that nothing can be merged into it.
 _NORMED = (nn.WeightNorm, nn.SpectralNorm)
@@ -48,6 +48,11 @@ class Layer:
     return ".".join(self.path)
 
   @property
+  def embedding(self) -> bool:
+    """Whether it looks up in its weight instead of multiplying by it."""
+    return self.field == "embedding"
+
+  @property
   def matrix_shape(self) -> tuple[int, ...]:
     """(out, in), or (batch, out, in), of one layer."""
     return self.contraction.matrix_shape
@@ -68,9 +73,7 @@ class Layers(NamedTuple):
 
   def __repr__(self) -> str:
     """How many there are, and their names, numbers folded into a star."""
-    folded = dict.fromkeys(re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name) for name in self.names)
-    names = [*list(folded)[:12], *["…"][: len(folded) > 12]]
-    return f"Layers({len(self.layers)} found: {', '.join(names)}; others: {len(self.others)})"
+    return f"Layers({summary(self.names, self.others)})"
 
   @property
   def names(self) -> list[str]:
@@ -132,19 +135,13 @@ def find_layers(
   others: dict[str, str] = {}
   tied: dict[str, None] = {}
   record = functools.partial(_record, variables["params"], found, others, tied, [])
-  given = (variables, args, kwargs)
-  leaves, structure = jax.tree.flatten(given)
-  abstract = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
 
-  def call(traced: dict[int, Any]) -> Any:
-    # Imported late: what is intercepted there is found here.
-
-    merged = [traced.get(i, leaf) for i, leaf in enumerate(leaves)]
-    variables, args, kwargs = jax.tree.unflatten(structure, merged)
+  def call(_: Any, given: Any) -> None:
+    variables, args, kwargs = given
     with nn.intercept_methods(intercept), nn.intercept_methods(record):
       model.apply(variables, *args, rngs=rngs, method=method, mutable=True, **kwargs)
 
-  jax.eval_shape(call, abstract)
+  trace(call, (), (variables, args, kwargs))
   for layer in found.values():
     others.pop(layer.name, None)
   return Layers(tuple(found.values()), tuple(others.items()), tuple(tied))

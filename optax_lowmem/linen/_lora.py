@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from optax_lowmem._linear.packed_weight import dequantize_stack
+from optax_lowmem._linear.patterns import check_patterns, check_used, pattern_value
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
 from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
-from optax_lowmem.linen._lora_dense import initial_a
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
-from optax_lowmem.nn._layers.lora_scale import check_numbers, scale_of
-from optax_lowmem.nn._layers.quantized_linear import dequantize_stack
-from optax_lowmem.nn._model.targets import check_patterns, pattern_value
+from optax_lowmem.nn._adapters import lora as nnx_lora
+from optax_lowmem.nn._adapters.adapter import check_settings
+from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
+from optax_lowmem.nn._adapters.variant import Part, Variant, matrix
 
 
 class Target(NamedTuple):
@@ -29,16 +31,26 @@ class Target(NamedTuple):
   rank: int
   alpha: float
   scale: float
+  parts: tuple[Part, ...]
 
   @property
-  def shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shapes of the factors, by their keys."""
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parts, by their names."""
     *batch, out, inputs = self.layer.matrix_shape
-    lead, path = (*self.layer.stack, *batch), self.layer.path
-    return {
-      (*path, "lora_a"): (*lead, inputs, self.rank),
-      (*path, "lora_b"): (*lead, self.rank, out),
-    }
+    sizes = {"in": inputs, "out": out, "rank": self.rank}
+    return {part.name: (*self.layer.stack, *batch, *part.shape(sizes)) for part in self.parts}
+
+  @property
+  def paths(self) -> list[tuple[str, ...]]:
+    """Where the parts are in a tree of adapters."""
+    return [(*self.layer.path, part.name) for part in self.parts]
+
+  def of(self, flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The parts in a flat tree of adapters, by their names."""
+    return {path[-1]: flat[path] for path in self.paths}
+
+
+LORA = nnx_lora.LoRA()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +100,7 @@ class LoRA:
     deterministic: nothing is dropped. For evaluation: ``dataclasses.replace(lora,
       deterministic=True)``.
     use_rslora: scale by alpha / sqrt(rank) instead (rank-stabilized LoRA).
+    variant: a kind of adapter other than LoRA: see `optax_lowmem.nn.Variant`.
     rank_pattern: ranks of some layers, by regular expressions that match the end of a dotted path;
       the first that does counts.
     alpha_pattern: the same for alpha.
@@ -112,6 +125,7 @@ class LoRA:
   dropout: float = 0.0
   deterministic: bool = False
   use_rslora: bool = False
+  variant: Variant = LORA
   rank_pattern: Mapping[str, int] | None = None
   alpha_pattern: Mapping[str, float] | None = None
   chosen: tuple[Target, ...] = dataclasses.field(init=False, repr=False)
@@ -127,6 +141,13 @@ class LoRA:
         f"`layers` must be what `find_layers` returns, got {type(self.layers).__name__}."
       )
     check_numbers(self.rank, self.alpha, self.dropout)
+    check_settings(self.variant, self.use_rslora, self.dropout)
+    own_bias = self.variant.bias({part.name: part for part in self.variant.parts(False)})
+    if own_bias or self.variant.normed or type(self.variant).apply is not Variant.apply:
+      raise ValueError(
+        f"`variant` {self.variant!r} does more than to add to a product, for which there is no "
+        "place in Linen. Use `optax_lowmem.nn`."
+      )
     check_patterns(self.rank_pattern, self.alpha_pattern)
     if self.targets == "all-linear":
       found = all_linear(self.layers)
@@ -136,30 +157,20 @@ class LoRA:
       found = choose("targets", self.targets, self.layers, self.layers.layers)
     targets = []
     for layer in found:
-      rank = pattern_value(self.rank_pattern or {}, layer.name, self.rank)
-      alpha = pattern_value(self.alpha_pattern or {}, layer.name, self.alpha)
+      rank = pattern_value(self.rank_pattern, layer.name, self.rank)
+      alpha = pattern_value(self.alpha_pattern, layer.name, self.alpha)
       check_numbers(rank, alpha, self.dropout)
-      targets.append(Target(layer, rank, alpha, scale_of(rank, alpha, self.use_rslora)))
-    for what in ("rank_pattern", "alpha_pattern"):
-      for key in getattr(self, what) or {}:
-        if not any(pattern_value({key: True}, layer.name, False) for layer in found):
-          raise ValueError(
-            f"`{what}` {key!r} matches no layer that is adapted. A key is a regular expression "
-            "that matches the end of a dotted path."
-          )
+      parts = self.variant.parts(layer.embedding)
+      targets.append(Target(layer, rank, alpha, scale_of(rank, alpha, self.use_rslora), parts))
+    check_used(self.rank_pattern, self.alpha_pattern, [layer.name for layer in found])
     object.__setattr__(self, "chosen", tuple(targets))
 
   def init(self, key: jax.Array) -> dict[str, Any]:
     """Returns new adapters, which change nothing: nested dicts of `lora_a` and `lora_b`."""
     flat: dict[tuple[str, ...], jax.Array] = {}
     for target, one in zip(self.chosen, jax.random.split(key, len(self.chosen)), strict=True):
-      (name_a, shape_a), (name_b, shape_b) = target.shapes.items()
-      if target.layer.field == "embedding":  # as PEFT: looking up is cheap in A, so A is zero
-        flat[name_a] = jnp.zeros(shape_a, jnp.float32)
-        flat[name_b] = jax.random.normal(one, shape_b, jnp.float32)
-      else:
-        flat[name_a] = initial_a(one, shape_a)
-        flat[name_b] = jnp.zeros(shape_b, jnp.float32)
+      new = self.variant.initial(one, target.shapes, target.layer.embedding)
+      flat |= {path: new[path[-1]] for path in target.paths}
     return traverse_util.unflatten_dict(flat)
 
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -193,14 +204,15 @@ class LoRA:
     params = copied(variables["params"])
     flat = self.checked(variables["lora"])
     for target in self.chosen:
-      a, b = (flat[name] for name in target.shapes)
+      parts = target.of(flat)
+      parts |= {part.name: parts[part.name] * target.scale for part in target.parts if part.scaled}
       at = holder(params, target.layer.path)
       if FACTORS in at:
         raise ValueError(
           f"`{target.layer.name}` has a {FACTORS!r} in 'params' already. A layer has one adapter."
         )
-      drops = rate if target.layer.field == "kernel" else 0.0
-      at[FACTORS] = Factors(a, b * target.scale, drops)
+      drops = 0.0 if target.layer.embedding else rate
+      at[FACTORS] = Factors(parts, self.variant, target.rank, drops)
     out = apply(self.model, {**variables, "params": params}, *args, **kwargs)
     if kwargs.get("mutable", False) is not False and "params" in out[1]:
       return out[0], {**out[1], "params": self._without(out[1]["params"])}
@@ -240,8 +252,7 @@ class LoRA:
       layer = target.layer
       at, boxed = holder(params, layer.path), holder(params, layer.path)[layer.field]
       weight = weight_at(params, layer.path, layer.field)
-      a, b = (flat[name] for name in target.shapes)
-      delta = target.scale * jnp.einsum("...ir,...ro->...oi", a, b, precision="highest")
+      delta = target.scale * self.variant.delta(target.of(flat), matrix)
       if isinstance(weight, QuantizedArray):
         merged = layer.contraction.to_kernel(dequantize_stack(weight) + delta)
       else:
@@ -254,7 +265,7 @@ class LoRA:
   def checked(self, adapters: Any) -> dict[tuple[str, ...], Any]:
     """The factors by their keys, all there and of the right shapes."""
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(copied(adapters))
-    shapes = {key: shape for target in self.chosen for key, shape in target.shapes.items()}
+    shapes = {(*t.layer.path, k): shape for t in self.chosen for k, shape in t.shapes.items()}
     # Layers of the model's own that have adapters keep theirs in the same collection.
     own = {name for name, kind in self.layers.others if kind == "LoRADense"}
     extra = [key for key in flat if key not in shapes and ".".join(key[:-1]) not in own]

@@ -8,15 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem.linen._nf4_dense import check_packable, packed_dense
-from optax_lowmem.linen._product import correction, dense, drop
-from optax_lowmem.nn._layers.lora_scale import check_numbers, scale_of
-
-
-def initial_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A as it starts in PEFT: uniform in the inverse root of the inputs, the last axis but one."""
-  bound = 1 / shape[-2] ** 0.5
-  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+from optax_lowmem.linen._product import correction, drop
+from optax_lowmem.nn._adapters.lora import LoRA
+from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
 
 
 class LoRADense(nn.Dense, kw_only=True):
@@ -89,20 +85,23 @@ class LoRADense(nn.Dense, kw_only=True):
       y = super().__call__(x)
     else:
       y = packed_dense(self, x, self.codebook, self.block_size, self.double_quantize)
-    shape = (x.shape[-1], self.features)
+    variant, sizes = LoRA(), {"in": x.shape[-1], "out": self.features, "rank": self.rank}
+    shapes = {part.name: part.shape(sizes) for part in variant.parts(False)}
 
-    def a() -> jax.Array:
-      return initial_a(self.make_rng("params"), (shape[0], self.rank))
+    def new(name: str) -> jax.Array:
+      key = self.make_rng("params") if name == "lora_a" else jax.random.key(0)  # B has none
+      return variant.initial(key, shapes, False)[name]
 
-    lora_a: Any = self.variable("lora", "lora_a", a).value
-    lora_b: Any = self.variable("lora", "lora_b", jnp.zeros, (self.rank, shape[1]), "f4").value
-    if lora_a.shape != (shape[0], self.rank) or lora_b.shape != (self.rank, shape[1]):
+    parts: Any = {name: self.variable("lora", name, new, name).value for name in shapes}
+    found = {name: value.shape for name, value in parts.items()}
+    if found != shapes:
       raise ValueError(
-        f"LoRADense {'.'.join(self.path)!r} needs factors of shapes {(shape[0], self.rank)} and "
-        f"{(self.rank, shape[1])}, the collection 'lora' holds {lora_a.shape} and {lora_b.shape}."
+        f"LoRADense {'.'.join(self.path)!r} needs factors of shapes "
+        f"{' and '.join(map(str, shapes.values()))}, the collection 'lora' holds "
+        f"{' and '.join(map(str, found.values()))}."
       )
     x = jnp.asarray(x, y.dtype)
     if self.dropout > 0 and not nn.merge_param("deterministic", self.deterministic, deterministic):
       x = drop(x, self.dropout, self.make_rng("dropout"))
-    scale = scale_of(self.rank, self.alpha, self.use_rslora)
-    return y + correction(x, lora_a, scale * lora_b, dense(shape), y.dtype)
+    parts["lora_b"] = scale_of(self.rank, self.alpha, self.use_rslora) * parts["lora_b"]
+    return y + correction(x, variant, parts, Contraction.dense(x.shape[-1], self.features), y.dtype)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.packed_weight import check_codebook, quantize_stack
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.linen._product import dense, packed_product
-from optax_lowmem.nn._layers.quantized_linear import check_codebook, quantize_stack
+from optax_lowmem.linen._product import packed_product
 
 
 class NF4Dense(nn.Dense, kw_only=True):
@@ -95,8 +96,7 @@ def packed_dense(
   def initial() -> QuantizedArray:
     kernel = module.kernel_init(module.make_rng("params"), shape, module.param_dtype)
     check_unboxed("kernel_init", kernel)
-    double = codebook != "int8" if double_quantize is None else double_quantize
-    return quantize_stack(kernel.T, codebook, block_size, double)
+    return quantize_stack(kernel.T, codebook, block_size, double_quantize)
 
   if module.has_variable("params", "kernel"):
     raise ValueError(
@@ -112,4 +112,4 @@ def packed_dense(
   bias = None
   if module.use_bias:
     bias = module.param("bias", module.bias_init, (module.features,), module.param_dtype)
-  return packed_product(x, weight, dense(shape), bias, module.dtype, module.precision)
+  return packed_product(x, weight, Contraction.dense(*shape), bias, module.dtype, module.precision)

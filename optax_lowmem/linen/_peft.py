@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from optax_lowmem._linear.names import listing, names_in_stack, nearest, torch_names
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.nn._layers.lora_scale import scale_of
-from optax_lowmem.nn._model.places import listing, names_in_stack, nearest
-from optax_lowmem.nn._model.targets import pattern_value
+from optax_lowmem.nn._peft.adapter_file import AdapterFile, read_adapter
 from optax_lowmem.nn._peft.config import configuration
 from optax_lowmem.nn._peft.config_targets import check_patterns_of
-from optax_lowmem.nn._peft.files import (
-  CONFIG,
-  PREFIX,
-  WEIGHTS,
-  check_writable,
-  read_config,
-  read_tensors,
-  write_adapter,
-)
+from optax_lowmem.nn._peft.files import PREFIX, check_writable, write_adapter
 
 
 def save_peft(
@@ -85,14 +75,19 @@ def save_peft(
   alphas: dict[str, float] = {}
   for target in lora.chosen:
     names = _names(target.layer, stack)
-    a, b = (np.asarray(flat[key]) for key in target.shapes)
+    values = target.of(flat)
     for i, name in enumerate(names):
-      for part, value in (("A", a), ("B", b)):
+      for part in target.parts:
+        value = np.asarray(values[part.name])
         one = value[i] if target.layer.stack else value
-        tensors[PREFIX + name + _end(target.layer, part)] = np.ascontiguousarray(one.T)
+        tensors[f"{PREFIX}{name}.{part.peft}"] = np.ascontiguousarray(one.T)
     ranks |= dict.fromkeys(names, target.rank)
     alphas |= dict.fromkeys(names, target.alpha)
-  every = [name for layer in lora.layers.layers for name in _names(layer, stack, check=False)]
+  every = [
+    name
+    for layer in lora.layers.layers
+    for name in names_in_stack(layer.name, layer.stack, stack) or [layer.name]
+  ]
   config = configuration(
     ranks,
     alphas,
@@ -101,6 +96,7 @@ def save_peft(
     task_type=task_type,
     dropout=lora.dropout,
     use_rslora=lora.use_rslora,
+    variant=lora.variant,
   )
   write_adapter(dir, config, tensors)
   return dir
@@ -126,80 +122,61 @@ def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers")
       not fit `lora`: other layers, shapes, ranks or scales.
     ImportError: the package safetensors is not installed.
   """
-  dir = pathlib.Path(dir)
-  config, file = read_config(dir / CONFIG), read_tensors(dir / WEIGHTS)
-  check_patterns_of(str(dir / CONFIG), config, list(file.layers))
+  file = read_adapter(dir, lora.variant)
+  check_patterns_of(file, list(file.layers))
   names = [name for target in lora.chosen for name in _names(target.layer, stack)]
   for name in file.layers:
     if name not in names:
       raise ValueError(
-        f"the adapter in {str(dir)!r} holds `{name}`, which has no adapter in `lora`."
+        f"the adapter in {file.dir!r} holds `{name}`, which has no adapter in `lora`."
         f"{nearest(name, names)} Adapted layers: {listing(names)}."
       )
-  _check_plain(str(dir), lora, file.plain, stack)
+  _check_plain(lora, file, stack)
   flat: dict[tuple[str, ...], Any] = {}
   for target in lora.chosen:
-    found: dict[str, list[np.ndarray]] = {"A": [], "B": []}
-    *_, out, inputs = target.layer.matrix_shape
-    shapes = {"A": (target.rank, inputs), "B": (out, target.rank)}
-    for name in _names(target.layer, stack):
-      parts = file.layers.get(name, {})
-      got = {part: value.shape for part, value in parts.items()}
-      if got != shapes:
+    layer, layers = target.layer, _names(target.layer, stack)
+    *_, out, inputs = layer.matrix_shape
+    for name in layers:
+      if name not in file.layers:
         raise ValueError(
-          f"the adapter in {str(dir)!r} must have {shapes} for `{name}`, got {got or 'none'}. "
-          "Give `lora` the targets and the rank of the file; DoRA and biases are not supported."
+          f"the adapter in {file.dir!r} must have tensors for `{name}`, got none. Give `lora` the "
+          "targets of the file."
         )
-      rank = int(pattern_value(config.get("rank_pattern") or {}, name, config["r"]))
-      alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-      scale = scale_of(rank, alpha, bool(config.get("use_rslora")))
-      if abs(scale - target.scale) > 1e-6 * scale:
-        raise ValueError(
-          f"the adapter in {str(dir)!r} has scale {scale:g} for `{name}`, `lora` has "
-          f"{target.scale:g}. Give `lora` the same alpha, rank and use_rslora."
-        )
-      for part in found:
-        found[part].append(parts[part].T)
-    for key, values in zip(target.shapes, found.values(), strict=True):
-      flat[key] = jnp.asarray(np.stack(values) if target.layer.stack else values[0])
+      sizes = {"in": inputs, "out": out, "rank": target.rank}
+      file.check_shapes(name, sizes, layer.embedding, "lora")
+      file.check_scale(name, target.scale, "lora")
+    for path in target.paths:
+      values = [file.layers[name][path[-1]] for name in layers]
+      flat[path] = jnp.asarray(np.stack(values) if layer.stack else values[0])
   return traverse_util.unflatten_dict(flat)
 
 
-def _check_plain(dir: str, lora: LoRA, plain: Mapping[str, np.ndarray], stack: str) -> None:
+def _check_plain(lora: LoRA, file: AdapterFile, stack: str) -> None:
   """Refuses tensors that are no adapter's, but for the frozen weights of adapted layers."""
   frozen: dict[str, tuple[int, ...]] = {}
   for target in lora.chosen:
     *_, out, inputs = target.layer.matrix_shape
-    shape = (inputs, out) if target.layer.field == "embedding" else (out, inputs)
+    shape = (inputs, out) if target.layer.embedding else (out, inputs)
     frozen |= {f"{name}.weight": shape for name in _names(target.layer, stack)}
-  for name, value in plain.items():
+  for name, value in file.plain.items():
     if name not in frozen:
       raise ValueError(
-        f"the adapter in {dir!r} holds `{name}`, which was trained beside the adapters "
+        f"the adapter in {file.dir!r} holds `{name}`, which was trained beside the adapters "
         "(`modules_to_save` or `bias`); that is not supported. Use `optax_lowmem.nn`."
       )
     if value.shape != frozen[name]:
       raise ValueError(
-        f"the adapter in {dir!r} has the base weight `{name}` of shape {value.shape}, and `lora` "
-        f"adapts one of {frozen[name]}."
+        f"the adapter in {file.dir!r} has the base weight `{name}` of shape {value.shape}, and "
+        f"`lora` adapts one of {frozen[name]}."
       )
 
 
-def _names(layer: Layer, stack: str, check: bool = True) -> list[str]:
+def _names(layer: Layer, stack: str) -> list[str]:
   """What the layers of a stack are called in PyTorch."""
-  names = names_in_stack(layer.name, layer.stack, stack)
-  if check and not names:
-    raise ValueError(
-      f"`{layer.name}` is a stack of layers, and where its layer number belongs is not clear: the "
-      f"path must have one part {stack!r} and the weight one leading axis. Name it in `stack`."
-    )
-  if check and len(layer.matrix_shape) > 2:
+  names = torch_names(layer.name, layer.stack, stack)
+  if len(layer.matrix_shape) > 2:
     raise ValueError(
       f"`{layer.name}` multiplies by one matrix for each index of an axis that its kernel shares "
       "with input and output, for which PEFT has no adapter. Merge it with `LoRA.merge` instead."
     )
-  return names or [layer.name]
-
-
-def _end(layer: Layer, part: str) -> str:
-  return f".lora_embedding_{part}" if layer.field == "embedding" else f".lora_{part}.weight"
+  return names

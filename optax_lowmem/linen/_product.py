@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.packed_product import contract
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.nn._layers.lora_linear import low_rank
-from optax_lowmem.nn._layers.packed_product import multiply
-from optax_lowmem.nn._proofs.contraction import Contraction
+from optax_lowmem.nn._adapters.variant import Arrays, Variant
 
 STACKED = (
   "Layers are stacked along the leading axes of their variables: give `nn.scan` or `nn.vmap` "
@@ -40,31 +40,22 @@ def packed_product(
   if not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
   x = jnp.asarray(x, dtype)
-  flat = contraction.flatten(x)
-  if weight.ndim == 2:
-    y: Any = multiply(flat, weight, precision)
-  else:
-    y = jax.vmap(lambda x, weight: multiply(x, weight, precision))(flat, weight)
-  y = contraction.unflatten(y, x)
+  y = contract(x, weight, contraction, precision)
   return y if bias is None else y + contraction.spread_bias(jnp.asarray(bias, dtype), x.ndim)
 
 
 def correction(
-  x: jax.Array, a: jax.Array, b: jax.Array, contraction: Contraction, dtype: Any
+  x: jax.Array, variant: Variant, parts: Arrays, contraction: Contraction, dtype: Any
 ) -> jax.Array:
-  """x A B in the dtype of the layer's output, with the axes of the layer's output."""
-  x = jnp.asarray(x, dtype)
-  flat, a, b = contraction.flatten(x), a.astype(dtype), b.astype(dtype)
-  y: Any = low_rank(flat, a, b) if a.ndim == 2 else jnp.matmul(jnp.matmul(flat, a), b)
-  return contraction.unflatten(y, x)
+  """What an adapter adds, in the dtype and with the axes of the layer's output.
+
+  Its scale is in `parts` already.
+  """
+  x, parts = jnp.asarray(x, dtype), {name: part.astype(dtype) for name, part in parts.items()}
+  return contraction.unflatten(variant.product(parts, contraction.flatten(x)), x)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
   """Zeroes a share of the elements and scales up the others, as `flax.linen.Dropout`."""
   keep = jax.random.bernoulli(key, 1 - rate, x.shape)
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def dense(shape: tuple[int, int]) -> Contraction:
-  """A kernel (in, out), multiplied with the last axis of the input."""
-  return Contraction(None, (-1,), 0, shape)

@@ -8,18 +8,17 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import traverse_util
 
-from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.linen._layers import Layers, copied, weight_at
-from optax_lowmem.linen._nf4_dense import check_unboxed
-from optax_lowmem.linen._targets import choose, output_heads
-from optax_lowmem.nn._layers.quantized_linear import (
+from optax_lowmem._linear.head_names import HEAD
+from optax_lowmem._linear.packed_weight import (
   check_codebook,
   check_weight,
   quantize_like,
   quantize_stack,
 )
-from optax_lowmem.nn._model.head_names import HEAD
-from optax_lowmem.nn._model.places import matches, patterns
+from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem.linen._layers import Layers, copied, weight_at
+from optax_lowmem.linen._nf4_dense import check_unboxed
+from optax_lowmem.linen._targets import choose, excluded
 
 
 def quantize_params(
@@ -73,12 +72,9 @@ def quantize_params(
   ((64, 64), (4, 16))
   """
   check_codebook(codebook)
-  double = codebook != "int8" if double_quantize is None else double_quantize
-  kept = _excluded(exclude, layers)
+  kept = excluded(exclude, layers)
   params = copied(params)
-  possible = [
-    layer for layer in layers.layers if layer.field == "kernel" and layer.path not in kept
-  ]
+  possible = [layer for layer in layers.layers if not layer.embedding and layer.name not in kept]
   packed = [
     layer
     for layer in possible
@@ -107,23 +103,8 @@ def quantize_params(
   for layer in chosen:
     at = holder(params, layer.path)
     matrix = layer.contraction.to_matrix(jnp.asarray(at["kernel"]))
-    at["kernel"] = quantize_stack(matrix, codebook, block_size, double)
+    at["kernel"] = quantize_stack(matrix, codebook, block_size, double_quantize)
   return params
-
-
-def _excluded(exclude: str | Sequence[str] | None, layers: Layers) -> set[tuple[str, ...]]:
-  """The paths of the layers to leave alone; a name that is none's would pack the head."""
-  found: set[tuple[str, ...]] = set()
-  for pattern in [] if exclude is None else patterns("exclude", exclude):
-    other = any(matches(pattern, name) for name, _ in layers.others)
-    if pattern.pattern == HEAD:
-      found |= {layer.path for layer in output_heads(layers)}
-    elif other:
-      found |= {layer.path for layer in layers.layers if matches(pattern, layer.name)}
-    else:
-      chosen = choose("exclude", pattern.pattern, layers, layers.layers)
-      found |= {layer.path for layer in chosen}
-  return found
 
 
 def holder(params: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

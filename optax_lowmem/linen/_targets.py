@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
 
+from optax_lowmem._linear import head_names, names
 from optax_lowmem.linen._layers import Layer, Layers
-from optax_lowmem.nn._model.head_names import HEADS
-from optax_lowmem.nn._model.places import listing, matches, nearest, patterns
 
 
-def output_heads(layers: Layers) -> list[Layer]:
-  """The output head: what carries the name of one, or else has the sizes of one."""
-  linear = [layer for layer in layers.layers if layer.field == "kernel"]
-  heads = [layer for layer in linear if HEADS.fullmatch(layer.name)]
-  if heads:
-    return heads
-  rows = {layer.matrix_shape[-1] for layer in layers.layers if layer.field == "embedding"}
-  heads = [layer for layer in linear if layer.matrix_shape[-2] in rows]
-  return heads if len(heads) == 1 else []
+def output_heads(layers: Layers) -> list[str]:
+  """The dotted paths of the output head."""
+  outputs = {layer.name: layer.matrix_shape[-2] for layer in layers.layers if not layer.embedding}
+  rows = {layer.matrix_shape[-1] for layer in layers.layers if layer.embedding}
+  return head_names.output_heads(outputs, rows)
 
 
 def all_linear(layers: Layers) -> list[Layer]:
   """Every linear layer but the output head."""
   heads = output_heads(layers)
-  return [layer for layer in layers.layers if layer.field == "kernel" and layer not in heads]
+  return [layer for layer in layers.layers if not layer.embedding and layer.name not in heads]
 
 
 def choose(
   argument: str, targets: str | Sequence[str], layers: Layers, possible: Sequence[Layer]
 ) -> list[Layer]:
   """The possible layers that match; each pattern must match at least one."""
-  chosen: set[tuple[str, ...]] = set()
-  for pattern in patterns(argument, targets):
 
-    def named(name: str, pattern: Any = pattern) -> bool:
-      return matches(pattern, name) or bool(pattern.fullmatch(name.replace(".", "/")))
+  def others():
+    kinds = [(layer.name, layer.kind) for layer in layers.layers if layer not in possible]
+    return ((name, f"a {kind}") for name, kind in (*kinds, *layers.others))
 
-    matched = {layer.path for layer in possible if named(layer.name)}
-    if not matched:
-      names = [layer.name for layer in possible]
-      lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-      other = [(layer.name, layer.kind) for layer in layers.layers if layer not in possible]
-      wrong = [(name, kind) for name, kind in (*other, *layers.others) if named(name)]
-      raise ValueError(
-        f"`{argument}` {pattern.pattern!r} matches no layer that can be changed."
-        + "".join(f" `{name}` is a {kind}." for name, kind in wrong[:3])
-        + f"{nearest(pattern.pattern, [*lasts, *names])} Available layers: {listing(names)}."
-      )
-    chosen |= matched
-  return [layer for layer in possible if layer.path in chosen]
+  known = [layer.name for layer in possible]
+  chosen = names.matched(argument, targets, known, others, _matches, "layer")
+  return [layer for layer in possible if layer.name in chosen]
+
+
+def excluded(exclude: str | Sequence[str] | None, layers: Layers) -> set[str]:
+  """The dotted paths that `exclude` names."""
+  known = [*layers.names, *(name for name, _ in layers.others)]
+  return names.excluded(exclude, known, lambda: output_heads(layers), _matches, "layer")
+
+
+def _matches(pattern: re.Pattern[str], name: str) -> bool:
+  """Whether a pattern is of a path, of its last part, or of it as Linen joins it."""
+  return names.matches(pattern, name) or bool(pattern.fullmatch(name.replace(".", "/")))

@@ -15,19 +15,24 @@
 
 from optax_lowmem._arguments import flax_extra as flax_extra
 from optax_lowmem._state.pickled_names import name_after as _name_after
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed as LoRAEmbed
-from optax_lowmem.nn._layers.lora_init import Init as Init
-from optax_lowmem.nn._layers.lora_init import LoftQ as LoftQ
-from optax_lowmem.nn._layers.lora_linear import LoRALinear as LoRALinear
-from optax_lowmem.nn._layers.lora_plus import scale_lora_b as scale_lora_b
+from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed as LoRAEmbed
+from optax_lowmem.nn._adapters.lora_init import Init as Init
+from optax_lowmem.nn._adapters.lora_init import LoftQ as LoftQ
+from optax_lowmem.nn._adapters.lora_linear import LoRALinear as LoRALinear
+from optax_lowmem.nn._adapters.lora_plus import scale_lora_b as scale_lora_b
+from optax_lowmem.nn._adapters.variant import Part as Part
+from optax_lowmem.nn._adapters.variant import Variant as Variant
 from optax_lowmem.nn._layers.nf4_linear import NF4Linear as NF4Linear
+from optax_lowmem.nn._layers.packed_layer import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum as QuantizedEinsum
 from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear as QuantizedLinear
-from optax_lowmem.nn._layers.quantized_linear import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._layers.quantized_module import QuantizedModule as QuantizedModule
 from optax_lowmem.nn._merging.merge import merge_lora as merge_lora
 from optax_lowmem.nn._merging.save_merged import merge_peft as merge_peft
 from optax_lowmem.nn._merging.save_merged import save_merged as save_merged
+from optax_lowmem.nn._model.found_layers import Layer as Layer
+from optax_lowmem.nn._model.found_layers import Layers as Layers
+from optax_lowmem.nn._model.found_layers import find_layers as find_layers
 from optax_lowmem.nn._model.surgery import add_lora as add_lora
 from optax_lowmem.nn._model.surgery import quantize_model as quantize_model
 from optax_lowmem.nn._peft.load import load_peft as load_peft
@@ -35,27 +40,36 @@ from optax_lowmem.nn._peft.save import save_peft as save_peft
 
 _name_after(
   __name__,
+  Layer,
+  Layers,
   LoRAEmbed,
   LoRALinear,
   LoftQ,
   NF4Linear,
+  Part,
   QuantizedEinsum,
   QuantizedLinear,
   QuantizedModule,
   QuantizedWeight,
+  Variant,
 )
 
 __all__ = [
   "Init",
   "LoRAEmbed",
   "LoRALinear",
+  "Layer",
+  "Layers",
   "LoftQ",
   "NF4Linear",
+  "Part",
   "QuantizedEinsum",
   "QuantizedLinear",
   "QuantizedModule",
   "QuantizedWeight",
+  "Variant",
   "add_lora",
+  "find_layers",
   "load_peft",
   "merge_lora",
   "merge_peft",

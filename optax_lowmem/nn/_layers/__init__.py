@@ -1,1 +1,1 @@
-"""Quantized layers, and adapters on them."""
+"""Quantized layers, and any layer seen as the matrix it multiplies by."""

@@ -8,19 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum
-from optax_lowmem.nn._layers.quantized_linear import QuantizedLinear, at_rank, check_weight
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.packed_weight import check_weight
+from optax_lowmem.nn._layers.packed_layer import PackedLayer
 from optax_lowmem.nn._layers.quantized_module import QuantizedModule
-from optax_lowmem.nn._proofs.contraction import Contraction
-from optax_lowmem.nn._proofs.foreign_modules import NOTHING, Foreign, Reading, read
+from optax_lowmem.nn._proofs.flax_layers import flax_contraction, is_embed, is_flax_linear
+from optax_lowmem.nn._proofs.foreign_modules import NOTHING, Foreign, Reading
 from optax_lowmem.nn._proofs.product import NotAProduct
-
-GENERAL = (nnx.LinearGeneral, nnx.Einsum)
-
-
-def is_kind(module: Any, kind: type) -> bool:
-  """Whether a module is of that kind: subclasses that compute something else are not."""
-  return isinstance(module, kind) and type(module).__call__ is kind.__call__
+from optax_lowmem.nn._proofs.reading import forget, read, remember
 
 
 def is_linear(module: Any) -> bool:
@@ -30,9 +25,7 @@ def is_linear(module: Any) -> bool:
 
 def is_known(module: Any) -> bool:
   """Whether a module is a linear layer of flax's or of this package's."""
-  return isinstance(module, (QuantizedLinear, QuantizedEinsum)) or any(
-    is_kind(module, kind) for kind in (nnx.Linear, *GENERAL)
-  )
+  return isinstance(module, PackedLayer) or is_flax_linear(module)
 
 
 def reading(module: Any) -> Reading:
@@ -40,27 +33,22 @@ def reading(module: Any) -> Reading:
   return NOTHING if is_known(module) or is_embed(module) else read(module)
 
 
-def is_embed(module: Any) -> bool:
-  return is_kind(module, nnx.Embed)
-
-
 def foreign_of(base: Any) -> Foreign | None:
   """The layer, or what it was before it was quantized, if it is of a class of its own."""
   return base.foreign if isinstance(base, QuantizedModule) else reading(base).foreign
 
 
-def contraction_of(base: Any) -> Contraction | None:
-  """How the axes of a general layer make a matrix; None for layers that have one."""
-  if isinstance(base, QuantizedEinsum):
+def contraction_of(base: Any) -> Contraction:
+  """How the axes of a layer's weight make a matrix."""
+  if isinstance(base, PackedLayer):
     return base.contraction
-  if is_embed(base) or isinstance(base, QuantizedLinear) or is_kind(base, nnx.Linear):
-    return None
-  if any(is_kind(base, kind) for kind in GENERAL):
-    return Contraction.of(base)
-  return read(base).contraction
+  if is_embed(base) or is_flax_linear(base):
+    return flax_contraction(base)
+  contraction: Any = read(base).contraction  # of a module that `is_linear`
+  return contraction
 
 
-def contraction_at(base: Any, x: Any) -> Contraction | None:
+def contraction_at(base: Any, x: Any) -> Contraction:
   """The same for one input, of which a module of another class is proved anew."""
   foreign = foreign_of(base)
   if foreign is None:
@@ -90,26 +78,22 @@ def bias_field(base: Any) -> str:
 
 def dense_variable(base: Any) -> Any:
   """The Variable of a float layer's weight, or None for a quantized one."""
-  if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
-    return None
-  return getattr(base, weight_field(base))
+  return None if isinstance(base, PackedLayer) else getattr(base, weight_field(base))
 
 
 def matrix_shape(base: Any) -> tuple[int, ...]:
   """(..., out, in) of `matrix_of`, without computing it."""
-  if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
-    return base.weight.get_value().shape
-  shape, contraction = dense_variable(base)[...].shape, contraction_of(base)
-  if contraction is not None:
-    return (*shape[: len(shape) - len(contraction.kernel_shape)], *contraction.matrix_shape)
-  return (*shape[:-2], shape[-1], shape[-2])
+  return (*stack_shape(base), *contraction_of(base).matrix_shape)
 
 
 def stack_shape(base: Any) -> tuple[int, ...]:
   """The leading axes of a stack of layers."""
-  contraction = contraction_of(base)
-  shape = matrix_shape(base)
-  return shape[: len(shape) - (2 if contraction is None else len(contraction.matrix_shape))]
+  contraction, variable = contraction_of(base), dense_variable(base)
+  if variable is None:
+    shape, one = base.weight.get_value().shape, contraction.matrix_shape
+  else:
+    shape, one = variable[...].shape, contraction.kernel_shape
+  return shape[: len(shape) - len(one)]
 
 
 def matrix_of(base: Any) -> jax.Array:
@@ -117,36 +101,18 @@ def matrix_of(base: Any) -> jax.Array:
   variable = dense_variable(base)
   if variable is None:
     return base.dequantize()
-  weight = variable[...].astype(jnp.float32)
-  contraction = contraction_of(base)
-  return weight.swapaxes(-1, -2) if contraction is None else contraction.to_matrix(weight)
-
-
-def to_weight(base: Any, matrix: jax.Array) -> jax.Array:
-  """The inverse of `matrix_of`: a matrix in the arrangement of a float layer's Variable."""
-  contraction = contraction_of(base)
-  return matrix.swapaxes(-1, -2) if contraction is None else contraction.to_kernel(matrix)
+  return contraction_of(base).to_matrix(variable[...].astype(jnp.float32))
 
 
 def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
   """A float layer like `base` with another weight; `base` and its bias are left as they are."""
-  weight = to_weight(base, matrix).astype(dtype)
+  weight = contraction_of(base).to_kernel(matrix).astype(dtype)
   new: Any
-  if isinstance(base, QuantizedEinsum):
+  if isinstance(base, PackedLayer):
     new = base.float_layer()
-  elif isinstance(base, QuantizedLinear):
-    new = nnx.eval_shape(
-      lambda: nnx.Linear(
-        base.in_features,
-        base.out_features,
-        use_bias=False,
-        dtype=base.dtype,
-        precision=base.precision,
-        rngs=nnx.Rngs(0),
-      )
-    )
   else:
     new = nnx.merge(*nnx.split(base))  # another module with the same Variables
+    forget(new)
   if (foreign := foreign_of(base)) is not None:
     old = getattr(new, foreign.weight)  # the base's own Variable; a new one keeps its metadata
     setattr(new, foreign.weight, old.replace(weight))
@@ -164,9 +130,12 @@ def with_matrix(base: Any, matrix: jax.Array, dtype: Any = jnp.float32) -> Any:
 
 def set_matrix(base: Any, matrix: jax.Array) -> Any:
   """`base` with another weight, kept as it keeps it: quantized again, or in its own dtype."""
-  if isinstance(base, (QuantizedLinear, QuantizedEinsum)):
+  if isinstance(base, PackedLayer):
     return base.requantized(matrix)
-  return with_matrix(base, matrix, dense_variable(base)[...].dtype)
+  new = with_matrix(base, matrix, dense_variable(base)[...].dtype)
+  if foreign_of(base) is not None:
+    remember(new, reading(base))
+  return new
 
 
 def output_bias(base: Any, y: jax.Array, x: jax.Array) -> jax.Array | None:
@@ -174,8 +143,7 @@ def output_bias(base: Any, y: jax.Array, x: jax.Array) -> jax.Array | None:
   bias = getattr(base, bias_field(base), None)
   if bias is None:
     return None
-  contraction, value = contraction_at(base, x), bias[...].astype(y.dtype)
-  return at_rank(value, y.ndim) if contraction is None else contraction.spread_bias(value, x.ndim)
+  return contraction_at(base, x).spread_bias(bias[...].astype(y.dtype), x.ndim)
 
 
 def check_dense(name: str, base: Any) -> None:

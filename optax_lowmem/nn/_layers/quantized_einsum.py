@@ -5,23 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.nn._layers.packed_product import multiply
-from optax_lowmem.nn._layers.quantized_linear import (
-  QuantizedWeight,
-  dequantize_stack,
-  floating,
-  placed,
-  quantize_stack,
-  requantized,
-)
-from optax_lowmem.nn._proofs.contraction import Contraction
+from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.packed_weight import quantize_stack, requantized
+from optax_lowmem.nn._layers.packed_layer import PackedLayer, QuantizedWeight, floating, placed
+from optax_lowmem.nn._proofs.flax_layers import flax_contraction
 
 
-class QuantizedEinsum(nnx.Module):
+class QuantizedEinsum(PackedLayer):
   """What `nnx.Einsum` or `nnx.LinearGeneral` computes, with a frozen weight in 4 or 8 bits.
 
   The kernel is held as a matrix (out, in) of the product of its output axes by the product of
@@ -57,7 +49,7 @@ class QuantizedEinsum(nnx.Module):
   ):
     self.dtype, self.precision = layer.dtype, layer.precision
     options = (codebook, block_size, double_quantize)
-    self._hold(Contraction.of(layer), layer.kernel[...], layer.bias, *options)
+    self._hold(flax_contraction(layer), layer.kernel[...], layer.bias, *options)
 
   def _hold(
     self,
@@ -69,22 +61,9 @@ class QuantizedEinsum(nnx.Module):
     double: bool | None,
   ) -> None:
     self.contraction = contraction
-    if double is None:
-      double = codebook != "int8"
     matrix = contraction.to_matrix(kernel)
     self.weight = QuantizedWeight(quantize_stack(matrix, codebook, block_size, double))
     self.bias = nnx.data(bias)
-
-  @property
-  def kernel(self) -> jax.ShapeDtypeStruct:
-    """The shape of the float layer's kernel, which models ask for; there is no such array."""
-    q = self.weight.get_value()
-    lead = q.shape[: q.ndim - len(self.contraction.matrix_shape)]
-    return jax.ShapeDtypeStruct((*lead, *self.contraction.kernel_shape), q.dtype)
-
-  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-    """The dense weight as matrices (..., out, in)."""
-    return dequantize_stack(self.weight.get_value(), dtype)
 
   def requantized(self, weight: jax.Array) -> QuantizedEinsum:
     """A layer of the same kind with other matrices, quantized in the same way."""
@@ -118,24 +97,3 @@ class QuantizedEinsum(nnx.Module):
     x = floating(inputs, self.dtype, self.weight.get_value(), self.bias)
     y = self._product(x, self.contraction, self.precision)
     return placed(self._with_bias(y, self.contraction, x.ndim), out_sharding)
-
-  def _product(self, x: jax.Array, contraction: Contraction, precision: Any) -> jax.Array:
-    """What an input gives in its own dtype, without the bias."""
-    q: QuantizedArray = self.weight.get_value()
-    shape = contraction.matrix_shape
-    if q.ndim != len(shape):
-      raise ValueError(
-        f"this {type(self).__name__} holds a stack of layers, its weight has shape {q.shape}. "
-        "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
-      )
-    flat = contraction.flatten(x)
-    if len(shape) == 2:
-      y: Any = multiply(flat, q, precision)
-    else:
-      y = jax.vmap(lambda x, q: multiply(x, q, precision))(flat, q)
-    return contraction.unflatten(y, x)
-
-  def _with_bias(self, y: jax.Array, contraction: Contraction, ndim: int) -> jax.Array:
-    if self.bias is None:
-      return y
-    return y + contraction.spread_bias(self.bias[...].astype(y.dtype), ndim)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem.nn._layers.packed_layer import floating, placed
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum
-from optax_lowmem.nn._layers.quantized_linear import floating, placed
-from optax_lowmem.nn._proofs.foreign_modules import read, setting_of
+from optax_lowmem.nn._proofs.foreign_modules import setting_of
 from optax_lowmem.nn._proofs.product import NotAProduct
+from optax_lowmem.nn._proofs.reading import read
 
 
 class QuantizedModule(QuantizedEinsum):

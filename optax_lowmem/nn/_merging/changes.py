@@ -7,18 +7,15 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
-from optax_lowmem.nn._layers.lora_scale import scale_of
+from optax_lowmem._linear.head_names import HEAD_TENSORS, HEADS, TABLE_TENSORS
+from optax_lowmem._linear.names import nearest
+from optax_lowmem.nn._adapters.lora_scale import scale_of
 from optax_lowmem.nn._merging.delta import Delta
-from optax_lowmem.nn._model.head_names import HEAD_TENSORS, HEADS, TABLE_TENSORS
-from optax_lowmem.nn._model.places import nearest, places
-from optax_lowmem.nn._model.targets import pattern_value
+from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._model.trainable import trained_beside
-from optax_lowmem.nn._peft.files import AdapterFile
-from optax_lowmem.nn._peft.save import check_matrix, check_nameable, peft_layers
+from optax_lowmem.nn._peft.adapter_file import AdapterFile
+from optax_lowmem.nn._peft.save import check_matrix, peft_layers
 from optax_lowmem.nn._peft.tensor_files import Weights
 
 
@@ -34,66 +31,34 @@ class Changes(NamedTuple):
   whole: dict[str, np.ndarray]
 
 
-def changes_of_model(model: nnx.Module, stack: str, of_original: bool) -> Changes:
+def changes_of_model(tree: ModelTree, of_original: bool) -> Changes:
   """The adapters of a model, and, for an original, what was trained beside them."""
-  everything = places(model)
   changes = Changes({}, {})
-  for place in everything:
-    if not isinstance(place.module, Adapter):
-      continue
-    names = check_nameable(place, stack)
+  for place in tree.adapters:
+    names = tree.torch_names(place)
     check_matrix(place)
     lora: Any = place.module
-    for name, layer in peft_layers(place, names, False, of_original).items():
-      parts = {end.removesuffix(".weight"): value for end, value in layer.tensors.items()}
-      embedding = isinstance(lora, LoRAEmbed)
-      kind = "embedding_" if embedding else ""
-      changes.deltas[name] = Delta(
-        parts[f"lora_{kind}A"],
-        parts[f"lora_{kind}B"],
-        scale_of(layer.rank, layer.alpha, lora.use_rslora),
-        parts.get("lora_magnitude_vector"),
-        parts.get("lora_B.bias"),
-        embedding,
-      )
+    for name, layer in peft_layers(place, names, of_original).items():
+      scale = scale_of(layer.rank, layer.alpha, lora.use_rslora)
+      changes.deltas[name] = Delta(lora.variant, layer.parts, scale, lora.is_embed)
   if of_original:
-    for tensor, names in trained_beside(everything, stack).values():
+    for tensor, names in trained_beside(tree).values():
       value = tensor.to_torch(np.asarray(tensor.variable[...]))
       for name, one in zip(names, value if tensor.lead else value[None], strict=True):
         changes.whole[f"{name}.{tensor.suffix}"] = one
   return changes
 
 
-def changes_of_file(path: str, config: Mapping[str, Any], file: AdapterFile) -> Changes:
-  """What an adapter's file, read and split, changes; its settings are checked against it."""
+def changes_of_file(file: AdapterFile) -> Changes:
+  """What an adapter's file changes; its settings are checked against it."""
   found = {}
   for name, parts in file.layers.items():
-    rank = int(pattern_value(config.get("rank_pattern") or {}, name, config["r"]))
-    alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-    a, b, embedding = parts["A"], parts["B"], name in file.embeddings
-    if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
-      raise ValueError(
-        f"the adapter in {path!r} has lora_A of shape {a.shape} and lora_B of shape {b.shape} for "
-        f"`{name}`, and its configuration says rank {rank}."
-      )
-    wanted = {"magnitude": bool(config.get("use_dora"))}
-    wanted["bias"] = bool(config.get("lora_bias")) and not embedding
-    for part, want in wanted.items():
-      if (part in parts) != want:
-        raise ValueError(
-          f"the adapter in {path!r} {'lacks' if want else 'holds'} the {part} of `{name}`, and its "
-          "configuration says otherwise."
-        )
-      if want and parts[part].size != b.shape[0]:
-        raise ValueError(
-          f"the adapter in {path!r} has the {part} of `{name}` in shape {parts[part].shape}, "
-          f"where {(b.shape[0],)} is needed."
-        )
-    scale = scale_of(rank, alpha, bool(config.get("use_rslora")))
-    flat = {part: parts[part].reshape(-1) for part, want in wanted.items() if want}
+    embedding = name in file.embeddings
     # An output layer is a Linear beside the Conv1D of the others.
-    turned = bool(config.get("fan_in_fan_out")) and not (embedding or HEADS.fullmatch(name))
-    found[name] = Delta(a, b, scale, flat.get("magnitude"), flat.get("bias"), embedding, turned)
+    turned = file.config.get("fan_in_fan_out") and not (embedding or HEADS.fullmatch(name))
+    delta = Delta(file.variant, parts, file.scale(name), embedding, bool(turned))
+    file.check_shapes(name, delta.sizes, embedding, "original")
+    found[name] = delta
   return Changes(found, file.plain)
 
 
@@ -134,14 +99,13 @@ def check_changes(weights: Weights, changes: Changes, source: str) -> None:
       )
 
 
-def shares_table(model: nnx.Module) -> bool:
+def shares_table(tree: ModelTree) -> bool:
   """Whether the table of an embedding with an adapter has a second place in the model."""
-  everything = places(model)
-  bases = {id(p.module.base): p for p in everything if isinstance(p.module, LoRAEmbed)}
+  bases = {id(p.base): p for p in tree.adapters if p.module.is_embed}
   if any(len(place.holders) > 1 for place in bases.values()):
     return True
   tables = {id(place.module.embedding) for place in bases.values()}
-  others = [p.module for p in everything if id(p.module) not in bases]
+  others = [p.module for p in tree.places if id(p.module) not in bases]
   return any(id(value) in tables for module in others for value in vars(module).values())
 
 

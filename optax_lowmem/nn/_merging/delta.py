@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from optax_lowmem.nn._adapters.variant import Part, Variant
+
 TILE = 1 << 21  # elements that are in float32 at a time: 8 MiB, a few times
 
 
@@ -14,28 +16,37 @@ class Delta(NamedTuple):
   """What an adapter does to the weight and the bias of one layer.
 
   Attributes:
-    a: (r, in); (r, vocabulary) of an embedding.
-    b: (out, r); (features, r) of an embedding.
-    scale: what the product is multiplied by.
-    magnitude: DoRA's (out,), or None.
-    bias: of B, (out,), or None.
+    variant: the kind of adapter.
+    parts: its arrays.
+    scale: what the change of the weight is multiplied by.
     embedding: whether the weight is an embedding's table, (vocabulary, features).
     transposed: whether the weight is (in, out), as that of GPT-2's `Conv1D` (`fan_in_fan_out`).
   """
 
-  a: np.ndarray
-  b: np.ndarray
+  variant: Variant
+  parts: dict[str, np.ndarray]
   scale: float
-  magnitude: np.ndarray | None = None
-  bias: np.ndarray | None = None
   embedding: bool = False
   transposed: bool = False
 
   @property
+  def sizes(self) -> dict[str, int]:
+    """The numbers of inputs and outputs, `"in"` and `"out"`."""
+    found = {"in": 0, "out": 0}  # a damaged file may have an axis too few
+    for part in reversed(self._kinds):
+      found |= dict(zip(part.axes, self.parts[part.name].shape, strict=False))
+    return {axis: found[axis] for axis in ("in", "out")}
+
+  @property
   def shape(self) -> tuple[int, int]:
     """Of the weight."""
-    shape = (self.b.shape[0], self.a.shape[1])
-    return shape[::-1] if self.embedding or self.transposed else shape
+    out, inputs = self.sizes["out"], self.sizes["in"]
+    return (inputs, out) if self.embedding or self.transposed else (out, inputs)
+
+  @property
+  def bias(self) -> np.ndarray | None:
+    """What is added to the bias, before the scale."""
+    return self.variant.bias(self.parts)
 
   def add_to(self, weight: np.ndarray, dtype: Any) -> np.ndarray:
     """The merged weight, summed in float32 and rounded once to `dtype`.
@@ -45,21 +56,21 @@ class Delta(NamedTuple):
     if self.transposed:
       return self._replace(transposed=False).add_to(weight.T, dtype).T
     out = np.empty(weight.shape, dtype)
-    if self.magnitude is None:
+    if not self.variant.normed:
       for rows in self._tiles():
         out[rows] = self._summed(weight, rows)
     elif self.embedding:  # norms of columns, so all rows are needed first
       squares = np.zeros(weight.shape[1], np.float64)
       for rows in self._tiles():
         squares += np.square(self._summed(weight, rows)).sum(0)
-      factor = _factor(self.magnitude, np.sqrt(squares))
+      factor = self.variant.factor(self.parts, np.sqrt(squares))
       for rows in self._tiles():
         out[rows] = self._summed(weight, rows) * factor
     else:
       for rows in self._tiles():
         one = self._summed(weight, rows)
         norm = np.sqrt(np.square(one).sum(1))
-        out[rows] = one * _factor(self.magnitude[rows], norm)[:, None]
+        out[rows] = one * self.variant.factor(self._of(rows), norm)[:, None]
     return out
 
   def add_to_bias(self, bias: np.ndarray, dtype: Any) -> np.ndarray:
@@ -74,15 +85,21 @@ class Delta(NamedTuple):
     step = max(1, TILE // max(1, width))
     return (slice(start, start + step) for start in range(0, count, step))
 
+  @property
+  def _kinds(self) -> tuple[Part, ...]:
+    return self.variant.parts(self.embedding)
+
+  def _of(self, rows: slice) -> dict[str, np.ndarray]:
+    """The parts that some rows of the weight need."""
+    axis = "in" if self.embedding else "out"
+    return {p.name: self.parts[p.name][p.rows(axis, rows)] for p in self._kinds}
+
   def _summed(self, weight: np.ndarray, rows: slice) -> np.ndarray:
-    left, right = (self.a.T, self.b.T) if self.embedding else (self.b, self.a)
-    total = left[rows] @ right
+    total = self.variant.delta(self._of(rows), np.matmul if self.embedding else _transposed)
     total *= np.float32(self.scale)
     total += weight[rows].astype(np.float32, copy=False)
     return total
 
 
-def _factor(magnitude: np.ndarray, norm: np.ndarray) -> np.ndarray:
-  """Magnitude over norm, 0 where the norm is, in float32."""
-  some = norm > 0
-  return np.where(some, magnitude / np.where(some, norm, 1), 0).astype(np.float32)
+def _transposed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  return b.T @ a.T

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem.nn._adapters.lora_linear import check_mergeable
 from optax_lowmem.nn._layers.base_layer import dense_variable, matrix_shape, stack_shape
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
-from optax_lowmem.nn._model.places import Place, check_replaceable, layer_names, places, replace
+from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._peft.tensor_files import open_weights
 
@@ -53,19 +52,16 @@ def merge_lora(
   >>> type(nn.merge_lora(mlp).layers[0]).__name__
   'Linear'
   """
-  chosen = [place for place in places(model) if isinstance(place.module, Adapter)]
+  tree = ModelTree(model, stack)
+  chosen = tree.adapters
   if not chosen:
     raise ValueError("`model` holds no LoRALinear, there is nothing to merge.")
   check_replaceable(chosen)
   if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"`dtype` must be floating point, got {jnp.dtype(dtype).name}.")
   for place in chosen:
-    if getattr(place.module, "lora_bias", None) is not None and place.module.base.bias is None:
-      raise ValueError(
-        f"the adapter of `{place.path}` has a bias (`lora_bias`) and its base has none to add it "
-        "to. Keep the adapter, or give the base a bias of zeros."
-      )
-    if isinstance(place.module, LoRAEmbed) and is_tied(model):
+    check_mergeable(f"the adapter of `{place.path}`", place.module)
+    if place.module.is_embed and is_tied(model):
       raise ValueError(
         f"the embedding `{place.path}` has an adapter, which is of the input alone, and the output "
         "layer is tied to it (`tie_word_embeddings`). A merged table would change both. Keep the "
@@ -73,14 +69,14 @@ def merge_lora(
       )
   if original is None:
     for place in chosen:
-      replace(place, place.module.merge(dtype=_dtype(place.module.base, dtype)))
+      place.replace(place.module.merge(dtype=_dtype(place.base, dtype)))
     return model
   weights = open_weights(original)
   for place in chosen:
-    check_original(place, weights, stack)
+    check_original(place, weights, tree)
   for place in chosen:
-    w = jnp.asarray(read_original(place, weights, stack))
-    replace(place, place.module.merge(w, _dtype(place.module.base, dtype)))
+    w = jnp.asarray(read_original(place, weights, tree))
+    place.replace(place.module.merge(w, _dtype(place.base, dtype)))
   return model
 
 
@@ -94,18 +90,12 @@ def _dtype(base: Any, dtype: Any) -> Any:
 
 def _torch_shape(place: Place) -> tuple[int, ...]:
   """The shape of one layer's weight in PyTorch."""
-  shape = matrix_shape(place.module.base)[len(stack_shape(place.module.base)) :]
-  return shape[::-1] if isinstance(place.module, LoRAEmbed) else shape
+  shape = matrix_shape(place.base)[len(stack_shape(place.base)) :]
+  return shape[::-1] if place.module.is_embed else shape
 
 
-def check_original(place: Place, weights: Any, stack: str) -> None:
-  names = layer_names(place, stack)
-  if not names:
-    raise ValueError(
-      f"`{place.path}` is a stack of layers, and where its layer number belongs is not clear: the "
-      f"path must have one part {stack!r}. Name the part in `stack`."
-    )
-  for name in names:
+def check_original(place: Place, weights: Any, tree: ModelTree) -> None:
+  for name in tree.torch_names(place):
     shape = weights.shapes.get(f"{name}.weight")
     if shape != _torch_shape(place):
       raise ValueError(
@@ -114,9 +104,9 @@ def check_original(place: Place, weights: Any, stack: str) -> None:
       )
 
 
-def read_original(place: Place, weights: Any, stack: str) -> np.ndarray:
+def read_original(place: Place, weights: Any, tree: ModelTree) -> np.ndarray:
   """The original weight as `matrix_of` gives it: (..., out, in)."""
-  read = [weights.read(f"{name}.weight") for name in layer_names(place, stack)]
+  read = [weights.read(f"{name}.weight") for name in tree.torch_names(place)]
   read = [w.astype(np.float32) for w in read]
-  w = np.stack(read) if stack_shape(place.module.base) else read[0]
-  return w.swapaxes(-1, -2) if isinstance(place.module, LoRAEmbed) else w
+  w = np.stack(read) if stack_shape(place.base) else read[0]
+  return w.swapaxes(-1, -2) if place.module.is_embed else w

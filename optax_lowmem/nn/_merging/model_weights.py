@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import dense_variable, is_linear, matrix_shape, stack_shape
-from optax_lowmem.nn._model.places import Place, base_of, names_in_stack, places
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import tensors_of
 from optax_lowmem.nn._peft.save import check_matrix
 from optax_lowmem.nn._peft.tensor_files import Weights
@@ -32,40 +31,29 @@ class _Entry(NamedTuple):
   convert: Callable[[Any], Any]  # of one layer's value
 
 
-def model_weights(model: nnx.Module, stack: str) -> Weights:
+def model_weights(tree: ModelTree) -> Weights:
   """Every weight of a model, as it is without adapters; packed ones as float32.
 
   Raises:
     ValueError: the model has a Variable, or a stack of layers, whose name is not known.
   """
-  everything = places(model)
-  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
   shapes, dtypes, reads = {}, {}, {}
   known: set[int] = set()
   plain: set[int] = set()  # of layers without an adapter
-  for place in everything:
-    adapted = isinstance(place.module, Adapter)
-    if adapted:
+  for place in tree.outer:
+    if place.adapted:
       known |= {id(v) for v in vars(place.module).values() if isinstance(v, nnx.Variable)}
-    if id(place.module) in bases:
-      continue
     for entry in _entries(place):
       known.add(id(entry.variable))
-      if not adapted:
+      if not place.adapted:
         if id(entry.variable) in plain:  # tied: Hugging Face writes it once, too
           continue
         plain.add(id(entry.variable))
-      names = names_in_stack(place.path, entry.lead, stack)
-      if not names:
-        raise ValueError(
-          f"`{place.path}` is a stack of layers, and where its layer number belongs is not clear: "
-          f"the path must have one part {stack!r}. Name the part in `stack`."
-        )
-      for i, name in enumerate(names):
+      for i, name in enumerate(tree.torch_names(place, entry.lead)):
         full = f"{name}.{entry.suffix}"
         shapes[full], dtypes[full] = entry.shape, np.dtype(entry.dtype)
         reads[full] = (entry, i if entry.lead else None)
-  for path, variable in nnx.iter_graph(model):
+  for path, variable in nnx.iter_graph(tree.model):
     if isinstance(variable, nnx.Variable) and not isinstance(variable, _NO_WEIGHTS):
       if id(variable) not in known:
         raise ValueError(
@@ -89,7 +77,7 @@ def _decoded(weight: Any) -> jax.Array:
 
 
 def _entries(place: Place) -> Iterator[_Entry]:
-  base = base_of(place.module)
+  base = place.base
   if is_linear(base):
     check_matrix(place)
     if dense_variable(base) is None:

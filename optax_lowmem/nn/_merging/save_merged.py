@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from optax_lowmem._arguments.sizes import bytes_of
+from optax_lowmem.nn._adapters.variant import Variant
 from optax_lowmem.nn._merging.changes import (
   Changes,
   changes_of_file,
@@ -26,8 +27,9 @@ from optax_lowmem.nn._merging.merged_folder import (
   write_merged,
 )
 from optax_lowmem.nn._merging.model_weights import model_weights
+from optax_lowmem.nn._model.model_tree import ModelTree
+from optax_lowmem.nn._peft.adapter_file import read_adapter
 from optax_lowmem.nn._peft.config_targets import check_patterns_of, check_whole, tied_once
-from optax_lowmem.nn._peft.files import CONFIG, WEIGHTS, read_config, read_tensors
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._peft.tensor_files import Weights, open_weights, read_index, read_json
 
@@ -93,13 +95,14 @@ def save_merged(
   >>> {name: (x.shape, x.dtype.name) for name, x in sorted(weights.items())}
   {'q_proj.bias': ((4,), 'bfloat16'), 'q_proj.weight': ((4, 8), 'bfloat16')}
   """
-  changes = changes_of_model(model, stack, original is not None)
+  tree = ModelTree(model, stack)
+  changes = changes_of_model(tree, original is not None)
   if not changes.deltas:
     raise ValueError("`model` holds no LoRALinear, there is nothing to merge.")
-  tied = is_tied(model) or shares_table(model) or None
+  tied = is_tied(model) or shares_table(tree) or None
   output = (dir, dtype, max_shard_size)
   if original is None:
-    return _save("`model`", model_weights(model, stack), changes, None, tied, *output)
+    return _save("`model`", model_weights(tree), changes, None, tied, *output)
   return _save("`original`", open_weights(original), changes, original, tied, *output)
 
 
@@ -108,6 +111,7 @@ def merge_peft(
   adapter: str | os.PathLike[str],
   dir: str | os.PathLike[str],
   *,
+  variant: Variant | None = None,
   dtype: Any = None,
   max_shard_size: int | str | None = None,
   tied: bool | None = None,
@@ -122,6 +126,7 @@ def merge_peft(
     adapter: the directory of `adapter_config.json` and `adapter_model.safetensors`, as PEFT's
       `save_pretrained` or `save_peft` wrote it.
     dir: as in `save_merged`.
+    variant: as in `load_peft`.
     dtype: as in `save_merged`.
     max_shard_size: as in `save_merged`.
     tied: whether the output layer is the embedding, so that there is one table for both. None is
@@ -151,18 +156,15 @@ def merge_peft(
   ...     sorted(file.name for file in path.iterdir())
   ['model.safetensors']
   """
-  path = pathlib.Path(adapter)
-  config = read_config(path / CONFIG)
-  file = tied_once(str(path), config, read_tensors(path / WEIGHTS))
-  check_patterns_of(str(path / CONFIG), config, list(file.layers))
-  changes = changes_of_file(str(path), config, file)
-  follows = bool(config.get("ensure_weight_tying"))
+  file = tied_once(read_adapter(adapter, variant))
+  check_patterns_of(file, list(file.layers))
+  changes, follows = changes_of_file(file), bool(file.config.get("ensure_weight_tying"))
   weights, output = open_weights(original), (dir, dtype, max_shard_size)
-  check_whole(str(path), config, file, weights.shapes)
+  check_whole(file, weights.shapes)
   try:
     return _save("`original`", weights, changes, original, tied, *output, follows)
   except ValueError as error:
-    raise ValueError(f"merging the adapter in {str(path)!r}: {error}") from error
+    raise ValueError(f"merging the adapter in {file.dir!r}: {error}") from error
 
 
 def _save(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem._linear.names import folded
 from optax_lowmem.nn._layers.base_layer import is_known, reading
-from optax_lowmem.nn._model.places import Place, folded
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._proofs.flax_layers import is_no_product
 
 
-def skipped(model: Any, everything: Sequence[Place]) -> dict[str, str]:
+def skipped(tree: ModelTree) -> dict[str, str]:
   """{path: why} of modules with weights of their own that are not known to be linear layers.
 
   Counted are modules outside flax that have a `__call__`, a matrix, and no module below them, and
@@ -22,11 +22,9 @@ def skipped(model: Any, everything: Sequence[Place]) -> dict[str, str]:
   another method, or a position embedding beside other modules, is neither.
   """
   found = {}
-  for place in (Place("", model, []), *everything):
+  for place in (Place("", tree.model, []), *tree.places):
     module: Any = place.module
-    if isinstance(module, (Adapter, nnx.RMSNorm, nnx.LayerNorm)):  # a stack of norms has a matrix
-      continue
-    if is_known(module) or _is_flax(module):
+    if place.adapted or is_known(module) or is_no_product(module):
       continue
     known = reading(module)
     if known.foreign is not None:
@@ -43,10 +41,6 @@ def skipped(model: Any, everything: Sequence[Place]) -> dict[str, str]:
   return found
 
 
-def _is_flax(module: Any) -> bool:
-  return type(module).__module__.partition(".")[0] == "flax"
-
-
 def sentence(found: dict[str, str]) -> str:
   """The same in words, layer numbers folded into a star; nothing if there is nothing."""
   if not found:
@@ -56,8 +50,8 @@ def sentence(found: dict[str, str]) -> str:
   return f" Modules with weights that are not known to be linear layers: {listed}."
 
 
-def warn(function: str, done: str, model: Any, everything: Sequence[Place]) -> None:
-  found = skipped(model, everything)
+def warn(function: str, done: str, tree: ModelTree) -> None:
+  found = skipped(tree)
   if found:
     warnings.warn(
       f"`{function}` {done}.{sentence(found)} If that is meant, name the others in `targets`.",

@@ -8,19 +8,23 @@ from typing import Any, Literal, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import check_lora, check_param_dtype
-from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_embed, is_linear
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed, check_embed
-from optax_lowmem.nn._layers.lora_init import Init, check_init, quantized
-from optax_lowmem.nn._layers.lora_linear import LoRALinear, check_base, check_own_bias
-from optax_lowmem.nn._layers.quantized_linear import check_codebook
-from optax_lowmem.nn._model.checks import check_model, check_product, check_start, excluded
-from optax_lowmem.nn._model.head_names import HEAD
-from optax_lowmem.nn._model.places import choose, places, replace
+from optax_lowmem._linear.head_names import HEAD
+from optax_lowmem._linear.names import excluded
+from optax_lowmem._linear.packed_weight import check_codebook
+from optax_lowmem.nn._adapters.adapter import check_lora, check_param_dtype, check_settings
+from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
+from optax_lowmem.nn._adapters.lora_init import Init, check_init
+from optax_lowmem.nn._adapters.lora_linear import LoRALinear
+from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem.nn._adapters.variants import chosen
+from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_linear
+from optax_lowmem.nn._layers.quantize_layer import check_product, quantized
+from optax_lowmem.nn._model.checks import check_model
+from optax_lowmem.nn._model.found_layers import Layers, shown
+from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._model.skipped import sentence, skipped, warn
-from optax_lowmem.nn._model.targets import Target, all_linear, find_targets
+from optax_lowmem.nn._model.targets import Target, find_targets
 from optax_lowmem.nn._model.trainable import (
-  below,
   check_bias,
   check_named,
   check_saved,
@@ -28,6 +32,7 @@ from optax_lowmem.nn._model.trainable import (
   train_biases,
   train_modules,
 )
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -40,6 +45,7 @@ def quantize_model(
   codebook: Literal["nf4", "fp4", "int8"] = "nf4",
   block_size: int | None = 64,
   double_quantize: bool | None = None,
+  layers: Layers | None = None,
 ) -> M:
   """Turns linear layers into quantized ones, in place.
 
@@ -65,6 +71,8 @@ def quantize_model(
     codebook: `"nf4"`, `"fp4"` or `"int8"`.
     block_size: how many inputs share a scale; None is all inputs of an output.
     double_quantize: store the scales in 8 bits too; None does so for 4-bit codes.
+    layers: of `find_layers`, by which modules that are not of flax are known to be linear layers.
+      None makes up inputs for them.
 
   Returns:
     `model`.
@@ -81,29 +89,30 @@ def quantize_model(
   """
   check_codebook(codebook)
   check_model(model)
-  everything = places(model)
-  skip = excluded(exclude, everything)
-  possible = [
-    place
-    for place in everything
-    if is_linear(place.module)
-    and dense_variable(place.module) is not None
-    and place.path not in skip
-  ]
-  if targets is None and not possible:
-    raise ValueError(
-      "`model` has no linear layer to quantize but those that `exclude` names."
-      + sentence(skipped(model, everything))
-    )
-  chosen = choose("targets", ".*" if targets is None else targets, everything, possible)
-  for place in chosen:
-    check_dense(place.path, place.module)
-    check_product(place.path, place.module)
-  if targets is None:
-    warn("quantize_model", "left weights as they are", model, everything)
-  while chosen:
-    place = chosen.pop(0)
-    replace(place, quantized(place.module, codebook, block_size, double_quantize))
+  with shown(model, layers):
+    tree = ModelTree(model)
+    skip = excluded(exclude, tree.paths, tree.heads)
+    possible = [
+      place
+      for place in tree.places
+      if is_linear(place.module)
+      and dense_variable(place.module) is not None
+      and place.path not in skip
+    ]
+    if targets is None and not possible:
+      raise ValueError(
+        "`model` has no linear layer to quantize but those that `exclude` names."
+        + sentence(skipped(tree))
+      )
+    chosen = tree.choose("targets", ".*" if targets is None else targets, possible)
+    for place in chosen:
+      check_dense(place.path, place.module)
+      check_product(f"`{place.path}`", place.module)
+    if targets is None:
+      warn("quantize_model", "left weights as they are", tree)
+    while chosen:
+      place = chosen.pop(0)
+      place.replace(quantized(place.module, codebook, block_size, double_quantize))
   return model
 
 
@@ -117,6 +126,7 @@ def add_lora(
   use_rslora: bool = False,
   use_dora: bool = False,
   lora_bias: bool = False,
+  variant: Variant | None = None,
   rank_pattern: Mapping[str, int] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
   modules_to_save: str | Sequence[str] | None = None,
@@ -124,6 +134,7 @@ def add_lora(
   init: Init = "default",
   param_dtype: Any = jnp.float32,
   stack: str = "layers",
+  layers: Layers | None = None,
   rngs: nnx.Rngs,
 ) -> M:
   r"""Puts an adapter around the layers that `targets` names, in place.
@@ -149,6 +160,7 @@ def add_lora(
     use_rslora: as in `LoRALinear`.
     use_dora: as in `LoRALinear`.
     lora_bias: as in `LoRALinear`.
+    variant: as in `LoRALinear`.
     rank_pattern: ranks of some layers, by regular expressions that match the end of a name; the
       first that does counts, as in PEFT.
     alpha_pattern: the same for alpha.
@@ -161,6 +173,7 @@ def add_lora(
       dtype of their base. Modules and biases that are trained whole are held in it, or in their own
       if that is wider; their layers compute in what they did.
     stack: the part of a stacked module's path after which the layer number belongs.
+    layers: as in `quantize_model`.
     rngs: as in `LoRALinear`.
 
   Returns:
@@ -185,51 +198,50 @@ def add_lora(
   check_param_dtype(param_dtype)
   check_bias(bias)
   check_model(model)
-  if lora_bias and use_dora:
-    raise ValueError("`lora_bias` does not go with `use_dora`, as in PEFT. Choose one.")
-  everything = places(model)
-  if targets == "all-linear" and not all_linear(everything):
-    raise ValueError(
-      "`targets` 'all-linear': `model` has no linear layer but the output head."
-      + sentence(skipped(model, everything))
-    )
-  saved = find_saved(everything, modules_to_save or ())
-  check_saved(saved)
-  found = find_targets(
-    everything, targets, rank, alpha, rank_pattern, alpha_pattern, stack, below(saved, everything)
-  )
-  for target in found:
-    check = check_embed if is_embed(target.place.module) else check_base
-    check(target.place.path, target.place.module)
-    check_lora(target.rank, target.alpha, dropout, rngs)
-    check_start(target.place.path, target.place.module, target.rank, init)
-    check_own_bias(f"`{target.place.path}`", target.place.module, lora_bias)
-  check_named(everything, saved, [target.place for target in found], bias)
-  if targets == "all-linear":
-    warn("add_lora", "put no adapter on some weights", model, everything)
-  while found:
-    target = found.pop(0)
-    replace(
-      target.place,
-      adapter(
-        target,
-        dropout=dropout,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        lora_bias=lora_bias,
-        init=init,
-        param_dtype=param_dtype,
-        rngs=rngs,
-      ),
-    )
-  train_modules(saved, param_dtype)
-  train_biases(places(model), bias, param_dtype)
+  variant = chosen(variant, use_dora, lora_bias)
+  check_settings(variant, use_rslora, dropout)
+  with shown(model, layers):
+    tree = ModelTree(model, stack)
+    if targets == "all-linear" and not tree.all_linear():
+      raise ValueError(
+        "`targets` 'all-linear': `model` has no linear layer but the output head."
+        + sentence(skipped(tree))
+      )
+    saved = find_saved(tree, modules_to_save or ())
+    check_saved(saved)
+    found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))
+    for target in found:
+      path, base = target.place.path, target.place.module
+      _kind(base).check_base(path, base)
+      check_lora(target.rank, target.alpha, dropout, rngs)
+      variant.check(f"`{path}`", base, target.rank, init)
+    check_named(tree, saved, [target.place for target in found], bias)
+    if targets == "all-linear":
+      warn("add_lora", "put no adapter on some weights", tree)
+    while found:
+      target = found.pop(0)
+      target.place.replace(
+        adapter(
+          target,
+          dropout=dropout,
+          use_rslora=use_rslora,
+          variant=variant,
+          init=init,
+          param_dtype=param_dtype,
+          rngs=rngs,
+        ),
+      )
+    train_modules(saved, param_dtype)
+    train_biases(ModelTree(model), bias, param_dtype)
   return model
 
 
-def adapter(target: Target, *, dropout: float, lora_bias: bool, **options: Any) -> Any:
-  """An adapter for a layer; embeddings have neither dropout nor a bias, as in PEFT."""
-  base, rank, alpha = target.place.module, target.rank, target.alpha
-  if is_embed(base):
-    return LoRAEmbed(base, rank, alpha, **options)
-  return LoRALinear(base, rank, alpha, dropout=dropout, lora_bias=lora_bias, **options)
+def _kind(base: Any) -> type[LoRAEmbed] | type[LoRALinear]:
+  return LoRAEmbed if is_embed(base) else LoRALinear
+
+
+def adapter(target: Target, *, dropout: float, **options: Any) -> Any:
+  """An adapter for a layer; embeddings have no dropout, as in PEFT."""
+  base = target.place.module
+  options |= {} if is_embed(base) else {"dropout": dropout}
+  return _kind(base)(base, target.rank, target.alpha, **options)

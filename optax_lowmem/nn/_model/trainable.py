@@ -9,27 +9,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem._linear.names import listing, nearest
+from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import (
   bias_field,
   contraction_of,
   dense_variable,
-  is_embed,
   is_linear,
   stack_shape,
   weight_field,
 )
-from optax_lowmem.nn._model.places import Place, base_of, listing, names_in_stack, nearest
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 _KNOWN = "linear layers of one matrix, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm"
 
 
 def _same(value: Any) -> Any:
   return value
-
-
-def _swap(value: Any) -> Any:
-  return value.swapaxes(-1, -2)
 
 
 class Tensor(NamedTuple):
@@ -58,7 +55,7 @@ class Tensor(NamedTuple):
 
 def tensors_of(module: Any) -> list[Tensor] | None:
   """The Variables of one layer under PyTorch's names; None if it is of an unknown kind."""
-  module = base_of(module)
+  module = module.base if isinstance(module, Adapter) else module
   if is_embed(module):
     return [Tensor(module, "embedding", "weight", stack_shape(module))]
   if is_linear(module):
@@ -76,20 +73,16 @@ def tensors_of(module: Any) -> list[Tensor] | None:
 def _of_linear(layer: Any) -> list[Tensor]:
   """Weight (out, in), unless it is packed, and bias (out,)."""
   lead, contraction = stack_shape(layer), contraction_of(layer)
-  if contraction is not None and len(contraction.matrix_shape) > 2:
+  if len(contraction.matrix_shape) > 2:
     return []  # one matrix for each expert: PyTorch has no such linear layer
   found: list[Tensor] = []
   if dense_variable(layer) is not None:
-    turns = (_swap, _swap)
-    if contraction is not None:
-      turns = (contraction.to_matrix, contraction.to_kernel)
+    turns = (contraction.to_matrix, contraction.to_kernel)
     found.append(Tensor(layer, weight_field(layer), "weight", lead, *turns))
   field = bias_field(layer)
   bias = getattr(layer, field, None)
   if bias is None:
     return found
-  if contraction is None:
-    return [*found, Tensor(layer, field, "bias", lead)]
   own = bias[...].shape[len(lead) :]
 
   def to_vector(value: Any) -> Any:
@@ -119,18 +112,17 @@ def train(holder: Any, field: str, dtype: Any = jnp.float32) -> None:
     setattr(holder, field, nnx.LoRAParam.from_metadata(value, old.get_metadata()))
 
 
-def find_saved(everything: Sequence[Place], modules: str | Sequence[str]) -> list[Place]:
+def find_saved(tree: ModelTree, modules: str | Sequence[str]) -> list[Place]:
   """The modules whose path is, or ends in, one of the names."""
   found: dict[str, Place] = {}
   for name in [modules] if isinstance(modules, str) else modules:
     if not isinstance(name, str):
       raise ValueError(f"`modules_to_save` must be a list of names, got {modules!r}.")
-    matched = [p for p in everything if p.path == name or p.path.endswith("." + name)]
+    matched = [p for p in tree.places if p.path == name or p.path.endswith("." + name)]
     if not matched:
-      paths = [p.path for p in everything]
       raise ValueError(
-        f"`modules_to_save` {name!r} is no module of `model`.{nearest(name, paths)} "
-        f"Available modules: {listing(paths)}."
+        f"`modules_to_save` {name!r} is no module of `model`.{nearest(name, tree.paths)} "
+        f"Available modules: {listing(tree.paths)}."
       )
     found.update((p.path, p) for p in matched)
   return list(found.values())
@@ -139,7 +131,7 @@ def find_saved(everything: Sequence[Place], modules: str | Sequence[str]) -> lis
 def check_saved(places: Sequence[Place]) -> None:
   """Refuses modules to save that hold what cannot be trained."""
   for place in places:
-    if isinstance(place.module, Adapter):
+    if place.adapted:
       raise ValueError(f"`{place.path}` of `modules_to_save` has an adapter already.")
     for path, module in nnx.iter_modules(place.module):
       if is_linear(module) and dense_variable(module) is None:
@@ -151,15 +143,15 @@ def check_saved(places: Sequence[Place]) -> None:
 
 
 def check_named(
-  everything: Sequence[Place], saved: Sequence[Place], adapted: Sequence[Place], bias: str
+  tree: ModelTree, saved: Sequence[Place], adapted: Sequence[Place], bias: str
 ) -> None:
   """Refuses to train what an adapter's file has no name for."""
   wanted: dict[tuple[str, str], Any] = {}
-  for place in below(saved, everything):
+  for place in tree.below(saved):
     held = [k for k, v in vars(place.module).items() if isinstance(v, nnx.Param)]
     wanted.update(((place.path, field), place.module) for field in held)
-  for place in {"none": [], "all": everything, "lora_only": adapted}[bias]:
-    layer = base_of(place.module)
+  for place in {"none": [], "all": tree.places, "lora_only": adapted}[bias]:
+    layer = place.base
     if (field := _trainable_bias(layer)) is not None:
       wanted[place.path, field] = layer
   for (path, field), layer in wanted.items():
@@ -180,26 +172,16 @@ def train_modules(places: Sequence[Place], dtype: Any = jnp.float32) -> None:
           train(module, field, dtype)
 
 
-def below(places: Sequence[Place], everything: Sequence[Place]) -> list[Place]:
-  """The places, and all that lie under them."""
-  roots = tuple(place.path for place in places)
-  return [p for p in everything if any((p.path + ".").startswith(r + ".") for r in roots)]
-
-
 def check_bias(bias: str) -> None:
   if bias not in ("none", "all", "lora_only"):
     raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {bias!r}.")
 
 
-def train_biases(everything: Sequence[Place], bias: str, dtype: Any = jnp.float32) -> None:
+def train_biases(tree: ModelTree, bias: str, dtype: Any = jnp.float32) -> None:
   """Makes the biases of adapted layers, or all, trainable."""
-  for place in everything:
-    module = base_of(place.module)
-    adapted = isinstance(place.module, Adapter)
-    if bias == "none" or (bias == "lora_only" and not adapted):
-      continue
-    if (field := _trainable_bias(module)) is not None:
-      train(module, field, dtype)
+  for place in {"none": [], "all": tree.outer, "lora_only": tree.adapters}[bias]:
+    if (field := _trainable_bias(place.base)) is not None:
+      train(place.base, field, dtype)
 
 
 def _trainable_bias(layer: Any) -> str | None:
@@ -207,14 +189,11 @@ def _trainable_bias(layer: Any) -> str | None:
   return field if isinstance(getattr(layer, field, None), nnx.Param) else None
 
 
-def trained_beside(everything: Sequence[Place], stack: str) -> dict[str, tuple[Tensor, list[str]]]:
+def trained_beside(tree: ModelTree) -> dict[str, tuple[Tensor, list[str]]]:
   """{path.suffix: tensor and names} of every trained Variable that is no adapter's."""
-  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
   found: dict[str, tuple[Tensor, list[str]]] = {}
-  for place in everything:
-    if id(place.module) in bases:
-      continue
-    module = base_of(place.module)
+  for place in tree.outer:
+    module = place.base
     held = [k for k, v in vars(module).items() if isinstance(v, nnx.LoRAParam)]
     tensors = {t.field: t for t in tensors_of(module) or []}
     for field in held:
@@ -224,11 +203,6 @@ def trained_beside(everything: Sequence[Place], stack: str) -> dict[str, tuple[T
           f"{_KNOWN} have a counterpart."
         )
       tensor = tensors[field]
-      names = names_in_stack(place.path, tensor.lead, stack)
-      if not names:
-        raise ValueError(
-          f"`{place.path}` is a stack of layers, and where its layer number belongs in PEFT's "
-          f"name is not clear: the path must have one part {stack!r}. Name the part in `stack`."
-        )
+      names = tree.torch_names(place, tensor.lead)
       found[f"{place.path}.{tensor.suffix}"] = (tensor, names)
   return found

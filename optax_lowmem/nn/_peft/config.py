@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optax_lowmem.nn._model.targets import pattern_value
+from optax_lowmem._linear.patterns import pattern_value
+from optax_lowmem.nn._adapters.variant import Variant
 
 
 def configuration(
@@ -19,8 +20,7 @@ def configuration(
   task_type: str,
   dropout: float,
   use_rslora: bool,
-  use_dora: bool = False,
-  lora_bias: bool = False,
+  variant: Variant,
   bias: str = "none",
   modules_to_save: Sequence[str] = (),
   ensure_weight_tying: bool = False,
@@ -32,7 +32,7 @@ def configuration(
   rank, rank_pattern = _pattern_of(ranks)
   alpha, alpha_pattern = _pattern_of(alphas)
   config = {
-    "peft_type": "LORA",
+    "peft_type": variant.peft_type,
     "task_type": task_type,
     "base_model_name_or_path": base_model,
     "r": rank,
@@ -46,14 +46,20 @@ def configuration(
     "use_rslora": use_rslora,
   }
   optional = {
-    "use_dora": use_dora,
-    "lora_bias": lora_bias,
     "rank_pattern": rank_pattern,
     "alpha_pattern": {key: _number(value) for key, value in alpha_pattern.items()},
     "modules_to_save": modules_to_save,
     "ensure_weight_tying": ensure_weight_tying,
   }
-  return config | {key: value for key, value in optional.items() if value}
+  config |= variant.config() | {key: value for key, value in optional.items() if value}
+  for key, value in list(config.items()):
+    if variant.peft_keys.get(key, key) is None and value not in (False, 0, "none"):
+      raise ValueError(
+        f"the adapters are {type(variant).__name__}, whose configuration has no `{key}`, and it is "
+        f"{value!r}. Merge them with `merge_lora` instead."
+      )
+  names = {key: variant.peft_keys.get(key, key) for key in config}
+  return {name: config[key] for key, name in names.items() if name is not None}
 
 
 def _target_modules(names: Sequence[str], everything: Sequence[str]) -> list[str]:

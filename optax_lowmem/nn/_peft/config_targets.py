@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,25 +10,28 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
-from optax_lowmem.nn._layers.base_layer import is_embed
-from optax_lowmem.nn._model.head_names import HEAD_WEIGHT, HEADS, TABLE
-from optax_lowmem.nn._model.places import Place, base_of, layer_names, names_in_stack, nearest
-from optax_lowmem.nn._model.targets import all_linear
-from optax_lowmem.nn._model.trainable import Tensor, below, find_saved, tensors_of
-from optax_lowmem.nn._peft.files import CONFIG, AdapterFile
+from optax_lowmem._linear.head_names import HEAD_WEIGHT, HEADS, TABLE
+from optax_lowmem._linear.names import names_in_stack, nearest
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._model.trainable import Tensor, find_saved, tensors_of
+from optax_lowmem.nn._peft.adapter_file import AdapterFile
+from optax_lowmem.nn._peft.files import CONFIG
 from optax_lowmem.nn._peft.foreign_patterns import check_pattern
 from optax_lowmem.nn._peft.save import is_tied
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
-def expected(
-  config: dict[str, Any], everything: Sequence[Place], stack: str
-) -> Callable[[str], bool]:
-  """Whether PEFT, following the configuration, put an adapter on the layer of a name."""
+def expected(file: AdapterFile, tree: ModelTree | None = None) -> Callable[[str], bool]:
+  """Whether PEFT, following the configuration, put an adapter on the layer of a name.
+
+  Without a model, "all-linear" names none.
+  """
+  config = file.config
   targets, excluded = config.get("target_modules"), config.get("exclude_modules")
   indices, below_ = config.get("layers_to_transform"), config.get("layers_pattern")
   if isinstance(targets, str) and targets.lower() == "all-linear":
-    targets = [n for place in all_linear(everything) for n in layer_names(place, stack)]
+    linear = [] if tree is None else tree.all_linear()
+    targets = [name for place in linear if tree for name in tree.names(place)]
 
   def matches(wanted: Any, name: str) -> bool:
     if isinstance(wanted, str):
@@ -50,53 +54,52 @@ def expected(
   return expects
 
 
-def saved_names(config: Mapping[str, Any]) -> list[str]:
+def saved_names(file: AdapterFile) -> list[str]:
   """The names in `modules_to_save`, of which a single one may be a text."""
-  names = config.get("modules_to_save") or []
+  names = file.config.get("modules_to_save") or []
   return [names] if isinstance(names, str) else names
 
 
-def check_patterns_of(file: str, config: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_patterns_of(file: AdapterFile, names: Sequence[str]) -> None:
   """Refuses regular expressions that are none, or take too long for these names of layers."""
+  config, path = file.config, os.path.join(file.dir, CONFIG)
   for key in ("target_modules", "exclude_modules"):
     if isinstance(config.get(key), str):
-      check_pattern(f"{file!r} {key}", config[key], names)
+      check_pattern(f"{path!r} {key}", config[key], names)
   for key in ("rank_pattern", "alpha_pattern"):
     for pattern in config.get(key) or {}:
-      check_pattern(f"{file!r} {key}", pattern, names, r"(.*\.)?({})$")
+      check_pattern(f"{path!r} {key}", pattern, names, r"(.*\.)?({})$")
   below_ = config.get("layers_pattern") or []
   for pattern in [below_] if isinstance(below_, str) else below_:
-    check_pattern(f"{file!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
+    check_pattern(f"{path!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
 
 
-def saved_modules(
-  everything: Sequence[Place], names: Sequence[str], file: AdapterFile, stack: str
-) -> list[Place]:
-  """The modules that PEFT saves whole: those whose name ends in one of `names`.
+def saved_modules(tree: ModelTree, file: AdapterFile) -> list[Place]:
+  """The modules that PEFT saves whole: those whose name ends in a `saved_names`.
 
   A name that neither the model nor the file has is passed over: PEFT writes "classifier" and
   "score" into the configuration of every classifier.
   """
   found = []
-  for name in names:
+  for name in saved_names(file):
     # PEFT asks for no dot before the name: "norm" is input_layernorm too.
-    ends = [p.path for p in everything if any(n.endswith(name) for n in _names(p, stack))]
+    ends = [p.path for p in tree.places if any(n.endswith(name) for n in _names(tree, p))]
     held = any(name in tensor for tensor in file.plain)
     found += ends or ([name] if held else [])
-  return find_saved(everything, list(dict.fromkeys(found)))
+  return find_saved(tree, list(dict.fromkeys(found)))
 
 
-def _names(place: Place, stack: str) -> list[str]:
+def _names(tree: ModelTree, place: Place) -> list[str]:
   tensors = tensors_of(place.module) or []
-  named = [names_in_stack(place.path, tensor.lead, stack) for tensor in tensors[:1]]
+  named = [names_in_stack(place.path, tensor.lead, tree.stack) for tensor in tensors[:1]]
   return [place.path, *(name for names in named for name in names)]
 
 
-def check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file: Any) -> None:
+def check_tying(model: Any, saved: Sequence[Place], file: AdapterFile) -> None:
   """In PEFT an output layer that is tied to the embedding follows it only if asked to."""
   if not is_tied(model):
     return
-  tying = bool(config.get("ensure_weight_tying"))
+  tying = bool(file.config.get("ensure_weight_tying"))
   if not tying and any(isinstance(place.module, nnx.Embed) for place in saved):
     raise ValueError(
       "the adapter saves the embedding whole, and in PEFT the output layer that is tied to it "
@@ -109,38 +112,31 @@ def check_tying(model: Any, config: dict[str, Any], saved: Sequence[Place], file
     )
 
 
-def tied_once(dir: str, config: dict[str, Any], file: AdapterFile) -> AdapterFile:
+def tied_once(file: AdapterFile) -> AdapterFile:
   """The file with one table, where PEFT wrote that of the tied output layer a second time."""
   tables = [name for name in file.plain if name.endswith(TABLE)]
   heads = [name for name in file.plain if name.endswith(HEAD_WEIGHT)]
-  if not config.get("ensure_weight_tying") or len(tables) != 1 or len(heads) != 1:
+  if not file.config.get("ensure_weight_tying") or len(tables) != 1 or len(heads) != 1:
     return file
   if not np.array_equal(file.plain[tables[0]], file.plain[heads[0]]):
     raise ValueError(
-      f"the adapter in {dir!r} ties the output layer to the embedding (`ensure_weight_tying`), and "
-      f"holds two values for them: `{tables[0]}` and `{heads[0]}`. Remove the one that is wrong."
+      f"the adapter in {file.dir!r} ties the output layer to the embedding "
+      f"(`ensure_weight_tying`), and holds two values for them: `{tables[0]}` and `{heads[0]}`. "
+      "Remove the one that is wrong."
     )
   return file._replace(plain={n: v for n, v in file.plain.items() if n != heads[0]})
 
 
 def plain_tensors(
-  everything: Sequence[Place],
-  saved: Sequence[Place],
-  config: dict[str, Any],
-  file: AdapterFile,
-  stack: str,
-  dir: str,
+  tree: ModelTree, saved: Sequence[Place], file: AdapterFile
 ) -> list[tuple[Tensor, np.ndarray]]:
   """The Variables of the base that the file replaces, and their values."""
-  left = dict(file.plain)
-  whole = {id(place.module) for place in below(saved, everything)}
+  left, config, dir = dict(file.plain), file.config, file.dir
+  whole = {id(place.module) for place in tree.below(saved)}
   found: list[tuple[Tensor, np.ndarray]] = []
-  bases = {id(p.module.base) for p in everything if isinstance(p.module, Adapter)}
-  for place in everything:
-    if id(place.module) in bases:
-      continue
+  for place in tree.outer:
     for tensor in tensors_of(place.module) or []:
-      names = names_in_stack(place.path, tensor.lead, stack)
+      names = names_in_stack(place.path, tensor.lead, tree.stack)
       full = [f"{name}.{tensor.suffix}" for name in names]
       have = [name for name in full if name in left]
       if len(have) < len(full) and (have or id(place.module) in whole):
@@ -159,7 +155,7 @@ def plain_tensors(
         )
       read = [left.pop(name) for name in full]
       for name, one in zip(full, read, strict=True):
-        linear = len(one.shape) == 2 and not is_embed(base_of(place.module))
+        linear = len(one.shape) == 2 and not is_embed(place.base)
         if config.get("fan_in_fan_out") and linear and not HEADS.fullmatch(place.path):
           raise ValueError(
             f"the adapter in {dir!r} saves `{name}` whole, and with `fan_in_fan_out` it is not "
@@ -174,25 +170,22 @@ def plain_tensors(
       found.append((tensor, value if tensor.lead else value[0]))
   if left:
     name = next(iter(left))
-    known = [p.path for p in everything]
     raise ValueError(
       f"the adapter in {dir!r} holds `{name}`, which `model` does not have, or has quantized."
-      f"{nearest(name.rpartition('.')[0], known)}"
+      f"{nearest(name.rpartition('.')[0], tree.paths)}"
     )
   return found
 
 
-def check_whole(
-  dir: str, config: dict[str, Any], file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_whole(file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Refuses a file that lacks what its configuration names, or holds more.
 
   `shapes` are those of the tensors of the model.
   """
-  saved = tuple(saved_names(config))
+  saved, dir = tuple(saved_names(file)), file.dir
   names = [tensor.rpartition(".")[0] for tensor in shapes]
-  check_patterns_of(f"{dir}/{CONFIG}", config, names)
-  expects = expected(config, (), "")
+  check_patterns_of(file, names)
+  expects = expected(file)
 
   def whole(tensor: str) -> bool:
     parts = tensor.split(".")[:-1]
@@ -208,7 +201,7 @@ def check_whole(
       raise ValueError(f"the adapter in {dir!r} lacks `{name}`, which its `target_modules` names.")
   for tensor in file.plain:
     name, _, suffix = tensor.rpartition(".")
-    trained = suffix == "bias" and config.get("bias", "none") != "none"
+    trained = suffix == "bias" and file.config.get("bias", "none") != "none"
     if not (whole(tensor) or trained or name in file.layers):
       raise ValueError(
         f"the adapter in {dir!r} holds `{tensor}`, which neither its `modules_to_save` nor its "

@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from optax_lowmem.nn._peft.foreign_files import check_name, member, read_object
+from optax_lowmem.nn._adapters.lora import LoRA
+from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem.nn._adapters.variants import VARIANTS
+from optax_lowmem.nn._peft.foreign_files import member, read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# What is read of a configuration, and what may stand in it without changing what an adapter
-# computes. Any other key that is set means something that is not supported here, whatever PEFT may
-# add later.
+# What is read of a configuration beside a variant's own fields, and what may stand in it without
+# changing what an adapter computes. Any other key that is set means something that is not supported
+# here, whatever PEFT may add later.
 _READ = {
     "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
-    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
-    "use_dora", "use_rslora",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
 }  # fmt: skip
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
@@ -35,30 +35,6 @@ _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 _TEXTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 MOST_RANK = 1 << 16
-
-_COPY, _BEFORE = ".modules_to_save.bias", ".original_module.bias"
-_NAMES = {
-  r"(.+)\.lora_([AB])\.weight": None,
-  r"(.+)\.lora_embedding_([AB])": None,
-  r"(.+)\.lora_B\.bias": "bias",
-  r"(.+)\.lora_magnitude_vector(?:\.weight)?": "magnitude",
-  r"(.+)\.base_layer\.weight": "base weight",
-  r"(.+)\.base_layer\.bias": "base bias",
-}
-
-
-class AdapterFile(NamedTuple):
-  """The tensors of an adapter, in float32.
-
-  Attributes:
-    layers: {module name: {"A": (r, in), "B": (out, r), "magnitude": (out,), …}}.
-    plain: {name of a tensor of the base: value}, of modules to save and of biases.
-    embeddings: the names of those layers that are embeddings.
-  """
-
-  layers: dict[str, dict[str, np.ndarray]]
-  plain: dict[str, np.ndarray]
-  embeddings: set[str]
 
 
 def import_safetensors():
@@ -103,7 +79,10 @@ def write_adapter(
     os.replace(partial, dir / name)
 
 
-def read_config(path: pathlib.Path) -> dict[str, Any]:
+def read_config(
+  path: pathlib.Path, variant: Variant | None = None
+) -> tuple[dict[str, Any], Variant]:
+  """The configuration, checked, under LoRA's keys; and the variant that it is of."""
   if not os.path.lexists(path):
     raise FileNotFoundError(
       f"there is no {CONFIG} in {str(path.parent)!r}. Pass the directory that PEFT's "
@@ -114,8 +93,25 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   def refuse(key: str, why: str) -> None:
     raise ValueError(f"{str(path)!r} sets {key} to {config.get(key)!r:.200}: {why}")
 
-  if config.get("peft_type") != "LORA":
-    raise ValueError(f"{str(path)!r} does not describe a LoRA adapter (`peft_type` 'LORA').")
+  if variant is None:
+    variant = next((found for kind in VARIANTS if (found := kind.of(config))), LoRA())
+  name, own = type(variant).__name__, variant.config()
+  if config.get("peft_type") != variant.peft_type:
+    raise ValueError(
+      f"{str(path)!r} does not describe a {name} adapter (`peft_type` {variant.peft_type!r})."
+    )
+  for key, value in own.items():
+    if config.get(key) != value:
+      refuse(key, f"an adapter that is {variant!r} has {value!r}.")
+  names = {variant.peft_keys.get(key, key): key for key in _READ}
+  for key, value in config.items():
+    if value and key not in names.keys() | own.keys() | _HARMLESS:
+      refuse(
+        key,
+        "what it means is not supported. Merge the adapter with PEFT (`merge_and_unload`) and load "
+        "the merged model, or train it without.",
+      )
+  config = {names.get(key, key): value for key, value in config.items()}
   if config.get("bias", "none") not in ("none", "all", "lora_only"):
     refuse("bias", "only 'none', 'all' and 'lora_only' are known.")
   if config.get("init_lora_weights", True) not in _INITS:
@@ -124,13 +120,6 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
       "it changes the base weights, which is not supported. Convert the adapter with PEFT's "
       "`save_pretrained(…, path_initial_model_for_weight_conversion=…)`, or merge it there.",
     )
-  for key, value in config.items():
-    if value and key not in _READ | _HARMLESS:
-      refuse(
-        key,
-        "what it means is not supported. Merge the adapter with PEFT (`merge_and_unload`) and load "
-        "the merged model, or train it without.",
-      )
   rank, alpha = config.get("r"), config.get("lora_alpha")
   if type(rank) is not int or not 1 <= rank <= MOST_RANK:
     refuse("r", f"the rank must be a positive integer, at most {MOST_RANK:,}.")
@@ -152,7 +141,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   listed = [indices] if isinstance(indices, int) else indices or []
   if not isinstance(listed, list) or not all(type(index) is int for index in listed):
     refuse("layers_to_transform", "it must be a number or a list of numbers.")
-  return config
+  return config, variant
 
 
 def _is_positive(value: Any) -> bool:
@@ -162,70 +151,3 @@ def _is_positive(value: Any) -> bool:
 def _are_texts(value: Any) -> bool:
   texts = value if isinstance(value, list) else [] if value is None else [value]
   return all(isinstance(text, str) for text in texts)
-
-
-def read_tensors(path: pathlib.Path) -> AdapterFile:
-  if not path.exists():
-    raise FileNotFoundError(
-      f"there is no {WEIGHTS} in {str(path.parent)!r}. Adapters saved as .bin are not read; "
-      "save them with safetensors."
-    )
-  path, safetensors = member(path.parent, path.name), import_safetensors()
-  try:
-    with safetensors.safe_open(path, framework="np") as file:
-      tensors = {name: file.get_tensor(name) for name in file.keys()}
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"{str(path)!r} is not a whole safetensors file: {error}. Copy it again."
-    ) from error
-  found = AdapterFile({}, {}, set())
-  for name, value in tensors.items():
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-      raise ValueError(f"{str(path)!r}: {name!r} is {value.dtype}, not floating point.")
-    _sort(path, name, value.astype(np.float32), found)
-  _drop_copies(path, found.plain)
-  for name, parts in found.layers.items():
-    for part in "AB":
-      if part not in parts:
-        raise ValueError(f"{str(path)!r} lacks {PREFIX}{name}.lora_{part}.weight.")
-  return found
-
-
-def _drop_copies(path: pathlib.Path, plain: dict[str, np.ndarray]) -> None:
-  """Drops the biases that PEFT writes again for modules saved whole, where all biases are trained.
-
-  One copy is equal, the other is the value before training.
-  """
-  for name in [name for name in plain if name.endswith((_COPY, _BEFORE))]:
-    whole = name.removesuffix(_COPY).removesuffix(_BEFORE) + ".bias"
-    if whole not in plain:
-      raise ValueError(f"{str(path)!r} holds {PREFIX}{name} and lacks {PREFIX}{whole}.")
-    if name.endswith(_COPY) and not np.array_equal(plain[name], plain[whole]):
-      raise ValueError(
-        f"{str(path)!r} holds two values of a bias: {PREFIX}{name} and {PREFIX}{whole}. Remove the "
-        "one that is wrong."
-      )
-    del plain[name]
-
-
-def _sort(path: pathlib.Path, name: str, value: np.ndarray, found: AdapterFile) -> None:
-  check_name(path, name)
-  inner = name.removeprefix(PREFIX)
-  for pattern, part in _NAMES.items():
-    match = re.fullmatch(pattern, inner)
-    if match and inner != name:
-      part = part or match[2]
-      if part.startswith("base"):  # of a layer with an adapter
-        found.plain[f"{match[1]}.{part.removeprefix('base ')}"] = value
-      else:
-        found.layers.setdefault(match[1], {})[part] = value
-        if ".lora_embedding_" in inner:
-          found.embeddings.add(match[1])
-      return
-  if inner == name or ".lora_" in name or not re.fullmatch(r".+\.(weight|bias)", name):
-    raise ValueError(
-      f"{str(path)!r} holds the tensor {name!r}, which is not supported. Names of LoRA are "
-      f"{PREFIX}<module>.lora_A.weight, lora_B.weight, lora_embedding_A, lora_embedding_B and "
-      "lora_magnitude_vector; a module that is saved whole is <module>.weight and <module>.bias."
-    )
-  found.plain[inner] = value

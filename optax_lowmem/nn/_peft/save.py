@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -13,95 +12,66 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._layers.adapter import Adapter
+from optax_lowmem._linear.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
   matrix_of,
   stack_shape,
 )
-from optax_lowmem.nn._layers.lora_embed import LoRAEmbed
-from optax_lowmem.nn._model.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
-from optax_lowmem.nn._model.places import Place, adaptable, layer_names, places
+from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import trained_beside
 from optax_lowmem.nn._peft.config import configuration
 from optax_lowmem.nn._peft.files import PREFIX, check_writable, write_adapter
 
 
 class Layer(NamedTuple):
-  """One layer's adapter as PEFT holds it."""
+  """One layer's adapter, as a file holds it."""
 
   rank: int
   alpha: float
-  tensors: dict[str, np.ndarray]  # by the end of their name
-
-
-def check_nameable(place: Place, stack: str) -> list[str]:
-  """The names of an adapter's layers in PEFT."""
-  names = layer_names(place, stack)
-  if not names:
-    raise ValueError(
-      f"`{place.path}` is a stack of layers, and where its layer number belongs in "
-      f"PEFT's name is not clear: the path must have one part {stack!r} and the weight one "
-      "leading axis. Name the part in `stack`."
-    )
-  return names
+  parts: dict[str, np.ndarray]
 
 
 def check_matrix(place: Place) -> None:
   """Refuses layers that have no one matrix in PyTorch."""
-  module: Any = place.module
-  contraction = contraction_of(module.base if isinstance(module, Adapter) else module)
-  if contraction is not None and len(contraction.matrix_shape) > 2:
+  if len(contraction_of(place.base).matrix_shape) > 2:
     raise ValueError(
       f"`{place.path}` multiplies by one matrix for each index of an axis that its kernel shares "
       "with input and output, for which PEFT has no adapter. Merge it with `merge_lora` instead."
     )
 
 
-def peft_layers(
-  place: Place, names: Sequence[str], save_embeddings: bool, of_original: bool = True
-) -> dict[str, Layer]:
+def peft_layers(place: Place, names: Sequence[str], of_original: bool = True) -> dict[str, Layer]:
   """{name: adapter} of one place; layers of a stack that have none are left out.
 
   With `of_original` it is to be added to the weight before room was made in it for the adapter,
   else to the one that the base holds.
   """
   lora: Any = place.module
-  stacked, count = bool(stack_shape(lora.base)), len(names)
+  count = len(names)
   ranks, alphas = lora.ranks or (lora.rank,) * count, lora.alphas or (lora.alpha,) * count
-
-  def each(value: Any) -> np.ndarray:
-    value = np.asarray(value, np.float32)
-    return value if stacked else value[None]
-
-  a, b = each(lora.lora_a[...]), each(lora.lora_b[...])
-  other = [("lora_magnitude_vector", lora.magnitude), ("lora_B.bias", None)]
-  other[1] = ("lora_B.bias", getattr(lora, "lora_bias", None))
-  start: Any = lora.start_a if of_original else None
-  starts = None if start is None else (each(start[...]), each(lora.start_b[...]))
-  embed = isinstance(lora, LoRAEmbed)
-  ends = ("lora_embedding_A", "lora_embedding_B") if embed else ("lora_A.weight", "lora_B.weight")
+  values = {name: _each(lora, value) for name, value in lora.values().items()}
+  room = lora.variant.room(lora) if of_original else {}
+  room = {name: _each(lora, value) for name, value in room.items()}
   found = {}
   for i, (name, rank, alpha) in enumerate(zip(names, ranks, alphas, strict=True)):
     if rank == 0:
       continue
-    one_a, one_b = a[i][:, :rank], b[i][:rank]
-    if starts is not None:
-      start_a, start_b = starts
+    within = {part.name: part.within(rank) for part in lora.parts}
+    parts = {k: v[i][within[k]] for k, v in values.items()}
+    if room:
       # The base gave up the product of the first factors: what was learned is the difference.
-      one_a = np.concatenate([one_a, start_a[i][:, :rank]], axis=1)
-      one_b = np.concatenate([one_b, -start_b[i][:rank]])
-      rank, alpha = 2 * rank, alpha * (math.sqrt(2) if lora.use_rslora else 2)
-    tensors = {ends[0]: one_a.T, ends[1]: one_b.T}  # PEFT: (r, in), (out, r)
-    tensors |= {end: each(v[...])[i].reshape(-1) for end, v in other if v is not None}
-    # A base that made room holds no weight that the adapter in the file could be added to.
-    whole = dense_variable(lora.base) is not None and lora.start_a is None
-    if save_embeddings and whole and name.rpartition(".")[2] in EMBEDDINGS:
-      one = each(matrix_of(lora.base))[i]
-      tensors["base_layer.weight"] = one.T if embed else one
-    found[name] = Layer(rank, alpha, tensors)
+      first = {k: v[i][within[k]] for k, v in room.items()}
+      parts, rank, alpha = lora.variant.difference(parts, first, rank, alpha, lora.use_rslora)
+    found[name] = Layer(rank, alpha, parts)
   return found
+
+
+def _each(lora: Any, value: Any) -> np.ndarray:
+  """A value of each layer of a stack, or of the one layer."""
+  value = np.asarray(value, np.float32)
+  return value if stack_shape(lora.base) else value[None]
 
 
 def save_peft(
@@ -164,43 +134,38 @@ def save_peft(
     https://huggingface.co/docs/peft/developer_guides/checkpoint
   """
   dir = check_writable(dir, overwrite)
-  everything = places(model)
+  tree = ModelTree(model, stack)
   layers: dict[str, Layer] = {}
+  tensors: dict[str, np.ndarray] = {}
   settings: dict[tuple[Any, ...], str] = {}
-  for place in everything:
-    if not isinstance(place.module, Adapter):
-      continue
-    names = check_nameable(place, stack)
+  for place in tree.adapters:
+    names = tree.torch_names(place)
     check_matrix(place)
     lora: Any = place.module
-    written = peft_layers(place, names, save_embedding_layers)
-    layers |= {name: _as_held(lora, layer) for name, layer in written.items()}
-    linear = not isinstance(lora, LoRAEmbed)
-    rate = 0.0 if lora.dropout is None else lora.dropout.rate
-    key = (lora.use_rslora, lora.use_dora, *((rate, lora.lora_bias is not None) if linear else ()))
-    settings.setdefault(key, place.path)
+    written = peft_layers(place, names)
+    layers |= written
+    tensors |= _tensors(lora, written)
+    if save_embedding_layers:
+      tensors |= _base_tables(lora, names, written)
+    rate = () if lora.is_embed else (0.0 if lora.dropout is None else lora.dropout.rate,)
+    settings.setdefault((lora.variant, lora.use_rslora, *rate), place.path)
   if not layers:
     raise ValueError("`model` holds no LoRALinear, there is no adapter to save.")
   longest = max(settings, key=len)
   if any(key != longest[: len(key)] for key in settings):
     raise ValueError(
-      "`model` has adapters of different (use_rslora, use_dora, dropout, lora_bias): "
+      "`model` has adapters of different (variant, use_rslora, dropout): "
       + ", ".join(f"{value} at `{path}`" for value, path in settings.items())
       + ". One adapter file holds one of each."
     )
-  filled: Any = (*longest, 0.0, False)
-  use_rslora, use_dora, rate, lora_bias = filled[:4]
-  if lora_bias and len(settings) > 1:
+  variant, use_rslora, *rates = longest
+  own = {part.name for part in variant.parts(False)} - {part.name for part in variant.parts(True)}
+  if own and len(settings) > 1:
     raise ValueError(
-      "`lora_bias` on linear layers does not go with adapters on embeddings in PEFT."
+      f"`{own.pop()}` on linear layers does not go with adapters on embeddings in PEFT."
     )
-  tensors = {
-    f"{PREFIX}{name}.{end}": np.ascontiguousarray(value)
-    for name, layer in layers.items()
-    for end, value in layer.tensors.items()
-  }
-  all_names = [n for p in adaptable(everything) for n in layer_names(p, stack)]
-  bias, modules = _beside(everything, stack, set(layers), tensors)
+  all_names = [name for place in tree.layers() for name in tree.names(place)]
+  bias, modules = _beside(tree, set(layers), tensors)
   for name in modules:
     others = {n for n in all_names if n.endswith(name)} - set(modules)
     if others:
@@ -219,10 +184,9 @@ def save_peft(
     all_names,
     base_model=base_model,
     task_type=task_type,
-    dropout=rate,
+    dropout=rates[0] if rates else 0.0,
     use_rslora=use_rslora,
-    use_dora=use_dora,
-    lora_bias=lora_bias,
+    variant=variant,
     bias=bias,
     modules_to_save=modules,
     ensure_weight_tying=tying,
@@ -231,16 +195,29 @@ def save_peft(
   return dir
 
 
-def _as_held(lora: Any, layer: Layer) -> Layer:
-  """The layer with what is trained in the dtype it is trained in, as PEFT writes it."""
-  parts = [lora.lora_a, lora.lora_b, lora.magnitude, getattr(lora, "lora_bias", None)]
-  parts += [lora.start_a, lora.start_b] if lora.start_a is not None else []
-  dtype = functools.reduce(jnp.promote_types, (x[...].dtype for x in parts if x is not None))
-  tensors = {
-    end: value if end.startswith("base_layer") else value.astype(dtype)
-    for end, value in layer.tensors.items()
+def _tensors(lora: Any, layers: dict[str, Layer]) -> dict[str, np.ndarray]:
+  """An adapter's arrays by their names in PEFT, in the dtype they are trained in."""
+  held = [*lora.values().values(), *lora.variant.room(lora).values()]
+  dtype = functools.reduce(jnp.promote_types, (value.dtype for value in held))
+  return {
+    f"{PREFIX}{name}.{part.peft}": np.ascontiguousarray(layer.parts[part.name].T.astype(dtype))
+    for name, layer in layers.items()
+    for part in lora.parts
   }
-  return layer._replace(tensors=tensors)
+
+
+def _base_tables(lora: Any, names: Sequence[str], layers: dict[str, Layer]) -> dict[str, Any]:
+  """The weights under adapters of embeddings and heads, which PEFT writes too.
+
+  A base that made room holds no weight that the adapter in the file could be added to.
+  """
+  if dense_variable(lora.base) is None or lora.variant.room(lora):
+    return {}
+  return {
+    f"{PREFIX}{name}.base_layer.weight": np.ascontiguousarray(one.T if lora.is_embed else one)
+    for name, one in zip(names, _each(lora, matrix_of(lora.base)), strict=True)
+    if name in layers and name.rpartition(".")[2] in EMBEDDINGS
+  }
 
 
 def is_tied(model: Any) -> bool:
@@ -249,11 +226,11 @@ def is_tied(model: Any) -> bool:
 
 
 def _beside(
-  everything: Sequence[Place], stack: str, adapted: set[str], tensors: dict[str, np.ndarray]
+  tree: ModelTree, adapted: set[str], tensors: dict[str, np.ndarray]
 ) -> tuple[str, list[str]]:
   """Adds what is trained beside adapters to `tensors`; returns `bias` and `modules_to_save`."""
   biases, modules = set(), dict[str, set[str]]()
-  for tensor, names in trained_beside(everything, stack).values():
+  for tensor, names in trained_beside(tree).values():
     value = tensor.to_torch(np.asarray(tensor.variable[...], np.float32))
     for name, one in zip(names, value if tensor.lead else value[None], strict=True):
       inner = f"{name}.base_layer" if name in adapted else name

@@ -3,7 +3,8 @@
 Packages of models have linear layers of their own: an `Einsum` with a Param `w`, a `Dense` that
 computes `x @ self.kernel + self.bias`. They are not recognized by name. Such a module is called on
 abstract inputs, and its jaxpr is read: see `product`. What is proved for one shape of the input
-is proved again for each shape that it is used with.
+is proved again for each shape that it is used with. The first comes from a call of the model
+(`find_layers`), or is guessed.
 """
 
 from __future__ import annotations
@@ -11,23 +12,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import itertools
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_lowmem.nn._proofs.contraction import Contraction
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem.nn._proofs.product import NotAProduct, Product, prove
 
 # What `nnx.Module.train` and `eval` switch: what is proved of one mode is not of the other.
 _MODES = ("deterministic", "training", "use_running_average")
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-_FREE = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # lengths of axes that the weight knows nothing of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +121,41 @@ class Reading:
 NOTHING = Reading()
 
 
-def read(module: Any) -> Reading:
-  """Whether a module is a product of its input and a weight of its own."""
+class Parts(NamedTuple):
+  """A module without its arrays: see `Foreign`, but with the shapes of a whole stack."""
+
+  graphdef: Any
+  treedef: Any
+  fields: tuple[str, ...]
+  shapes: tuple[tuple[int, ...], ...]
+  dtypes: tuple[Any, ...]
+  constants: tuple[str, ...]
+
+  @property
+  def rank(self) -> int:
+    """How many axes the weight has, which has the most."""
+    return max(len(shape) for name, shape in self._own())
+
+  def _own(self) -> list[tuple[str, tuple[int, ...]]]:
+    pairs = zip(self.fields, self.shapes, strict=True)
+    return [(name, shape) for name, shape in pairs if name not in self.constants]
+
+  def layer(self, lead: int) -> Foreign | None:
+    """One layer of a stack with so many leading axes; None if it cannot be one."""
+    own = self._own()
+    if len({shape[:lead] for _, shape in own}) > 1:
+      return None
+    weight = next(name for name, shape in own if len(shape) == self.rank)
+    bias = next((name for name, _ in own if name != weight), None)
+    shapes = tuple(
+      shape if name in self.constants else shape[lead:]
+      for name, shape in zip(self.fields, self.shapes, strict=True)
+    )
+    return Foreign(*self._replace(shapes=shapes), weight, bias)
+
+
+def parts_of(module: Any) -> Parts | Reading:
+  """A module that may be such a product, or why it is none."""
   if not isinstance(module, nnx.Module) or not callable(module):
     return NOTHING
   variables = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
@@ -152,13 +183,8 @@ def read(module: Any) -> Reading:
   order = {str(getattr(path[0], "key", path[0])): leaf for path, leaf in leaves}
   shapes = tuple(tuple(leaf.shape) for leaf in order.values())
   dtypes = tuple(leaf.dtype for leaf in order.values())
-  try:
-    fixed = tuple(name for name in order if name in constants)
-    return _search(graphdef, treedef, tuple(order), shapes, dtypes, fixed)
-  except TypeError as error:
-    if "unhashable" not in str(error):
-      raise
-    return Reading(reason="its settings cannot be hashed")
+  fixed = tuple(name for name in order if name in constants)
+  return Parts(graphdef, treedef, tuple(order), shapes, dtypes, fixed)
 
 
 def placement(module: Any, out_sharding: Any) -> dict[str, Any]:
@@ -182,52 +208,6 @@ def _required(module: Any) -> list[str]:
 
 def _is_matrix(value: Any) -> bool:
   return value.ndim >= 2 and jnp.issubdtype(value.dtype, jnp.floating)
-
-
-@functools.lru_cache(maxsize=4096)
-def _search(
-  graphdef: Any, treedef: Any, fields: Any, shapes: Any, dtypes: Any, constants: Any
-) -> Reading:
-  """Looks for the input that a module takes, and for the axes of its weight that stack layers."""
-  ranks = [
-    0 if name in constants else len(shape) for name, shape in zip(fields, shapes, strict=True)
-  ]
-  weight = ranks.index(max(ranks))
-  own = [i for i, name in enumerate(fields) if name not in constants]
-  bias = next((fields[i] for i in own if i != weight), None)
-  reason = ""
-  for free in (2, 1, 3):
-    found: list[Reading] = []
-    for lead in range(max(ranks) - 1):
-      if len({shapes[i][:lead] for i in own}) > 1:
-        continue
-      inner = tuple(shape[lead:] if i in own else shape for i, shape in enumerate(shapes))
-      foreign = Foreign(graphdef, treedef, fields, inner, dtypes, constants, fields[weight], bias)
-      for shape in _inputs(inner[weight], free):
-        try:
-          product = foreign.at(shape, jnp.float32)
-        except NotAProduct as error:
-          reason = reason or str(error)
-        except Exception:  # whatever a module raises when it is given what it does not take
-          continue
-        else:
-          contraction = foreign.contraction(product)
-          foreign = dataclasses.replace(foreign, plain=product.plain, sides=contraction.sides)
-          found.append(Reading(foreign, contraction))
-          break
-    if len(found) > 1:
-      return Reading(reason="what it computes with a stack of weights is not clear")
-    if found:
-      return found[0]
-  return Reading(reason=reason or "it takes no input that could be guessed from its weight")
-
-
-def _inputs(kernel: tuple[int, ...], free: int) -> Iterator[tuple[int, ...]]:
-  """Shapes of inputs: `free` axes of their own, then some of the weight's."""
-  own = [n for n in _FREE if n not in kernel][:free]
-  for count in range(1, len(kernel) + 1):
-    for axes in itertools.combinations(kernel, count):
-      yield (*own, *axes)
 
 
 def setting_of(wrapper: Any, layer: Any, name: str) -> Any:

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
+import jax
+import jax.numpy as jnp
+
 
 def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = False) -> None:
   """Refuses numbers that mean nothing.
@@ -32,6 +35,23 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = Fals
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
   """alpha / rank, or alpha / sqrt(rank) with `use_rslora`; 0 where there is no adapter."""
   return 0.0 if rank == 0 else alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def spread(scale: Any, ndim: int) -> Any:
+  """A scale, or one for each layer of a stack, to broadcast against an array of that rank."""
+  if isinstance(scale, float):
+    return scale
+  return scale.reshape(scale.shape + (1,) * (ndim - scale.ndim if scale.ndim else 0))
+
+
+def masked(value: jax.Array, axis: int, ranks: Sequence[int] | None) -> jax.Array:
+  """Zero beyond each layer's rank, which the axis counts."""
+  if ranks is None:
+    return value
+  keep = jnp.arange(value.shape[axis]) < jnp.asarray(ranks)[:, None]  # (layers, rank)
+  shape = [1] * value.ndim
+  shape[0], shape[axis] = keep.shape
+  return jnp.where(keep.reshape(shape), value, 0.0)
 
 
 def _is_number(x: Any) -> bool:

@@ -1,15 +1,13 @@
-"""`nnx.Einsum` and `nnx.LinearGeneral`, seen as one matrix product."""
+"""A product of an input and a kernel of any arrangement of axes, seen as one of matrices."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import string
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +15,9 @@ class Contraction:
   """Which axes of a kernel are inputs, outputs, and shared with the input (one matrix for each).
 
   Attributes:
-    equation: of an `nnx.Einsum`, such as ``"BTD,NDH->BTNH"``; None for an `nnx.LinearGeneral`.
-    axis: of an `nnx.LinearGeneral`: the axes of the input that are summed over.
-    batch: how many leading axes of the input an `nnx.LinearGeneral` shares with its kernel.
+    equation: of an `Einsum`, such as ``"BTD,NDH->BTNH"``; None for other layers.
+    axis: without an equation: the axes of the input that are summed over.
+    batch: without an equation: how many leading axes the input shares with the kernel.
     kernel_shape: of one layer.
   """
 
@@ -29,21 +27,17 @@ class Contraction:
   kernel_shape: tuple[int, ...]
 
   @classmethod
-  def of(cls, module: Any) -> Contraction:
-    """The contraction of a module.
+  def dense(cls, inputs: int, outputs: int) -> Contraction:
+    """Of a kernel (in, out), multiplied with the last axis of the input."""
+    return cls(None, (-1,), 0, (inputs, outputs))
+
+  @classmethod
+  def of_equation(cls, equation: str, kernel_shape: tuple[int, ...]) -> Contraction:
+    """The contraction of an equation of an input and a kernel.
 
     Raises:
       ValueError: the equation sums over an axis of one operand alone, or repeats a letter.
     """
-    if isinstance(module, nnx.LinearGeneral):
-      batch = tuple(module.batch_axis.values())
-      shape = (*batch, *module.in_features, *module.out_features)
-      return cls(None, tuple(module.axis), len(batch), shape)
-    return cls.of_equation(module.einsum_str, tuple(module.kernel_shape))
-
-  @classmethod
-  def of_equation(cls, equation: str, kernel_shape: tuple[int, ...]) -> Contraction:
-    """The contraction of an equation of an input and a kernel; raises as `of` does."""
     lhs, rhs, out = _split(equation)
     letters = [c for c in lhs + out if c != "."]
     lonely = (set(rhs) - set(lhs) - set(out)) | (set(lhs) - set(rhs) - set(out) - {"."})
@@ -157,7 +151,8 @@ class Contraction:
   def spread_bias(self, bias: jax.Array, ndim: int) -> jax.Array:
     """A bias, which flax lays out as the output, to broadcast against the output."""
     _, rhs, out = self.letters(ndim)
-    return bias.reshape([self.sizes(c)[0] if c in rhs else 1 for c in out])
+    bias = bias.reshape(self.sizes("".join(c for c in out if c in rhs)))
+    return jax.lax.expand_dims(bias, [i for i, c in enumerate(out) if c not in rhs])
 
   def bias_to_vector(self, bias: jax.Array, lead: int = 0) -> jax.Array:
     """A bias with `lead` axes of a stack as (..., out), in the order of the matrix's rows."""

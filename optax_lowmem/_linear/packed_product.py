@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType
 
+from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._quantization.array import QuantizedArray
 
 
@@ -130,6 +131,18 @@ def _kinds_of_axes(*arrays: jax.Array) -> set[AxisType]:
 def multiply(x: jax.Array, weight: QuantizedArray, precision: Any) -> jax.Array:
   """x @ W^T in x's dtype. What is kept for the backward pass is the packed weight only."""
   return _multiply(x, weight, precision, jax.typeof(x).sharding)
+
+
+def contract(
+  x: jax.Array, weight: QuantizedArray, contraction: Contraction, precision: Any
+) -> jax.Array:
+  """The product of a contraction, in x's dtype, with its weight as matrices."""
+  flat = contraction.flatten(x)
+  if weight.ndim == 2:
+    y: Any = multiply(flat, weight, precision)
+  else:  # one matrix for each index of an axis that input and kernel share
+    y = jax.vmap(lambda x, weight: multiply(x, weight, precision))(flat, weight)
+  return contraction.unflatten(y, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -11,10 +11,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_lowmem.nn._layers.adapter import Adapter, check_adaptable, check_lora
-from optax_lowmem.nn._layers.base_layer import check_dense, is_embed, with_matrix
-from optax_lowmem.nn._layers.lora_init import Init
-from optax_lowmem.nn._layers.quantized_linear import placed
+from optax_lowmem.nn._adapters.adapter import Adapter
+from optax_lowmem.nn._adapters.lora_init import Init
+from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem.nn._layers.base_layer import check_dense, with_matrix
+from optax_lowmem.nn._layers.packed_layer import placed
+from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
 class LoRAEmbed(Adapter):
@@ -35,6 +37,7 @@ class LoRAEmbed(Adapter):
     alpha: as in `LoRALinear`.
     use_rslora: as in `LoRALinear`.
     use_dora: as in `LoRALinear`.
+    variant: as in `LoRALinear`.
     init: as in `LoRALinear`, of whose ways none applies to a table: they all start it alike.
     param_dtype: as in `LoRALinear`.
     rngs: gives the key for B (stream `params`).
@@ -53,6 +56,8 @@ class LoRAEmbed(Adapter):
   (True, (32, 2))
   """
 
+  is_embed = True
+
   def __init__(
     self,
     base: nnx.Embed,
@@ -61,24 +66,22 @@ class LoRAEmbed(Adapter):
     *,
     use_rslora: bool = False,
     use_dora: bool = False,
+    variant: Variant | None = None,
     init: Init = "default",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    check_lora(rank, alpha, 0.0, rngs)
-    check_embed("base", base)
-    super().__init__(
-      base,
-      rank,
-      alpha,
-      dropout=0.0,
-      use_rslora=use_rslora,
-      use_dora=use_dora,
-      init=init,
-      param_dtype=param_dtype,
-      rngs=rngs,
-    )
+    options: Any = {"use_dora": use_dora, "use_rslora": use_rslora, "variant": variant}
+    options |= {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    super().__init__(base, rank, alpha, **options)
     self.num_embeddings, self.features = base.num_embeddings, base.features
+
+  @classmethod
+  def check_base(cls, name: str, base: Any) -> None:
+    super().check_base(name, base)
+    if not is_embed(base):
+      raise TypeError(f"`{name}` must be an nnx.Embed, got {type(base).__name__}.")
+    check_dense("" if name == "base" else name, base)
 
   @property
   def embedding(self) -> nnx.Param:
@@ -92,9 +95,9 @@ class LoRAEmbed(Adapter):
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     y = self.base(inputs, **_sharding(out_sharding))
     rows = inputs if self.num_embeddings > 1 else jnp.zeros_like(inputs)
-    low = _rows(self.lora_a[...], rows, out_sharding).astype(y.dtype)
-    low = placed(low @ self.scaled_b().astype(y.dtype), out_sharding)
-    return y + low if self.magnitude is None else self.factor().astype(y.dtype) * (y + low)
+    values = self.variant.looked_up(self.values(), lambda part: _rows(part, rows, out_sharding))
+    added = self.variant.delta(self.scaled(values, y.dtype), jnp.matmul)
+    return self.variant.apply(self, inputs, y, placed(added, out_sharding), None, {})
 
   def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
     """The base's `attend`."""
@@ -118,11 +121,3 @@ def _rows(table: jax.Array, ids: jax.Array, out_sharding: Any) -> jax.Array:
 def _sharding(out_sharding: Any) -> dict[str, Any]:
   """The argument, only where it is given: subclasses may lack it."""
   return {} if out_sharding is None else {"out_sharding": out_sharding}
-
-
-def check_embed(name: str, base: Any) -> None:
-  """Refuses a base that an adapter of embeddings cannot be put on."""
-  check_adaptable(name, base)
-  if not is_embed(base):
-    raise TypeError(f"`{name}` must be an nnx.Embed, got {type(base).__name__}.")
-  check_dense("" if name == "base" else name, base)
