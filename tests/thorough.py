@@ -81,6 +81,10 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_nn_adapters.py::test_general_layers": ("heads-True", "experts"),
   "test_nn_adapters.py::test_layers_of_a_stack_differ_in_rank_and_stay_so_in_training": ("True",),
   "test_nn_adapters.py::test_what_is_trained_whole_is_held_in_32_bits": ("bfloat16",),
+  "test_nn_foreign.py::test_a_layer_of_any_class_is_seen_as_its_matrix": ("[q]", "experts"),
+  "test_nn_foreign.py::test_trains_a_model_of_such_layers": (),
+  "test_nn_nf4.py::test_gradient_of_16_layers_needs_no_more_than_one_or_two": ("True-False-False",),
+  "test_nn_nf4.py::test_other_codes_and_blocks": ("-64",),
   "test_nn_devices.py::test_on_eight_devices": (),
   # The program: each is a run of it.
   "test_examples.py::test_full_finetune_by_another_rule_with_its_state_on_the_host": (),
