@@ -51,6 +51,10 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_offloaded.py::test_no_more_state_is_on_the_device_than_allowed": ("8 bits",),
   "test_offloaded.py::test_the_obvious_loop_runs": ("[all]",),
   "test_offloaded.py::test_what_is_passed_to_update_may_be_a_function": (),
+  "test_norms.py::test_few_bits_stay_near": ("lamb-8",),
+  "test_offloaded_manual.py::test_on_two_devices": (),
+  "test_optax.py::test_inject_hyperparams_is_told_what_is_static": ("[adamw]", "lars", "came"),
+  "test_phases.py::test_rules_that_take_norms_are_the_same_in_phases": ("8-came", "4-lamb"),
   "test_sharding.py::test_on_eight_devices": ("quick",),
   "test_state_shardings.py::test_on_eight_devices": (),
   # Layers and models.
@@ -90,5 +94,14 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_examples.py::test_full_finetune_by_another_rule_with_its_state_on_the_host": (),
   "test_examples.py::test_full_finetune_goes_on_where_it_stopped": (),
   "test_finetune.py::test_a_resumed_run_is_not_changed_unnoticed": (),
+  "test_qlora_checkpoints.py::test_killed_at_a_random_step_and_resumed_is_bit_for_bit_the_same": (
+    "9",
+  ),
+  "test_qlora_export.py::test_a_base_file_and_what_the_adapter_says_is_the_adapted_model": (
+    "qwen3",
+  ),
+  "test_qlora_faults.py::test_metrics_never_decide_whether_a_run_goes_on": ("binary",),
+  "test_qlora_devices.py::test_the_numbers_of_one_device": (),
+  "test_qlora_families.py::test_the_script_trains_and_merges": (),
   "test_qlora_options.py::test_options": ("variants", "plan"),
 }
