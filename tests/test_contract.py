@@ -417,7 +417,6 @@ def test_integer_parameters_are_refused_by_name(name):
     make(name).init({"w": jnp.ones((4, 4)), "table": jnp.arange(4)})
 
 
-@pytest.mark.cheap
 @pytest.mark.parametrize(
   ("name", "how"),
   [*((name, "whole") for name in REGISTRY), *((name, "tiles") for name in REPRESENTATIVES)],
