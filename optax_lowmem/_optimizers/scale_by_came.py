@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +12,10 @@ import optax
 
 from optax_lowmem._arguments.checks import check
 from optax_lowmem._arguments.hyperparameters import checked
+from optax_lowmem._optimizers.factored import average, inverse_roots, map_leaves, zeros_without
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._quantization.array import finite_or
-from optax_lowmem._sharding.shards import on_mesh_of, zeros_without
+from optax_lowmem._sharding.shards import on_mesh_of
 from optax_lowmem._update.float32 import in_float32
 
 
@@ -136,88 +138,55 @@ def scale_by_came(
     # One number, as in optax's Adafactor: Orbax saves no array of none.
     nothing = on_mesh_of(jax.tree.leaves(params), jnp.zeros(1, jnp.float32))
 
-    def empty():
-      return jnp.zeros_like(nothing)
+    def means(p):
+      return [zeros_without(p, k) if p.ndim > 1 else jnp.zeros_like(nothing) for k in (-1, -2)]
 
-    def without(axis):
-      return jax.tree.map(lambda p: zeros_without(p, axis) if p.ndim > 1 else empty(), params)
-
-    def whole(p):
-      return jnp.zeros_like(p, jnp.float32) if p.ndim < 2 else empty()
-
-    return ScaleByCameState(
-      momentum=ema,
-      v_row=without(-1),
-      v_col=without(-2),
-      v=jax.tree.map(whole, params),
-      res_row=without(-1),  # not the arrays of v_row: donated, each needs its own buffer
-      res_col=without(-2),
-    )
+    row, col = map_leaves(means, 2, params)
+    v = jax.tree.map(lambda p: jnp.zeros_like(nothing if p.ndim > 1 else p, jnp.float32), params)
+    res_row, res_col = map_leaves(means, 2, params)  # donated, each needs its own buffer
+    return ScaleByCameState(ema, row, col, v, res_row, res_col)
 
   def start(decay, count):
     """1 - decay^count, the part of its size that an average has, if it is to be corrected."""
     # By logarithms: 0.9999 rounded to float32 would make the first 0.02 % too large.
     return -jnp.expm1(count * jnp.log1p(decay - 1)) if debias else 1.0
 
-  def normalise(g, part, row, col, v):
-    """The clipped gradient, and the new statistics, of which `part` is there yet."""
+  def normalise(count, g, row, col, v):
+    """The clipped gradient, and the new statistics."""
+    part, square = start(b2, count), jnp.square(g) + eps1
     if g.ndim < 2:
-      new_v = _ema(b2, v, jnp.square(g) + eps1)
+      new_v = average(b2, v, square)
       u = g * jax.lax.rsqrt(new_v / part)
-      return u / excess(jnp.square(u).sum(), u.size), (row, col, finite_or(new_v, v))
-    square = jnp.square(g) + eps1
-    new_row, new_col = _ema(b2, row, square.mean(-1)), _ema(b2, col, square.mean(-2))
-    by_row, by_col = _by_row(new_row), jax.lax.rsqrt(new_col / part)
+      return u / excess(jnp.square(u).sum(), u.size), row, col, finite_or(new_v, v)
+    by_row, by_col, new = inverse_roots(square, row, col, b2, part)
     # The sum of u^2, row by row: known with the means over rows, in the same pass over g.
     squares = jnp.square(g * by_col[..., None, :]).sum(-1) * jnp.square(by_row)
     u = g * (by_row / excess(squares.sum(), g.size))[..., :, None] * by_col[..., None, :]
-    return u, (finite_or(new_row, row), finite_or(new_col, col), v)
+    return u, *new, v
 
   def excess(squares, size):
     """How many times the threshold the RMS is, at least once."""
     rms = jnp.sqrt(squares / size) if size else jnp.zeros((), jnp.float32)
     return jnp.maximum(1.0, rms / clipping_threshold)
 
-  def weigh(u, m, parts, row, col):
-    """The momentum by the confidence in it, and the new statistics; `parts` of both are there."""
-    of_momentum, of_confidence = parts
+  def weigh(of_momentum, of_confidence, u, m, row, col):
+    """The momentum by the confidence in it, and the new statistics; parts of both are there."""
     if u.ndim < 2:
-      return m / of_momentum, (row, col)
-    square = jnp.square(u - m) + eps2
-    new_row, new_col = _ema(b3, row, square.mean(-1)), _ema(b3, col, square.mean(-2))
-    by_col = jax.lax.rsqrt(new_col / of_confidence) / of_momentum
-    weighed = m * _by_row(new_row)[..., :, None] * by_col[..., None, :]
-    return weighed, (finite_or(new_row, row), finite_or(new_col, col))
+      return m / of_momentum, row, col
+    by_row, by_col, new = inverse_roots(jnp.square(u - m) + eps2, row, col, b3, of_confidence)
+    return m * by_row[..., :, None] * (by_col / of_momentum)[..., None, :], *new
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
-    grads, treedef = jax.tree.flatten(updates)
-    second = zip(*map(treedef.flatten_up_to, state[1:4]), strict=True)
     count = optax.safe_increment(state.momentum.count)
-    made = [normalise(g, start(b2, count), *s) for g, s in zip(grads, second, strict=True)]
-    u = [x for x, _ in made]
-    m, ema = momentum.update(treedef.unflatten(u), state.momentum, params)
-    residual = zip(*map(treedef.flatten_up_to, state[4:]), strict=True)
-    parts = start(b1, count), start(b3, count)
-    weighed = [
-      weigh(x, y, parts, *s) for x, y, s in zip(u, treedef.flatten_up_to(m), residual, strict=True)
-    ]
-    out = [x for x, _ in weighed]
-    columns = [a + b for (_, a), (_, b) in zip(made, weighed, strict=True)]
-    stats = [treedef.unflatten(c) for c in zip(*columns, strict=True)] or list(state[1:])
-    row, col, v, res_row, res_col = stats
-    return treedef.unflatten(out), ScaleByCameState(ema, row, col, v, res_row, res_col)
+    run = functools.partial(normalise, count)
+    u, row, col, v = map_leaves(run, 4, updates, *state[1:4])
+    m, ema = momentum.update(u, state.momentum, params)
+    run = functools.partial(weigh, start(b1, count), start(b3, count))
+    weighed, res_row, res_col = map_leaves(run, 3, u, m, *state[4:])
+    return weighed, ScaleByCameState(ema, row, col, v, res_row, res_col)
 
   # With a momentum in float32, XLA needs no more passes by itself; where two codes are a byte, a
   # training step would keep all gradients.
   tx = optax.GradientTransformationExtraArgs(init, update)
   return in_float32(tx, phases=bits == 8)
-
-
-def _ema(decay: float, average: jax.Array, x: jax.Array) -> jax.Array:
-  return decay * average + (1 - decay) * x
-
-
-def _by_row(row: jax.Array) -> jax.Array:
-  """The reciprocal root of `row` by its mean."""
-  return jax.lax.rsqrt(row / row.mean(-1, keepdims=True))
