@@ -12,7 +12,8 @@ import optax
 from optax_lowmem._arguments.checks import check_block_size, check_min_size, check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._arguments.masks import broadcast_mask, check_mask
-from optax_lowmem._programs.elementwise import NotElementwise, Program
+from optax_lowmem._programs.elementwise import NotElementwise
+from optax_lowmem._programs.program import Program
 from optax_lowmem._quantization.array import QuantizedArray, encode
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.codebooks import CodebookName

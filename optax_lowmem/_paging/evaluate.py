@@ -22,10 +22,11 @@ from jax.sharding import AxisType
 from optax_lowmem._host_memory.pages import Paged, fetch, is_paged, known_on_host, store
 from optax_lowmem._paging.device_parts import lies_unknown, on_parts
 from optax_lowmem._paging.order import gradients, ordered
-from optax_lowmem._paging.regions import Region, find_regions, is_var
+from optax_lowmem._paging.regions import Region, find_regions
 from optax_lowmem._paging.row_loops import Rows, over_rows
 from optax_lowmem._programs.inlined_calls import opened
 from optax_lowmem._programs.outputs import inputs_of, subprogram
+from optax_lowmem._programs.primitives import is_var
 from optax_lowmem._quantization.tangents import PAGES, without_tangent
 from optax_lowmem._update.announced import Announced, listening
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_lowmem._programs.elementwise import NotElementwise, Program
+from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._programs.phases import in_a_phase, in_phases
 from optax_lowmem._programs.plan import Plan, decoded
+from optax_lowmem._programs.program import Program
 from optax_lowmem._quantization.array import encode_finite, finite_or
 from optax_lowmem._quantization.scales import healed, single_maximum
 from optax_lowmem._sharding.shards import on_shards, with_automatic_sharding
