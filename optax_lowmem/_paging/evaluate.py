@@ -19,7 +19,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from optax_lowmem._host_memory.pages import Paged, fetch, is_paged, known_on_host, store
+from optax_lowmem._host_memory.pages import Paged, fetch, is_paged, known_on_host, store_as
 from optax_lowmem._paging.device_parts import lies_unknown, on_parts
 from optax_lowmem._paging.order import gradients, ordered
 from optax_lowmem._paging.regions import Region, find_regions
@@ -81,7 +81,7 @@ def stream(
   def at_once(*flat):
     new = jec.jaxpr_as_fun(whole)(*(fetch(x) if is_paged(x) else x for x in flat))
     for k in wanted:
-      new[k] = store(new[k], flat[k].axis if len(flat[k].lanes) > 1 else None)
+      new[k] = store_as(new[k], flat[k])
     return new
 
   def by_rows(*flat):

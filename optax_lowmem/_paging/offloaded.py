@@ -25,6 +25,7 @@ from optax_lowmem._host_memory.capacity import (
   shard_bytes,
 )
 from optax_lowmem._host_memory.pages import as_typed, is_paged, lane_axis, nbytes, store
+from optax_lowmem._host_memory.placement import DEVICE
 from optax_lowmem._paging.evaluate import stream
 from optax_lowmem._paging.surroundings import check_keeps_memory, check_outermost, in_eval_shape
 from optax_lowmem._programs.outputs import one_by_one
@@ -116,7 +117,7 @@ def offloaded(
   check_transformation("inner", inner)
   if isinstance(min_bytes, bool) or not isinstance(min_bytes, int) or min_bytes < 0:
     raise ValueError(f"`min_bytes` must be an integer of at least 0, got {min_bytes!r}.")
-  if fallback not in (None, "device"):
+  if fallback not in (None, DEVICE.kind):
     raise ValueError(f"`fallback` must be 'device' or None, got {fallback!r}.")
   allowed = path_test(where)
   budget = None if device_budget is None else bytes_of("device_budget", device_budget)

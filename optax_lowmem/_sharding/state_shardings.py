@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowmem._host_memory.paged_state import unpaged
 from optax_lowmem._host_memory.pages import Paged, as_page, is_paged
+from optax_lowmem._host_memory.placement import PINNED_HOST
 from optax_lowmem._sharding.layout import laid_out
 
 
@@ -85,7 +86,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     spec = PartitionSpec() if like.sharding is None else like.sharding.spec
     if not is_paged(x):
       return laid_out(mesh, spec)
-    return Paged(tuple(laid_out(mesh, as_page(spec), "pinned_host") for _ in x.lanes), x.axis)
+    return Paged(tuple(laid_out(mesh, as_page(spec), PINNED_HOST.kind) for _ in x.lanes), x.axis)
 
   flat, state_tree = jax.tree.flatten(state, is_leaf=is_paged)
   return state_tree.unflatten(map(one, flat, found))
