@@ -80,7 +80,8 @@ def quantized(
       not stall. At 4 bits, slow first moments (Lion's, the second one of AdEMAMix) are much noisier
       than Adam's.
     storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`. What
-      its `store` returns must be an array or a `QuantizedArray`. A codebook or its name, as in
+      its `store` returns must be an array or a `QuantizedArray` that `load` reads as it is
+      (`Storage`). A codebook or its name, as in
       ``{"mu": "log8"}``, stands for a `Blockwise` of it, `block_size` and `min_size`.
     block_size: elements a scale; 64 by default. A moment costs `bits` / 8 + 4 / `block_size` bytes.
     min_size: moments of smaller arrays stay in float32.
@@ -91,7 +92,8 @@ def quantized(
     The transformation.
 
   Raises:
-    ValueError: for bad `bits`, `block_size` or `min_size`; from `init` if `storage` names a field
+    ValueError: for bad `bits`, `block_size` or `min_size`; for a storage of one's own with more
+      arithmetic than its form has; from `init` if `storage` names a field
       that the state does not have, if a function or a tree for `quantize_mask` is False throughout,
       if `inner`'s state is quantized or paged already, or was given a dtype for what is to
       be quantized; from `update`, for gradients of other shapes than the parameters, or a state
