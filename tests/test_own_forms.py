@@ -50,7 +50,7 @@ def adam(bits: Any, min_size=4096):
   return lowmem.quantized(optax.adam(1e-2), storage=storage)
 
 
-def steps(tx, count=4):
+def steps(tx: Any, count: int = 4) -> tuple[Any, Any]:
   state, update, updates = tx.init(PARAMS), jax.jit(tx.update), None
   for k in range(count):
     normal = np.random.default_rng(k).standard_normal

@@ -123,13 +123,14 @@ def store(x: jax.Array, axis: int | None = None, placement: Placement = PINNED_H
   """`x`, moved to host memory with its sharding, along `axis` in two lanes."""
   if axis is not None and not _divides(x, axis):
     axis = None
-  lanes = (x.reshape((1,) * _AXES + x.shape),) if axis is None else split(x, axis)
+  lanes = [x.reshape((1,) * _AXES + x.shape)] if axis is None else split(x, axis)
   return Paged(tuple(map(placement.put, lanes)), axis or 0)
 
 
 def store_as(x: jax.Array, page: Paged) -> Paged:
   """`x` in a page's place."""
-  return store(x, page.axis if len(page.lanes) > 1 else None, placement_of(page.lanes[0]))
+  first, *others = page.lanes
+  return store(x, page.axis if others else None, placement_of(first))
 
 
 def known_on_host(lane: Any) -> Any:

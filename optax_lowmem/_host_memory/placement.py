@@ -20,7 +20,7 @@ class Placement:
   """
 
   kind: str
-  space: jax.memory.Space
+  space: Any
 
   def put(self, x: Any) -> jax.Array:
     """`x`, moved here, sharded as it was."""

@@ -43,12 +43,15 @@ def divide(units: Sequence[int], spec: Any, sizes: Mapping[str, int]) -> Partiti
   return PartitionSpec(*(names[0] if len(names) == 1 else tuple(names) or None for names in cut))
 
 
-def laid_out(mesh: Any, spec: Sequence[Any], kind: str | None = None) -> NamedSharding:
+def laid_out(
+  mesh: Any, spec: PartitionSpec | Sequence[Any], kind: str | None = None
+) -> NamedSharding:
   """The sharding by `spec` in JAX's own words, and a kind of memory.
 
   Explicit ones have a word for each axis, automatic ones none after the last axis that is cut: an
   array in other words than its next state's would be traced again.
   """
+  spec = tuple(spec)
   if AxisType.Explicit not in mesh.axis_types:
     spec = spec[: max((k + 1 for k, names in enumerate(spec) if names), default=0)]
   return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)

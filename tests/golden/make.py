@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import importlib
 import json
 import pathlib
 import sys
@@ -224,11 +225,11 @@ def trajectories(old: Arrays) -> Arrays:
 
 def peft(old: Arrays) -> Arrays:
   """Logits, merged weights, and what PEFT writes of an adapter that it has read."""
-  import peft
   import torch
   import transformers
   from safetensors.numpy import load_file
 
+  library = importlib.import_module("peft")  # pyright would take the folder beside this file
   folder = HERE / "peft"
   ids = torch.from_numpy(np.load(folder / "input_ids.npy")).long()
 
@@ -243,7 +244,7 @@ def peft(old: Arrays) -> Arrays:
 
   new: Arrays = {"logits_base.npy": logits(base())}
   for adapter in sorted(path.parent for path in folder.glob("*/adapter_model.safetensors")):
-    model = peft.PeftModel.from_pretrained(base(), adapter).eval()
+    model = library.PeftModel.from_pretrained(base(), adapter).eval()
     at = adapter.name
     if f"{at}/logits.npy" in old:  # `minimal` has none
       new[f"{at}/logits.npy"] = logits(model)
