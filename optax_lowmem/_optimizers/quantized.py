@@ -20,8 +20,9 @@ from optax_lowmem._state.forms import check_forms
 from optax_lowmem._state.inner import check_dense, check_dtypes, check_fields, warn_if_unknown
 from optax_lowmem._state.moments import Kind, field_of, kind_of, places
 from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
-from optax_lowmem._update.engine import update_dense, update_stored
+from optax_lowmem._update.engine import update_stored
 from optax_lowmem._update.extra_args import compiled_outside_jit
+from optax_lowmem._update.whole_arrays import update_dense
 
 _BITS = (32, 8, 4)
 _CODEBOOKS: dict[int, dict[Kind, CodebookName]] = {
