@@ -16,10 +16,11 @@ from optax_lowmem._optimizers.adagrad_rmsprop import adagrad, rmsprop
 from optax_lowmem._optimizers.adam import adam, adamw
 from optax_lowmem._optimizers.ademamix import ademamix
 from optax_lowmem._optimizers.by_name import create
-from optax_lowmem._optimizers.came import ScaleByCameState, came, scale_by_came
+from optax_lowmem._optimizers.came import came
 from optax_lowmem._optimizers.lamb_lars import lamb, lars
 from optax_lowmem._optimizers.lion_sgd import lion, sgd
 from optax_lowmem._optimizers.quantized import quantized
+from optax_lowmem._optimizers.scale_by_came import ScaleByCameState, scale_by_came
 from optax_lowmem._paging.offloaded import offloaded
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._quantization.codebook import Codebook

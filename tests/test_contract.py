@@ -116,6 +116,18 @@ def test_init_makes_no_dense_moment(name):
 # What is stored -----------------------------------------------------------------------------------
 
 
+@pytest.mark.cheap
+@every
+def test_init_sums_nothing(name):
+  """Not to learn a shape or a sharding: that would cost as much as the gradient's sum."""
+  params = {
+    "w": jax.ShapeDtypeStruct((256, 256), jnp.float32),
+    "b": jax.ShapeDtypeStruct((5,), "f4"),
+  }
+  made = str(jax.make_jaxpr(make(name).init)(params))
+  assert "reduce_sum" not in made and "dot_general" not in made
+
+
 @by_method(REGISTRY)
 def test_storing_what_was_loaded_changes_nothing(name, how):
   _, state = run(name, 3, how)

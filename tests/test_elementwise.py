@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from optax_lowmem._programs.elementwise import NotElementwise, Program
+from optax_lowmem._programs.elementwise import NotElementwise
+from optax_lowmem._programs.program import Program
 from optax_lowmem._state.moments import places
 
 PARAMS = {"a": jnp.ones((3, 4)), "b": {"c": jnp.ones((5,)), "d": jnp.float32(1)}}

@@ -10,6 +10,7 @@ What is measured is the drift: the mean distance of the parameters from optax's 
 """
 
 import functools
+import sys
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,6 +23,17 @@ import optax_lowmem as lowmem
 from conftest import GOLDEN
 
 FILE = np.load(GOLDEN / "trajectories.npz")
+
+
+def test_every_golden_file_is_made_by_make():
+  sys.path.insert(0, str(GOLDEN))
+  try:
+    import make
+  finally:
+    sys.path.pop(0)
+  known = {f"{name}.npz" for name in make.NPZ} | {"peft", "llama"}
+  tools = {"make.py", "make_llama.py", "README.md"}
+  assert {path.name for path in GOLDEN.iterdir()} - {"__pycache__"} == known | tools
 
 
 class Case(NamedTuple):

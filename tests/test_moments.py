@@ -145,8 +145,8 @@ def test_runs_by_tiles_where_documented(name, monkeypatch):
     whole.append(name)
     return on_whole_arrays(*args)
 
-  on_whole_arrays = _engine._on_whole_arrays
-  monkeypatch.setattr(_engine, "_on_whole_arrays", spy)
+  on_whole_arrays = _engine.update_whole
+  monkeypatch.setattr(_engine, "update_whole", spy)
   _, state = jax.eval_shape(lambda: train(name, lowmem.quantized))
   assert held(state) == set(kinds)
   assert ("no" if whole else "yes") == by_tiles

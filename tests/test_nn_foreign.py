@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from optax_lowmem import nn
+from optax_lowmem.nn._proofs.product import NotAProduct, prove
 from optax_lowmem.nn._proofs.reading import read
 
 
@@ -609,3 +610,25 @@ def test_settings_are_not_hidden_by_those_of_the_packed_layer():
   packed = nn.quantize_model(nnx.Dict(a=nnx.clone(layer)))["a"]
   assert (packed.dtype, packed.precision) == (jnp.float32, "highest")
   assert not hasattr(nn.quantize_model(nnx.Dict(a=Mixed()))["a"], "dtype")
+
+
+@jax.custom_jvp
+def scaled_gradient(x, w):
+  return x @ w
+
+
+scaled_gradient.defjvp(lambda primals, tangents: (scaled_gradient(*primals), 2 * primals[0]))
+
+
+def with_callback(x, w):
+  jax.debug.callback(lambda w: None, w)
+  return x @ w
+
+
+@pytest.mark.parametrize(
+  ("fn", "name"), [(scaled_gradient, "custom_jvp_call"), (with_callback, "debug_callback")]
+)
+def test_a_product_with_more_to_it_is_none(fn, name):
+  """With a derivative of its own it is not opened, and what returns nothing is no way around."""
+  with pytest.raises(NotAProduct, match=f"more than multiply: `{name}`"):
+    prove(jax.make_jaxpr(fn)(normal(2, 3), normal(3, 4)), "xw")

@@ -1,10 +1,11 @@
 """Twenty steps of QLoRA beside transformers, PEFT and bitsandbytes: same bits, batches and losses.
 
-`qlora.npz` was written by ``python tests/test_qlora_parity.py`` (torch 2.13, transformers 5.23,
-peft 0.21, bitsandbytes 0.50.2, on a CPU). It holds a small Llama, `base/<tensor>` in units of
-1/512; a fresh adapter made here, `initial/<tensor>`; the batches, `ids`; what bitsandbytes made of
-the linear layers, `bits/<layer>.<part>`; and the losses and the final adapter of the PyTorch side,
-`<rule>/losses` and `<rule>/<tensor>`. The live comparisons need these packages and are slow.
+`qlora.npz` is made by ``python tests/golden/make.py qlora`` (torch 2.13, transformers 5.23, peft
+0.21, bitsandbytes 0.50.2, on a CPU), but for its inputs. These are a small Llama, `base/<tensor>`
+in units of 1/512; a fresh adapter made here, `initial/<tensor>`; and the batches, `ids`. It holds
+what bitsandbytes made of the linear layers, `bits/<layer>.<part>`, and the losses and the final
+adapter of the PyTorch side, `<rule>/losses` and `<rule>/<tensor>`. The live comparisons need these
+packages and are slow.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from conftest import GOLDEN
 from optax_lowmem import nn
 from optax_lowmem.qlora.loading.config_files import config_to_hf
 from optax_lowmem.qlora.loading.llama import load_llama
-from optax_lowmem.qlora.loading.weights import expected_shapes, open_checkpoint
+from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig, linear_shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -169,8 +170,11 @@ def of(golden, prefix):
 
 @pytest.fixture(scope="module")
 def folder(golden, tmp_path_factory):
+  return write_inputs(golden, tmp_path_factory.mktemp("qlora"))
+
+
+def write_inputs(golden, folder):
   """The base model and, in `initial`, its adapter as in PEFT's files."""
-  folder = tmp_path_factory.mktemp("qlora")
   weights = {name: value / UNIT for name, value in of(golden, "base/").items()}
   write_model(folder, CONFIG, weights)
   (folder / "initial").mkdir()
@@ -324,29 +328,15 @@ def test_benchmark_of_all_sides(tmp_path):
 # --- the file -------------------------------------------------------------------------------------
 
 
-def write_golden():
-  """Makes the model, the adapter and the batches, trains with PyTorch, and writes it all down."""
-  peer, rng = torch_side(), np.random.default_rng(SEED)
-  base = {
-    name: np.clip(np.round(rng.standard_normal(shape) * 25), -127, 127) + UNIT * (len(shape) == 1)
-    for name, shape in expected_shapes(CONFIG).items()
-  }
-  ids = rng.integers(0, CONFIG.vocab_size, (4, 2, 17))[np.arange(STEPS) % 4]
-  out: dict[str, Any] = {f"base/{name}": value.astype(np.int16) for name, value in base.items()}
-  out["ids"] = ids.astype(np.int32)
+def results_of_torch(golden):
+  """What the PyTorch side makes of the model, the adapter and the batches of the file."""
+  peer, out = torch_side(), {}
   with tempfile.TemporaryDirectory() as scratch:
-    folder = write_model(pathlib.Path(scratch), CONFIG, {n: v / UNIT for n, v in base.items()})
-    model = nn.add_lora(load_llama(folder, "nf4"), RANK, ALPHA, ".*_proj", rngs=nnx.Rngs(0))
-    out |= {f"initial/{name}": value for name, value in saved(model, folder / "initial").items()}
+    folder = write_inputs(golden, pathlib.Path(scratch))
     for name, (rate, _) in RULES.items():
       theirs = peer.load(folder, folder / "initial", nf4=True)
       trainer = peer.Trainer(theirs, name, rate)
-      out[f"{name}/losses"] = np.array([trainer.step(batch) for batch in ids], np.float32)
+      out[f"{name}/losses"] = np.array([trainer.step(batch) for batch in golden["ids"]], np.float32)
       out |= {f"{name}/{key}": value for key, value in peer.adapter_tensors(theirs).items()}
       out |= {f"bits/{key}": value for key, value in peer.packed_bits(theirs).items()}
-  np.savez_compressed(FILE, **out)
-  print(f"{FILE.name}: {FILE.stat().st_size / 1024:.0f} KiB")
-
-
-if __name__ == "__main__":
-  write_golden()
+  return out

@@ -10,7 +10,7 @@ import optax_lowmem as lowmem
 from optax_lowmem._quantization.array import QuantizedArray, encode
 from optax_lowmem._quantization.codebooks import get_codebook
 from optax_lowmem._quantization.storage import block_shape
-from optax_lowmem._update import tile_loop as _stream
+from optax_lowmem._update import tile_views
 from optax_lowmem._update.tile_loop import map_tiles
 from programs import temporaries_of
 
@@ -40,7 +40,7 @@ def step(reads, writes):
 @pytest.mark.parametrize("indexed", ["by position", "by row"])
 def test_tiles_give_what_the_whole_array_gives(shape, codebook, indexed, monkeypatch):
   if indexed == "by row":  # as are arrays whose positions do not fit an int32
-    monkeypatch.setattr(_stream, "_FLAT", 0)
+    monkeypatch.setattr(tile_views, "_FLAT", 0)
   keys = jax.random.split(jax.random.key(0), 3)
   p, g, m = (jax.random.normal(k, shape) for k in keys)
   m = encode(m, get_codebook(codebook), block_shape(shape, 64))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_lowmem._host_memory.pages import is_paged, nbytes, on_host, part_of
+from optax_lowmem._host_memory.pages import is_paged, nbytes, part_of
+from optax_lowmem._host_memory.placement import DEVICE, PINNED_HOST
 
 _POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
@@ -26,9 +27,9 @@ def devices_of(params: Any) -> list[Any]:
 
 def has_host_memory(devices: list[Any], fallback: str | None) -> bool:
   kinds = {m.kind for m in devices[0].addressable_memories()}
-  if "pinned_host" in kinds:
+  if PINNED_HOST.kind in kinds:
     return True
-  if fallback == "device":
+  if fallback == DEVICE.kind:
     return False
   raise ValueError(
     f"`offloaded` needs pinned host memory, and {devices[0]} has only {', '.join(sorted(kinds))}. "
@@ -59,7 +60,7 @@ def check_on_host(state: Any) -> None:
     ValueError: if there is one.
   """
   for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]:
-    if is_paged(x) and not all(map(on_host, x.lanes)):
+    if is_paged(x) and any(map(DEVICE.holds, x.lanes)):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       raise ValueError(
         f"the page {name!r} of `state` is on the device, not in host memory. Pages lose their "

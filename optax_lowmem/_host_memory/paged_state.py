@@ -13,10 +13,10 @@ from optax_lowmem._host_memory.pages import (
   fetch,
   host_of,
   is_paged,
-  on_host,
   split,
   without_page_axes,
 )
+from optax_lowmem._host_memory.placement import DEVICE, PINNED_HOST
 
 
 def unpaged(state: Any) -> Any:
@@ -107,7 +107,7 @@ def paged(state: Any, like: Any = None) -> Any:
       lanes = _lanes(fetch(x) if is_paged(x) else x, target)
     pairs = zip(lanes, target.lanes, strict=True)
     lanes = [jax.device_put(lane, like.sharding) for lane, like in pairs]
-    return Paged(tuple(jax.device_put(lane, jax.memory.Space.Host) for lane in lanes), target.axis)
+    return Paged(tuple(map(PINNED_HOST.put, lanes)), target.axis)
 
   leaves, treedef = jax.tree.flatten(like, is_leaf=is_paged)
   given = jax.tree.leaves(state, is_leaf=is_paged)
@@ -130,14 +130,14 @@ def _put_back(state: Any) -> Any:
   def put(lane):
     if isinstance(lane, jax.ShapeDtypeStruct):
       where = lane.sharding or host_of(jax.local_devices()[0])
-      where = where.with_memory_kind("pinned_host")
+      where = where.with_memory_kind(PINNED_HOST.kind)
       return jax.ShapeDtypeStruct(lane.shape, lane.dtype, sharding=where)
-    if isinstance(lane, Tracer) and not on_host(lane):
+    if isinstance(lane, Tracer) and DEVICE.holds(lane):
       raise ValueError(
         "`paged` has met a page on the device within `jax.jit`: donated, it would abort the "
         "process. Call `paged` before."
       )
-    return jax.device_put(lane, jax.memory.Space.Host)
+    return PINNED_HOST.put(lane)
 
   def one(x):
     return Paged(tuple(map(put, x.lanes)), x.axis) if is_paged(x) else x
@@ -149,7 +149,7 @@ def _lanes(x: Any, target: Paged) -> list[Any]:
   """The lanes of an array of any memory, numpy's too, where they can be made."""
   count, shape = len(target.lanes), target.lanes[0].shape
   if isinstance(x, jax.Array):
-    x = jax.device_put(x, jax.memory.Space.Device)  # XLA reshapes nothing on the host
+    x = DEVICE.put(x)  # XLA reshapes nothing on the host
     return list(split(x, target.axis)) if count > 1 else [x.reshape(shape)]
   at = (slice(None),) * target.axis
   return [x[(*at, slice(k, None, count))].reshape(shape) for k in range(count)]

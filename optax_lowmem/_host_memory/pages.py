@@ -11,6 +11,8 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from optax_lowmem._host_memory.placement import DEVICE, PINNED_HOST, Placement, placement_of
+
 # Where no shardings are named, JAX pairs a donated argument with the first result of its shape and
 # dtype, in whatever memory: a donated moment with the new parameter, upon which the runtime aborts
 # the process (jax 0.10 to 0.12). Pages therefore have a shape that nothing else has: two leading
@@ -77,12 +79,12 @@ def _truly_typed(lane: Any) -> Any:
   """
   if isinstance(lane, jax.ShapeDtypeStruct):
     sharding = lane.sharding
-    if not isinstance(sharding, SingleDeviceSharding) or sharding.memory_kind != "pinned_host":
+    if not isinstance(sharding, SingleDeviceSharding) or not PINNED_HOST.is_of(sharding):
       return lane
     return jax.ShapeDtypeStruct(lane.shape, lane.dtype, sharding=host_of(*sharding.device_set))
   if not isinstance(lane, jax.Array) or isinstance(lane, Tracer):
     return lane
-  if on_host(lane) == (lane.sharding.memory_kind == "pinned_host") or lane.is_deleted():
+  if PINNED_HOST.holds(lane) == PINNED_HOST.is_of(lane.sharding) or lane.is_deleted():
     return lane
   parts = [shard.data for shard in lane.addressable_shards]
   return jax.make_array_from_single_device_arrays(lane.shape, lane.sharding, parts)
@@ -91,12 +93,7 @@ def _truly_typed(lane: Any) -> Any:
 def host_of(device: Any) -> NamedSharding:
   """The host memory of a device, in words that the types of shapes repeat."""
   mesh = jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=[device])
-  return NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
-
-
-def on_host(lane: Any) -> bool:
-  """Whether a lane is in host memory, by its type: all that is known while tracing."""
-  return jax.typeof(lane).memory_space == jax.memory.Space.Host
+  return NamedSharding(mesh, PartitionSpec(), memory_kind=PINNED_HOST.kind)
 
 
 def without_page_axes(shape: Any) -> tuple[Any, ...]:
@@ -122,31 +119,34 @@ def lane_axis(shape: tuple[int, ...], blocks: int = 0) -> int | None:
   return None
 
 
-def store(x: jax.Array, axis: int | None = None) -> Paged:
+def store(x: jax.Array, axis: int | None = None, placement: Placement = PINNED_HOST) -> Paged:
   """`x`, moved to host memory with its sharding, along `axis` in two lanes."""
   if axis is not None and not _divides(x, axis):
     axis = None
-  lanes = (x.reshape((1,) * _AXES + x.shape),) if axis is None else split(x, axis)
-  lanes = tuple(jax.device_put(lane, jax.memory.Space.Host) for lane in lanes)
-  return Paged(lanes, axis or 0)
+  lanes = [x.reshape((1,) * _AXES + x.shape)] if axis is None else split(x, axis)
+  return Paged(tuple(map(placement.put, lanes)), axis or 0)
+
+
+def store_as(x: jax.Array, page: Paged) -> Paged:
+  """`x` in a page's place."""
+  first, *others = page.lanes
+  return store(x, page.axis if others else None, placement_of(first))
 
 
 def known_on_host(lane: Any) -> Any:
   """A lane, of which JAX is told where it is: shapes in `jax.eval_shape` may not know."""
-  return lane if on_host(lane) else jax.device_put(lane, jax.memory.Space.Host)
+  return PINNED_HOST.put(lane) if DEVICE.holds(lane) else lane
 
 
 def as_typed(page: Paged, like: Paged) -> Paged:
   """A page, in the memories that the types of `like` name."""
   pairs = zip(page.lanes, like.lanes, strict=True)
-  lanes = [jax.device_put(x, jax.typeof(y).memory_space) for x, y in pairs]
-  return Paged(tuple(lanes), page.axis)
+  return Paged(tuple(placement_of(y).put(x) for x, y in pairs), page.axis)
 
 
 def fetch(paged: Paged) -> jax.Array:
   """The array, on the device."""
-  lanes = [jax.device_put(lane, jax.memory.Space.Device) for lane in paged.lanes]
-  return joined(lanes, paged.axis)
+  return joined([*map(DEVICE.put, paged.lanes)], paged.axis)
 
 
 def split(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:

@@ -9,6 +9,7 @@ import jax
 from jax.core import Tracer
 
 from optax_lowmem._host_memory.pages import is_paged
+from optax_lowmem._host_memory.placement import DEVICE, PINNED_HOST, PLACEMENTS
 
 
 def state_bytes(tree: Any) -> dict[str, int]:
@@ -35,9 +36,9 @@ def state_bytes(tree: Any) -> dict[str, int]:
     >>> lowmem.state_bytes(lowmem.adam(1e-3, bits=8).init(params))
     {'device': 8708, 'pinned_host': 0}
   """
-  count = {"device": 0, "pinned_host": 0}
+  count = {placement.kind: 0 for placement in PLACEMENTS}
   leaves = [
-    ("pinned_host" if is_paged(x) else "device", leaf)
+    ((PINNED_HOST if is_paged(x) else DEVICE).kind, leaf)
     for x in jax.tree.leaves(tree, is_leaf=is_paged)
     for leaf in jax.tree.leaves(x)
   ]
@@ -52,6 +53,6 @@ def state_bytes(tree: Any) -> dict[str, int]:
     size = math.prod(leaf.shape)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
       size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * len(leaf.sharding.device_set)
-      kind = "pinned_host" if leaf.sharding.memory_kind == "pinned_host" else "device"
+      kind = leaf.sharding.memory_kind if leaf.sharding.memory_kind in count else DEVICE.kind
     count[kind] += size * leaf.dtype.itemsize
   return count

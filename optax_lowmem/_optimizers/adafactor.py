@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -12,14 +12,11 @@ import optax
 
 from optax_lowmem._arguments.checks import check
 from optax_lowmem._arguments.hyperparameters import checked
+from optax_lowmem._optimizers.factored import by_layer, unzipped, zeros_as
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._quantization.array import finite_or
-from optax_lowmem._sharding.shards import zeros_without
 from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._update.float32 import chain
-
-# The axes that `_by_layer` maps over: the count is one for all layers.
-_LAYERS: Any = optax.FactoredState(None, 0, 0, 0)  # pyright: ignore[reportArgumentType]
 
 
 @checked
@@ -142,7 +139,7 @@ def adafactor(
   }
   rms = optax.scale_by_factored_rms(factored, decay_rate, decay_offset, min_dim_size_to_factor, eps)
   tx: list[optax.GradientTransformation] = [
-    _in_groups(_by_layer(rms) if last_two_axes else rms, bits, **storage)
+    _in_groups(by_layer(rms) if last_two_axes else rms, bits, **storage)
   ]
   if clipping_threshold is not None:
     tx.append(optax.clip_by_block_rms(clipping_threshold))
@@ -212,9 +209,12 @@ def _in_groups(
 
   def init(params):
     state = tx.init(params)
-    rows = jax.tree.map(functools.partial(_placed, last=True), params, state.v_row)
-    columns = jax.tree.map(functools.partial(_placed, last=False), params, state.v_col)
+    rows = jax.tree.map(functools.partial(zeros_as, last=True), state.v_row, params)
+    columns = jax.tree.map(functools.partial(zeros_as, last=False), state.v_col, params)
     return state._replace(v_row=rows, v_col=columns)
+
+  def keep(new, old):  # what is not finite is never stored in a quantized array
+    return new if is_quantized(new) else finite_or(new, old)
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
@@ -227,64 +227,13 @@ def _in_groups(
     count = state.count
     for group in (False, True):
       members = [i for i, f in enumerate(is_factored) if f is group]
-      g, row, col, v, p = ([x[i] for i in members] for x in arrays)
-      u, new = tx.update(g, optax.FactoredState(state.count, row, col, v), p)
+      g, *stats, p = ([x[i] for i in members] for x in arrays)
+      u, new = tx.update(g, optax.FactoredState(state.count, *stats), p)
       count = new.count
-      for i, *result in zip(members, u, *new[1:], strict=True):
+      kept = (map(keep, *pair) for pair in zip(new[1:], stats, strict=True))
+      for i, *result in zip(members, u, *kept, strict=True):
         results[i] = result
-    u, *stats = _trees(treedef, results, 4)
-
-    def keep(new, old):  # what is not finite is never stored in a quantized array
-      return new if is_quantized(new) else finite_or(new, old)
-
-    stats = [
-      jax.tree.map(keep, new, old, is_leaf=is_quantized)
-      for new, old in zip(stats, state[1:], strict=True)
-    ]
+    u, *stats = unzipped(treedef, results, 4)
     return u, optax.FactoredState(count, *stats)
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _placed(p: jax.Array, mean: jax.Array, last: bool) -> jax.Array:
-  """Zeros of the shape of `mean`, which lie as the axes of `p` do that it was taken of."""
-  axes = [k for k in range(p.ndim) if (*p.shape[:k], *p.shape[k + 1 :]) == mean.shape]
-  if p.ndim < 2 or not axes:
-    return mean  # of an array that is not factored
-  return zeros_without(p, axes[-1 if last else 0])
-
-
-def _by_layer(rms: Any) -> optax.GradientTransformation:
-  """`rms` of each matrix in the last two axes by itself."""
-
-  def init(params):
-    def init_array(p):
-      fn = rms.init
-      for _ in range(p.ndim - 2):
-        fn = jax.vmap(fn, out_axes=_LAYERS)
-      return fn(p)[1:]
-
-    leaves, treedef = jax.tree.flatten(params)
-    stats = _trees(treedef, [init_array(p) for p in leaves], 3)
-    return optax.FactoredState(rms.init(()).count, *stats)
-
-  def update(updates, state, params=None):
-    def update_array(g, row, col, v, p):
-      fn = rms.update
-      for _ in range(g.ndim - 2):
-        fn = jax.vmap(fn, (0, _LAYERS, 0), (0, _LAYERS))
-      u, new = fn(g, optax.FactoredState(state.count, row, col, v), p)
-      return u, *new[1:]
-
-    grads, treedef = jax.tree.flatten(updates)
-    arrays = grads, *map(treedef.flatten_up_to, (*state[1:], params))
-    u, *stats = _trees(treedef, list(map(update_array, *arrays)), 4)
-    count = rms.update((), optax.FactoredState(state.count, (), (), ()), ())[1].count
-    return u, optax.FactoredState(count, *stats)
-
-  return optax.GradientTransformation(init, update)
-
-
-def _trees(treedef: Any, results: Sequence[Sequence[Any]], count: int) -> list[Any]:
-  """Trees of what is first in each of `results`, of what is second, …"""
-  return [treedef.unflatten([result[k] for result in results]) for k in range(count)]

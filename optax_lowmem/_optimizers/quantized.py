@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,18 +12,17 @@ import optax
 from optax_lowmem._arguments.checks import check_block_size, check_min_size, check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._arguments.masks import broadcast_mask, check_mask
-from optax_lowmem._programs.elementwise import NotElementwise, Program
-from optax_lowmem._quantization.array import QuantizedArray, encode
+from optax_lowmem._optimizers.initial_state import initial
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.codebooks import CodebookName
 from optax_lowmem._quantization.storage import Blockwise, Storage, by_field
-from optax_lowmem._sharding.shards import full_on_shards, on_mesh_of, on_shards
 from optax_lowmem._state.forms import check_forms
 from optax_lowmem._state.inner import check_dense, check_dtypes, check_fields, warn_if_unknown
-from optax_lowmem._state.moments import Kind, Place, field_of, kind_of, places
+from optax_lowmem._state.moments import Kind, field_of, kind_of, places
 from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
-from optax_lowmem._update.engine import update_dense, update_stored
+from optax_lowmem._update.engine import update_stored
 from optax_lowmem._update.extra_args import compiled_outside_jit
+from optax_lowmem._update.whole_arrays import update_dense
 
 _BITS = (32, 8, 4)
 _CODEBOOKS: dict[int, dict[Kind, CodebookName]] = {
@@ -79,7 +78,8 @@ def quantized(
       not stall. At 4 bits, slow first moments (Lion's, the second one of AdEMAMix) are much noisier
       than Adam's.
     storage: storage by field name, as ``{"mu": Blockwise("dynamic", 256)}``; overrides `bits`. What
-      its `store` returns must be an array or a `QuantizedArray`. A codebook or its name, as in
+      its `store` returns must be an array or a `QuantizedArray` that `load` reads as it is
+      (`Storage`). A codebook or its name, as in
       ``{"mu": "log8"}``, stands for a `Blockwise` of it, `block_size` and `min_size`.
     block_size: elements a scale; 64 by default. A moment costs `bits` / 8 + 4 / `block_size` bytes.
     min_size: moments of smaller arrays stay in float32.
@@ -90,7 +90,8 @@ def quantized(
     The transformation.
 
   Raises:
-    ValueError: for bad `bits`, `block_size` or `min_size`; from `init` if `storage` names a field
+    ValueError: for bad `bits`, `block_size` or `min_size`; for a storage of one's own with more
+      arithmetic than its form has; from `init` if `storage` names a field
       that the state does not have, if a function or a tree for `quantize_mask` is False throughout,
       if `inner`'s state is quantized or paged already, or was given a dtype for what is to
       be quantized; from `update`, for gradients of other shapes than the parameters, or a state
@@ -146,7 +147,7 @@ def quantized(
     check_dtypes(jax.tree.leaves(shaped), moments, storages)
     if bits != 32 and not any(storages):
       warn_if_unknown(shaped, moments, allowed, leaves, min_size)
-    return unbox_quantized(_initial(inner.init, leaves, treedef, moments, storages))
+    return unbox_quantized(initial(inner.init, leaves, treedef, moments, storages))
 
   def storage_of(state, moment):
     """The storage of a moment, if it is to have one."""
@@ -170,84 +171,6 @@ def quantized(
 
   run = checked if bits == 32 and not storage else compiled_outside_jit(checked)
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _initial(
-  init: Callable[[Any], Any],
-  leaves: Sequence[Any],
-  treedef: Any,
-  moments: Sequence[Place],
-  storages: Sequence[Storage | None],
-) -> Any:
-  """The state that `init` makes of the parameters; moments that start uniform are never dense."""
-
-  def flat_init(*leaves):
-    return init(treedef.unflatten(leaves))
-
-  def store(value, storage):
-    return value if storage is None else storage.store(value)
-
-  shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.float32) for p in leaves]
-  try:
-    program = Program(flat_init, shapes, range(len(leaves)))
-  except NotElementwise:  # drawn at random, say
-    flat, out_tree = jax.tree.flatten(flat_init(*map(_in_float32, leaves)))
-    return out_tree.unflatten(map(store, flat, storages))
-  env = program.run_shared(shapes)
-  state = []
-  for k, (moment, storage) in enumerate(zip(moments, storages, strict=True)):
-    owner = program.owners[k]
-    if owner is not None:
-      value = _made_of(leaves[owner], program, owner, env, k, storage)
-    elif moment.owner is not None and program.is_uniform(k):
-      value = _full_like(leaves[moment.owner], program.uniform_value(k, env), storage)
-    else:
-      value = store(on_mesh_of(leaves, program.shared_result(k, env)), storage)
-    state.append(value)
-  return program.out_tree.unflatten(state)
-
-
-def _made_of(
-  leaf: Any, program: Program, owner: int, env: Any, position: int, storage: Storage | None
-) -> Any:
-  """The moment at `position`, which `program` makes of the parameter `leaf`, stored."""
-  form = _form(leaf, jnp.float32, storage)
-
-  def run(values, shared):
-    dense = {owner: _in_float32(values[owner])}
-    made = program.run_leaf(owner, env | shared, dense, [position])[position]
-    if not isinstance(form, QuantizedArray):
-      return {-1: made.astype(form.dtype)}
-    return {-1: encode(made, form.codebook, form.block)}
-
-  shared = {i: env[i] for i in program.outline([owner], [position])[1]}
-  return on_shards(run, {owner: leaf}, shared, {-1: form})[-1]
-
-
-def _full_like(leaf: Any, value: jax.Array, storage: Storage | None) -> Any:
-  """A moment of `leaf`'s shape (and sharding) that is `value` everywhere, stored."""
-  form = _form(leaf, value.dtype, storage)
-  if not isinstance(form, QuantizedArray):
-    return full_on_shards(leaf, form, [value])
-  one = encode(value.reshape(1), form.codebook, (1,))
-  code = one.codes if form.codebook.bits == 8 else (one.codes >> 4) * 17  # in both halves
-  return full_on_shards(leaf, form, [code.reshape(()), one.scales.reshape(())])
-
-
-def _form(leaf: Any, dtype: Any, storage: Storage | None) -> Any:
-  """Shapes and dtypes of a moment of `leaf`'s shape and that dtype, as it is stored."""
-  dense = jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
-  return dense if storage is None else jax.eval_shape(storage.store, dense)
-
-
-def _in_float32(p: Any) -> jax.Array:
-  """A parameter whose values are needed."""
-  if isinstance(p, jax.ShapeDtypeStruct):
-    raise TypeError(
-      "this state starts from the values of the parameters, and a `jax.ShapeDtypeStruct` has none. "
-      "For shapes alone, use `jax.eval_shape(tx.init, params)`."
-    )
-  return jnp.asarray(p, jnp.float32)
 
 
 def _check_floating(params: Any) -> None:

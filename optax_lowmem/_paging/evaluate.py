@@ -1,6 +1,6 @@
-"""A function evaluated over pages, which rest in host memory, a few rows at a time.
+"""A jaxpr evaluated over pages, which rest in host memory, a few rows at a time.
 
-A function of a whole tree, as an optimizer's update is, is traced once. What updates one parameter
+It is that of a function of a whole tree, as an optimizer's update is. What updates one parameter
 row by row becomes one loop, which fetches a few rows of its pages, computes, and stores them. Pages
 that something needs whole, a norm say, are fetched by a loop just before, and stored by another.
 Nothing is put in order but by what is made of what: so each parameter can be updated as soon as its
@@ -11,94 +11,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jec
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from optax_lowmem._host_memory.pages import Paged, fetch, is_paged, known_on_host, store
-from optax_lowmem._paging.device_parts import lies_unknown, on_parts
+from optax_lowmem._host_memory.pages import Paged, is_paged
+from optax_lowmem._paging.device_parts import on_parts
 from optax_lowmem._paging.order import gradients, ordered
-from optax_lowmem._paging.regions import Region, find_regions, is_var
+from optax_lowmem._paging.regions import Region, find_regions
 from optax_lowmem._paging.row_loops import Rows, over_rows
 from optax_lowmem._programs.inlined_calls import opened
 from optax_lowmem._programs.outputs import inputs_of, subprogram
-from optax_lowmem._quantization.tangents import PAGES, without_tangent
-from optax_lowmem._update.announced import Announced, listening
+from optax_lowmem._programs.primitives import is_var
+from optax_lowmem._update.announced import Announced
 
 
-def stream(
-  fn: Callable[..., Any],
-  args: Any,
-  paged_results: Callable[[Any], Iterable[int]],
-  replaced: int,
-  max_bytes: int,
-) -> tuple[list[Any], Any]:
-  """Evaluates `fn(*args)` with some of its flat arguments and results in host memory.
-
-  On a CPU, where host and device are one memory, it is evaluated at once; and so it is where only
-  the compiler knows how the pages are cut (`lies_unknown`).
-
-  Args:
-    fn: a traceable function.
-    args: its arguments; in the flattened tuple there may be `Paged`.
-    paged_results: given the shapes of the result, the flat positions that are to be `Paged`; at
-      these positions there are pages among the arguments.
-    replaced: this many flat arguments are not needed after, and results may take their place.
-    max_bytes: most bytes of pages, old and new, on the device at a time.
-
-  Returns:
-    The flat results and the structure of the result.
-
-  Raises:
-    ValueError: if `fn` has callbacks that are to be called in order.
-  """
-  flat, treedef = jax.tree.flatten(args, is_leaf=is_paged)
-  flat: list[Any] = [jax.tree.map(known_on_host, x) if is_paged(x) else _constant(x) for x in flat]
-  shapes = [jax.eval_shape(fetch, x) if is_paged(x) else x for x in flat]
-
-  def on_flat(*flat):
-    return fn(*treedef.unflatten(flat))
-
-  with listening() as heard:
-    closed, out_shape = jax.make_jaxpr(on_flat, return_shape=True)(*shapes)
-  if any(str(effect).startswith("Ordered") for effect in closed.effects):
-    # jax 0.10 to 0.12 forget the token among the memories of a program's results.
-    raise ValueError(
-      "`offloaded` was given a transformation with an ordered callback, and JAX compiles no "
-      "program that has one beside arrays in host memory. Pass `ordered=False` to `io_callback` "
-      "or `jax.debug.print`, or call it outside of the compiled step."
-    )
-  # A CPU takes sums as it does without pages.
-  whole = jax.make_jaxpr(lambda *flat: on_flat(*flat))(*shapes) if heard.phases else closed
-  closed, whole = (jec.ClosedJaxpr(x.jaxpr, [*map(_constant, x.consts)]) for x in (closed, whole))
-  wanted = list(paged_results(out_shape))
-
-  def at_once(*flat):
-    new = jec.jaxpr_as_fun(whole)(*(fetch(x) if is_paged(x) else x for x in flat))
-    for k in wanted:
-      new[k] = store(new[k], flat[k].axis if len(flat[k].lanes) > 1 else None)
-    return new
-
-  def by_rows(*flat):
-    return _Run(closed, heard.updates, flat, wanted, replaced, max_bytes).results()
-
-  if lies_unknown([x for x in flat if is_paged(x)]):
-    results = at_once(*flat)
-  else:
-    results = jax.lax.platform_dependent(*flat, cpu=at_once, default=by_rows)
-  return list(results), jax.tree.structure(out_shape)
-
-
-def _constant(x: Any) -> jax.Array:
-  """An array that is not differentiated: JAX has no derivative of loops over host memory."""
-  return without_tangent(jnp.asarray(x), PAGES)
-
-
-class _Run:
+class Evaluation:
   """One evaluation of a jaxpr over pages."""
 
   def __init__(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -24,11 +23,11 @@ from optax_lowmem._host_memory.capacity import (
   path_test,
   shard_bytes,
 )
-from optax_lowmem._host_memory.pages import as_typed, is_paged, lane_axis, nbytes, store
-from optax_lowmem._paging.evaluate import stream
+from optax_lowmem._host_memory.pages import as_typed, is_paged, lane_axis, store
+from optax_lowmem._host_memory.placement import DEVICE
+from optax_lowmem._paging.lazy_state import lazy_state, made
+from optax_lowmem._paging.stream import stream
 from optax_lowmem._paging.surroundings import check_keeps_memory, check_outermost, in_eval_shape
-from optax_lowmem._programs.outputs import one_by_one
-from optax_lowmem._sharding.shards import on_mesh_of
 from optax_lowmem._state.gradients import check_gradients
 from optax_lowmem._state.leaves import is_stored
 from optax_lowmem._state.moments import is_quantized
@@ -116,7 +115,7 @@ def offloaded(
   check_transformation("inner", inner)
   if isinstance(min_bytes, bool) or not isinstance(min_bytes, int) or min_bytes < 0:
     raise ValueError(f"`min_bytes` must be an integer of at least 0, got {min_bytes!r}.")
-  if fallback not in (None, "device"):
+  if fallback not in (None, DEVICE.kind):
     raise ValueError(f"`fallback` must be 'device' or None, got {fallback!r}.")
   allowed = path_test(where)
   budget = None if device_budget is None else bytes_of("device_budget", device_budget)
@@ -130,7 +129,7 @@ def offloaded(
       return inner.init(params)
     check_outermost()
     check_keeps_memory(params)
-    state = _init(inner.init, params, bound)
+    state = lazy_state(inner.init, params, bound)
     leaves, treedef = jax.tree.flatten(state, is_leaf=is_paged)
     check_where(where, allowed, state)
     chosen = choose(state, allowed, min_bytes, budget)
@@ -140,8 +139,8 @@ def offloaded(
     size = here * sum(shard_bytes(leaves[k]) for k in chosen)
     check_pool(devices[0].platform, size, os.environ)
     for k in sorted(chosen):
-      leaves[k] = store(_made(leaves[k]), axes[k])
-    state = jax.tree.map(_made, treedef.unflatten(leaves))
+      leaves[k] = store(made(leaves[k]), axes[k])
+    state = jax.tree.map(made, treedef.unflatten(leaves))
     return _committed(state, devices) if chosen else state
 
   def update(updates, state, params=None, **extra_args):
@@ -195,46 +194,6 @@ def offloaded(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Lazy:
-  """An array of a new state that is made when it is needed."""
-
-  def __init__(self, shape: Any, make: Callable[[], jax.Array], device: Any):
-    self.shape, self.dtype = shape.shape, shape.dtype
-    self._make, self._device = make, device
-
-  def __call__(self) -> jax.Array:
-    with jax.default_device(self._device):  # where no parameter says where
-      return self._make()
-
-
-def _init(init: Callable[[Any], Any], params: Any, bound: int) -> Any:
-  """`init(params)`; above `bound` bytes, its arrays are made one by one: all may not fit."""
-  arrays = [x for x in jax.tree.leaves(params) if hasattr(x, "dtype")]
-  if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray) for x in arrays):
-    return init(params)
-  devices = devices_of(params)
-  if len(devices) > 1:  # traced, it would not see how the parameters lie
-    return _on_all(init(params), arrays)
-  makers, shapes = one_by_one(init, params)
-  leaves, treedef = jax.tree.flatten(shapes)
-  if sum(map(nbytes, leaves)) <= bound:
-    return init(params)
-  return treedef.unflatten([_Lazy(*pair, devices[0]) for pair in zip(leaves, makers, strict=True)])
-
-
-def _on_all(state: Any, params: Sequence[Any]) -> Any:
-  """`state`, what was made on one device, as a count, being on all those of the parameters' mesh.
-
-  As a page it would be bound to the one.
-  """
-
-  def one(x):
-    alone = isinstance(x, jax.Array) and len(x.sharding.device_set) == 1
-    return on_mesh_of(params, x) if alone else x
-
-  return jax.tree.map(one, state)
-
-
 def _lane_axes(state: Any) -> list[int | None]:
   """For each leaf, the axis by which it is dealt out; for codes and scales it is the same."""
 
@@ -248,10 +207,6 @@ def _lane_axes(state: Any) -> list[int | None]:
     parts = jax.tree.leaves(x, is_leaf=is_paged)
     axes += [axis(part, x) if hasattr(part, "shape") else None for part in parts]
   return axes
-
-
-def _made(x: Any) -> Any:
-  return x() if isinstance(x, _Lazy) else x
 
 
 def _committed(state: Any, devices: Sequence[Any]) -> Any:

@@ -6,8 +6,9 @@ import heapq
 from collections.abc import Sequence
 from typing import Any
 
-from optax_lowmem._paging.regions import Region, is_var
+from optax_lowmem._paging.regions import Region
 from optax_lowmem._programs.outputs import inputs_of
+from optax_lowmem._programs.primitives import is_var
 
 
 def ordered(jaxpr: Any, regions: Sequence[Region]) -> list[int | Region]:

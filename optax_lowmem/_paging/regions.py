@@ -14,10 +14,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.extend.core as jec
-
 from optax_lowmem._host_memory.pages import Paged
-from optax_lowmem._programs.elementwise import ELEMENTWISE
+from optax_lowmem._programs.primitives import ELEMENTWISE, is_var
 
 RESULT = -1  # reads a variable, as the equations at 0, 1, … do
 
@@ -37,10 +35,6 @@ class Region:
   equations: list[int]
   stores: list[int] = dataclasses.field(default_factory=list)
   outputs: list[Any] = dataclasses.field(default_factory=list)
-
-
-def is_var(atom: Any) -> bool:
-  return not isinstance(atom, jec.Literal)
 
 
 def find_regions(

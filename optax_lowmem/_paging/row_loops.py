@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from optax_lowmem._host_memory.pages import Paged, nbytes, without_page_axes
+from optax_lowmem._host_memory.placement import DEVICE, placement_of
 from optax_lowmem._programs.fences import fence
 
 # Most bytes of pages a trip, old and new. A quarter of it is under way at a time, 0.3 ms at 25
@@ -103,10 +104,10 @@ def over_rows(
   # where each trip copies from: that of jax 0.10.2 by the number of the trip whatever the index is,
   # and that of 0.12 has a kernel copy where the index is not linear in it. docs/xla_notes.md#trip
   def fetch(x, i):
-    return jax.device_put(jax.lax.dynamic_index_in_dim(x, i, 0, False), jax.memory.Space.Device)
+    return DEVICE.put(jax.lax.dynamic_index_in_dim(x, i, 0, False))
 
   def store(x, tile, i):
-    tile = jax.device_put(tile[None], jax.memory.Space.Host)
+    tile = placement_of(x).put(tile[None])
     return jax.lax.dynamic_update_slice(x, tile, (i, *(0,) * (x.ndim - 1)))
 
   def trip(i, carry):

@@ -1,4 +1,4 @@
-"""The proof that a rule is elementwise, and the rule cut up leaf by leaf.
+"""The proof that a rule is elementwise, and its equations, each with the leaf that it belongs to.
 
 Tiling a rule that reduces over a leaf would be silently wrong, so elementwise is proved, never
 assumed. The rule is traced once, on abstract arrays of the true shapes (so that a mask that looks
@@ -14,28 +14,11 @@ inputs belong to:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.extend.core as jec
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jax.sharding import AxisType
-
-from optax_lowmem._programs.flat_jaxpr import CALLS
-
-# Primitives whose every output element depends on just the same element of each operand.
-ELEMENTWISE = frozenset(
-  """
-  abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-  copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
-  le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
-  rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
-  stop_gradient sub tan tanh xor
-  """.split()
-)
+from optax_lowmem._programs.flat_jaxpr import Operation, flattened
+from optax_lowmem._programs.primitives import ELEMENTWISE
 
 
 class NotElementwise(Exception):
@@ -43,7 +26,7 @@ class NotElementwise(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ref:
+class Ref:
   """A value of the program.
 
   `owner` is the index of the leaf it belongs to, or None. A value without owner is `uniform` if it
@@ -57,282 +40,80 @@ class _Ref:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Op:
+class Op:
+  """An equation; `on_scalars` if elementwise on uniform values: one element is enough."""
+
   primitive: Any
   params: dict[str, Any]
-  inputs: tuple[_Ref, ...]
-  outputs: tuple[_Ref, ...]
-  on_scalars: bool  # elementwise on uniform values: one element is enough
+  inputs: tuple[Ref, ...]
+  outputs: tuple[Ref, ...]
+  on_scalars: bool
 
 
-class Program:
-  """A function that was proved elementwise, ready to be run leaf by leaf.
+class Proof:
+  """What was proved of a program.
 
   Attributes:
-    out_tree: structure of the function's result.
-    owners: for each flat result, the leaf it belongs to, or None.
+    inputs: its arguments.
+    outputs: its results.
+    constants: values that are known.
+    ops: by owner, the operations in an order in which they can be run.
   """
 
-  def __init__(self, fn: Callable[..., Any], args: Sequence[Any], owners: Sequence[int | None]):
-    """Traces `fn(*args)` and proves it.
+  def __init__(self, closed: Any, owners: Sequence[int | None]):
+    """Proves that a closed jaxpr is elementwise.
 
     Args:
-      fn: the function, of flat arguments, returning any pytree.
-      args: a `jax.ShapeDtypeStruct` for every argument.
+      closed: the jaxpr.
       owners: for every argument the leaf it belongs to, or None.
 
     Raises:
-      NotElementwise: if the proof fails.
+      NotElementwise: if it is not.
     """
-    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    self.out_tree = jax.tree.structure(out_shape)
-    self._count = 0
-    self._constants: list[tuple[_Ref, Any]] = []
-    self._ops: dict[int | None, list[_Op]] = {}  # by owner
-    self._inputs = [
-      self._ref(var.aval, owner, owner is None and not var.aval.shape)
-      for var, owner in zip(closed.jaxpr.invars, owners, strict=True)
-    ]
     if closed.effects:
       raise NotElementwise(f"it has side effects: {closed.effects}")
-    constants = [self._constant(value) for value in closed.consts]
-    self._outputs = self._walk(closed.jaxpr, constants, self._inputs)
-    self.owners = [ref.owner for ref in self._outputs]
-    self._before: dict[int, int] = {}
+    self._count = 0
+    self.constants: list[tuple[Ref, Any]] = []
+    self.ops: dict[int | None, list[Op]] = {}
+    flat = flattened(closed)
+    self.inputs = [
+      self._ref(value.aval, owner, owner is None and not value.aval.shape)
+      for value, owner in zip(flat.inputs, owners, strict=True)
+    ]
+    refs = dict(zip(flat.inputs, self.inputs, strict=True))
+    for value, known in flat.constants.items():
+      refs[value] = self._ref(value.aval, None, not value.aval.shape)
+      self.constants.append((refs[value], known))
+    for operation in flat.operations:
+      made = self._append(operation, [refs[value] for value in operation.inputs])
+      refs.update(zip(operation.outputs, made, strict=True))
+    self.outputs = [refs[value] for value in flat.outputs]
 
-  def run_shared(self, args: Sequence[Any]) -> dict[int, Any]:
-    """Runs the part that belongs to no leaf; returns the environment for `run_leaf`.
-
-    Args:
-      args: the arguments without owner; what stands at the others' places is ignored.
-    """
-    env = {ref.index: value for ref, value in self._constants}
-    env |= {r.index: v for r, v in zip(self._inputs, args, strict=True) if r.owner is None}
-    for op in self._ops.get(None, ()):
-      _bind(op, env)
-    return env
-
-  def run_leaf(
-    self,
-    leaf: int,
-    env: dict[int, Any],
-    args: Mapping[int, jax.Array],
-    results: Iterable[int],
-    given: Mapping[int, jax.Array] | None = None,
-  ) -> dict[int, jax.Array]:
-    """Computes results of one leaf, on all of it or on a tile of any shape.
-
-    Args:
-      leaf: the index of the leaf.
-      env: what `run_shared` returned.
-      args: by position, the leaf's arguments that are needed, all of one shape.
-      results: positions of the wanted flat results; they belong to the leaf or are uniform.
-      given: by position, results that are taken as they are instead of being computed, also where
-        other results are made of them.
-
-    Returns:
-      The results by position.
-    """
-    env, wanted = dict(env), list(results)
-    env.update((self._inputs[k].index, x) for k, x in args.items())
-    env.update((self._outputs[k].index, x) for k, x in (given or {}).items())
-    like = next(iter(args.values()))
-    form = like.shape, _explicit_sharding(like)
-    for op in self._needed(leaf, wanted, given or {})[0]:
-      _bind(op, env, form)
-    refs = ((k, self._outputs[k]) for k in wanted)
-    return {k: _full(r, env[r.index], *form) if r.uniform else env[r.index] for k, r in refs}
-
-  def arguments_of(self, leaf: int, results: Iterable[int], given: Iterable[int]) -> set[int]:
-    """Positions of the leaf's arguments that `results` are made of, where `given` are known."""
-    return self._needed(leaf, results, given)[1]
-
-  def before_parameters(self, leaf: int, moving: Sequence[int]) -> int:
-    """The position of the last value behind a result that is made without the parameter.
-
-    Weight decay, learning rate and their like are applied to one value that the rest of a rule
-    makes. That value becomes a further result of the program.
-
-    Args:
-      leaf: the index of the leaf; also the position of the result.
-      moving: positions of the arguments that the rule works on: gradient and state.
-
-    Returns:
-      Its position; `leaf` itself if the result needs no parameter, or more than one such value.
-    """
-    if leaf in self._before:
-      return self._before[leaf]
-    moved = {self._inputs[k].index for k in moving}
-    for op in self._ops.get(leaf, ()):
-      if moved & {ref.index for ref in op.inputs}:
-        moved.update(ref.index for ref in op.outputs)
-    maker = {ref.index: op for op in self._ops.get(leaf, ()) for ref in op.outputs}
-    value, found = self._outputs[leaf], None
-    while (op := maker.get(value.index)) is not None:
-      from_moving = {ref.index: ref for ref in op.inputs if ref.index in moved}
-      if len(from_moving) != 1:
-        break
-      (value,) = from_moving.values()
-      if any(ref.owner is not None and ref.index not in moved for ref in op.inputs):
-        found = value
-    if found is None or found.index not in maker or found.aval.dtype != jnp.float32:
-      self._before[leaf] = leaf
-    else:
-      self._before[leaf] = len(self._outputs)
-      self._outputs.append(found)
-      self.owners.append(leaf)
-    return self._before[leaf]
-
-  def outline(self, arguments: Sequence[int], results: Sequence[int]) -> tuple[Any, list[int]]:
-    """What the part of one leaf does, whichever leaf it is.
-
-    Args:
-      arguments: positions of the leaf's arguments.
-      results: positions of its results.
-
-    Returns:
-      A key, equal for leaves whose parts are the same operations on the same constants, and the
-      indices in the environment of the scalars that the part needs besides, in the key's order.
-    """
-    constants = {
-      ref.index: value
-      for ref, value in self._constants
-      if ref.uniform and not isinstance(value, Tracer)
-    }
-    names: dict[int, Any] = {
-      self._inputs[k].index: ("argument", n) for n, k in enumerate(arguments)
-    }
-    scalars: list[int] = []
-
-    def name(ref):
-      if ref.index not in names and ref.index in constants:
-        value = np.asarray(constants[ref.index])
-        names[ref.index] = "constant", str(value.dtype), value.tobytes()
-      elif ref.index not in names:
-        names[ref.index] = "scalar", len(scalars)
-        scalars.append(ref.index)
-      return names[ref.index], ref.uniform, ref.aval.dtype, ref.aval.weak_type
-
-    ops = []
-    leaf = self._inputs[arguments[0]].owner
-    assert leaf is not None
-    for op in self._needed(leaf, results, ())[0]:
-      ops.append((op.primitive, repr(op.params), op.on_scalars, *map(name, op.inputs)))
-      names.update((ref.index, ("made", len(ops), n)) for n, ref in enumerate(op.outputs))
-    return (tuple(ops), tuple(name(self._outputs[k]) for k in results)), scalars
-
-  def _needed(
-    self, leaf: int, results: Iterable[int], given: Iterable[int]
-  ) -> tuple[list[_Op], set[int]]:
-    """The operations of a leaf behind `results`, in order, and the arguments they start from."""
-    known = {self._outputs[k].index for k in given}
-    needed = {self._outputs[k].index for k in results} - known
-    ops = []
-    for op in reversed(self._ops.get(leaf, ())):
-      if needed & {ref.index for ref in op.outputs}:
-        ops.append(op)
-        needed |= {ref.index for ref in op.inputs} - known
-    arguments = {k for k, ref in enumerate(self._inputs) if ref.index in needed}
-    return ops[::-1], {k for k in arguments if self._inputs[k].owner == leaf}
-
-  def shared_result(self, position: int, env: dict[int, Any]) -> jax.Array:
-    """The flat result at `position`, which belongs to no leaf."""
-    ref = self._outputs[position]
-    value = env[ref.index]
-    return _full(ref, value, ref.aval.shape) if ref.uniform else jnp.asarray(value)
-
-  def is_uniform(self, position: int) -> bool:
-    """Whether the flat result at `position` is the same everywhere."""
-    return self._outputs[position].uniform
-
-  def returns_argument(self, position: int) -> int | None:
-    """The position of the argument that the flat result at `position` is, if it is one."""
-    index = self._outputs[position].index
-    return next((k for k, ref in enumerate(self._inputs) if ref.index == index), None)
-
-  def uniform_value(self, position: int, env: dict[int, Any]) -> jax.Array:
-    """The scalar that fills a uniform result."""
-    ref = self._outputs[position]
-    return _full(ref, env[ref.index], ())
-
-  def _ref(self, aval: Any, owner: int | None, uniform: bool) -> _Ref:
+  def _ref(self, aval: Any, owner: int | None, uniform: bool) -> Ref:
     self._count += 1
-    return _Ref(self._count, aval, owner, uniform)
+    return Ref(self._count, aval, owner, uniform)
 
-  def _constant(self, value: Any) -> _Ref:
-    ref = self._ref(jax.typeof(value), None, not jnp.shape(value))
-    self._constants.append((ref, value))
-    return ref
-
-  def _walk(self, jaxpr: Any, constants: Sequence[_Ref], inputs: Sequence[_Ref]) -> list[_Ref]:
-    """Appends the operations of `jaxpr`, calls inlined; returns the refs of its results."""
-    refs: dict[Any, _Ref] = dict(zip(jaxpr.constvars, constants, strict=True))
-    refs.update(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(atom):
-      return self._constant(atom.val) if isinstance(atom, jec.Literal) else refs[atom]
-
-    for eqn in jaxpr.eqns:
-      operands = [read(atom) for atom in eqn.invars]
-      name = eqn.primitive.name
-      inner = eqn.params.get(CALLS.get(name, ""))
-      if inner is not None:
-        inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-        results = self._walk(inner, [self._constant(c) for c in consts], operands)
-      else:
-        results = self._append(eqn, operands)
-      refs.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-  def _append(self, eqn: Any, operands: list[_Ref]) -> list[_Ref]:
-    name = eqn.primitive.name
+  def _append(self, operation: Operation, operands: list[Ref]) -> list[Ref]:
+    name = operation.primitive.name
     leaves = {ref.owner for ref in operands} - {None}
     if len(leaves) > 1:
       raise NotElementwise(f"{name!r} mixes two leaves")
     owner = leaves.pop() if leaves else None
     elementwise = name in ELEMENTWISE
     if name == "broadcast_in_dim":
-      (operand, *_), aval = operands, eqn.outvars[0].aval
+      (operand, *_), aval = operands, operation.outputs[0].aval
       if operand.uniform or (owner is not None and operand.aval.shape == aval.shape):
         return [dataclasses.replace(operand, aval=aval)]  # the same value, spread
     if owner is None:
       on_scalars = elementwise and all(ref.uniform for ref in operands)
-      uniform = on_scalars or not any(var.aval.shape for var in eqn.outvars)
+      uniform = on_scalars or not any(value.aval.shape for value in operation.outputs)
     else:
       on_scalars = uniform = False
       if not elementwise:
         raise NotElementwise(f"{name!r} is not elementwise")
       if not all(ref.owner is not None or ref.uniform for ref in operands):
         raise NotElementwise(f"{name!r} reads an array that belongs to no leaf")
-    outputs = tuple(self._ref(var.aval, owner, uniform) for var in eqn.outvars)
-    op = _Op(eqn.primitive, eqn.params, tuple(operands), outputs, on_scalars)
-    self._ops.setdefault(owner, []).append(op)
+    outputs = tuple(self._ref(value.aval, owner, uniform) for value in operation.outputs)
+    op = Op(operation.primitive, operation.params, tuple(operands), outputs, on_scalars)
+    self.ops.setdefault(owner, []).append(op)
     return list(outputs)
-
-
-def _full(ref: _Ref, value: Any, shape: tuple[int, ...], sharding: Any = None) -> jax.Array:
-  return jnp.broadcast_to(jnp.asarray(value, ref.aval.dtype), shape, out_sharding=sharding)
-
-
-def _explicit_sharding(x: Any) -> Any:
-  """How `x` lies on a mesh of explicit axes, where a selection asks for operands that lie alike."""
-  sharding = jax.typeof(x).sharding
-  return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
-
-
-def _bind(op: _Op, env: dict[int, Any], form: tuple[tuple[int, ...], Any] | None = None) -> None:
-  """Evaluates one operation; `form` is the tile's shape and sharding, or None if it has no leaf."""
-  values = []
-  for ref in op.inputs:
-    value = env[ref.index]
-    if ref.uniform:
-      spread = ((),) if op.on_scalars else form or (ref.aval.shape,)
-      value = _full(ref, value, *spread)
-    values.append(value)
-  params = op.params
-  if params.get("sharding") is not None and (op.on_scalars or form is not None):
-    params = params | {"sharding": None}  # that of the whole array, not of an element or a tile
-  results = op.primitive.bind(*values, **params)
-  if not op.primitive.multiple_results:
-    results = [results]
-  env.update(zip((ref.index for ref in op.outputs), results, strict=True))

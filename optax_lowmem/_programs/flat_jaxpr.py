@@ -8,14 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jec
 
-# Primitives that only wrap a jaxpr, and the parameter that holds it.
-CALLS = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-    "remat": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-}  # fmt: skip
+from optax_lowmem._programs.primitives import called, is_var
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,34 +56,38 @@ class Flat:
   outputs: list[Value]
 
 
-def flattened(closed: Any) -> Flat:
-  """A closed jaxpr as one list of operations."""
+def flattened(closed: Any, custom: bool = True) -> Flat:
+  """A closed jaxpr as one list of operations.
+
+  Args:
+    closed: the jaxpr.
+    custom: whether calls are inlined that have a derivative of their own, which is lost by that.
+  """
   inputs = [Value(v.aval) for v in closed.jaxpr.invars]
   flat = Flat(inputs, {}, [], [])
-  flat.outputs = _walk(flat, closed.jaxpr, closed.consts, inputs)
+  flat.outputs = _walk(flat, closed, inputs, custom)
   return flat
 
 
-def _walk(flat: Flat, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
+def _walk(flat: Flat, closed: Any, inputs: Sequence[Value], custom: bool) -> list[Value]:
   def constant(value):
     known = Value(jax.typeof(value))
     flat.constants[known] = value
     return known
 
-  env = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
-  env |= dict(zip(jaxpr.invars, inputs, strict=True))
+  env = dict(zip(closed.jaxpr.constvars, map(constant, closed.consts), strict=True))
+  env |= dict(zip(closed.jaxpr.invars, inputs, strict=True))
 
   def read(atom):
-    return constant(atom.val) if isinstance(atom, jec.Literal) else env[atom]
+    return env[atom] if is_var(atom) else constant(atom.val)
 
-  for eqn in jaxpr.eqns:
+  for eqn in closed.jaxpr.eqns:
     operands = [read(atom) for atom in eqn.invars]
-    inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
+    inner = called(eqn, custom)
     if inner is None:
       made = [Value(v.aval) for v in eqn.outvars]
       flat.operations.append(Operation(eqn.primitive, eqn.params, tuple(operands), tuple(made)))
     else:
-      inner, known = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-      made = _walk(flat, inner, known, operands)
+      made = _walk(flat, inner, operands, custom)
     env.update(zip(eqn.outvars, made, strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
+  return [read(atom) for atom in closed.jaxpr.outvars]

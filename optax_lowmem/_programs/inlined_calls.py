@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jec
 
-from optax_lowmem._programs.flat_jaxpr import CALLS
 from optax_lowmem._programs.outputs import inputs_of, subprogram
+from optax_lowmem._programs.primitives import called, is_var
 
 
 def opened(closed: Any, wanted: set[int], closes: Callable[[Any], bool]) -> Any:
@@ -28,15 +27,16 @@ def opened(closed: Any, wanted: set[int], closes: Callable[[Any], bool]) -> Any:
     A closed jaxpr of the same function.
   """
 
-  def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], wanted: set[int]) -> Any:
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+  def run(closed: Any, args: Sequence[Any], wanted: set[int]) -> Any:
+    jaxpr = closed.jaxpr
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
     touched = {jaxpr.invars[k] for k in wanted}
 
     def read(atom: Any) -> Any:
-      return atom.val if isinstance(atom, jec.Literal) else env[atom]
+      return env[atom] if is_var(atom) else atom.val
 
     for eqn in jaxpr.eqns:
-      at = {k for k, v in enumerate(eqn.invars) if not _known(v) and v in touched}
+      at = {k for k, v in enumerate(eqn.invars) if is_var(v) and v in touched}
       values = None if not at or closes(eqn) else _inside(eqn, [*map(read, eqn.invars)], at, run)
       if values is None:
         inputs = inputs_of([eqn])
@@ -47,34 +47,27 @@ def opened(closed: Any, wanted: set[int], closes: Callable[[Any], bool]) -> Any:
     return [read(v) for v in jaxpr.outvars]
 
   shapes = [_shaped(v.aval) for v in closed.jaxpr.invars]
-  return jax.make_jaxpr(lambda *xs: run(closed.jaxpr, closed.consts, xs, wanted))(*shapes)
+  return jax.make_jaxpr(lambda *xs: run(closed, xs, wanted))(*shapes)
 
 
 def _inside(eqn: Any, args: list[Any], at: set[int], run: Callable[..., Any]) -> Any:
   """The results of an equation, of what is inside; None if it is not to be opened."""
-  name = eqn.primitive.name
-  if name == "cond" and not eqn.params.get("branches_platforms"):
+  if eqn.primitive.name == "cond" and not eqn.params.get("branches_platforms"):
     index, *operands = args
     branches, kinds = eqn.params["branches"], [v.aval for v in eqn.outvars]
     if eqn.effects or len(branches) != 2:
       return None
-    results = [run(b.jaxpr, b.consts, operands, {k - 1 for k in at}) for b in branches]
+    results = [run(branch, operands, {k - 1 for k in at}) for branch in branches]
     return [
       x
       if x is y
       else jax.lax.select_n(index != 0, *(jax.numpy.asarray(z, k.dtype) for z in (x, y)))
       for x, y, k in zip(*results, kinds, strict=True)
     ]
-  inner = eqn.params.get(CALLS.get(name, ""))
-  if inner is None:
-    return None
-  return run(inner.jaxpr, inner.consts, args, at)
+  inner = called(eqn)
+  return None if inner is None else run(inner, args, at)
 
 
 def _shaped(aval: Any) -> jax.ShapeDtypeStruct:
   explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
   return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding if explicit else None)
-
-
-def _known(atom: Any) -> bool:
-  return isinstance(atom, jec.Literal)

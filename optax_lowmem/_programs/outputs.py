@@ -9,6 +9,8 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 
+from optax_lowmem._programs.primitives import is_var
+
 
 def subprogram(jaxpr: Any, equations: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
   """Some equations of a jaxpr as a function of `inputs` that returns a list of `outputs`."""
@@ -22,7 +24,7 @@ def inputs_of(equations: list[Any]) -> list[Any]:
   """The variables that equations take and do not make, in the order in which they need them."""
   made = {v for eqn in equations for v in eqn.outvars}
   return list(
-    dict.fromkeys(v for eqn in equations for v in eqn.invars if not _known(v) and v not in made)
+    dict.fromkeys(v for eqn in equations for v in eqn.invars if is_var(v) and v not in made)
   )
 
 
@@ -49,12 +51,12 @@ def one_by_one(function: Callable[[Any], Any], tree: Any) -> tuple[list[Callable
   given |= dict(zip(jaxpr.invars, jax.tree.leaves(tree), strict=True))
 
   def make(out: Any) -> jax.Array:
-    if _known(out):
+    if not is_var(out):
       return jnp.asarray(out.val, out.aval.dtype)
     needed: set[int] = set()
     open_ = [out]
     while open_:
-      i = None if _known(v := open_.pop()) else maker.get(v)
+      i = maker.get(v) if is_var(v := open_.pop()) else None
       if i is not None and i not in needed:
         needed.add(i)
         open_ += jaxpr.eqns[i].invars
@@ -65,7 +67,3 @@ def one_by_one(function: Callable[[Any], Any], tree: Any) -> tuple[list[Callable
     return subprogram(jaxpr, equations, inputs, [out])(*(given[v] for v in inputs))[0]
 
   return [lambda out=out: make(out) for out in jaxpr.outvars], shapes
-
-
-def _known(atom: Any) -> bool:
-  return isinstance(atom, jec.Literal)

@@ -21,18 +21,13 @@ import jax.numpy as jnp
 
 from optax_lowmem._programs.fences import fence
 from optax_lowmem._programs.flat_jaxpr import Flat, Operation, Value, flattened
+from optax_lowmem._programs.primitives import ELEMENTWISE
 
 # What is computed again rather than kept: an element of it is made of few others.
-_CHEAP = frozenset(
-  """
-  abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-  copy cos cosh div eq exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max
-  min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n shift_left
-  shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-  xor bitcast_convert_type broadcast_in_dim concatenate expand_dims iota pad reshape slice split
-  squeeze transpose
-  """.split()
-)
+_CHEAP = ELEMENTWISE - {"digamma", "erf", "erf_inv", "erfc", "lgamma"} | {
+    "bitcast_convert_type", "broadcast_in_dim", "concatenate", "expand_dims", "iota", "pad",
+    "reshape", "slice", "split", "squeeze", "transpose",
+}  # fmt: skip
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_prod".split())
 # A value is small if it has at most this part of the elements of the parameter it belongs to.
 _SMALL = 1 / 16

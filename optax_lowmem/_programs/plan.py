@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._programs.elementwise import Program
+from optax_lowmem._programs.program import Program
 from optax_lowmem._quantization.array import decode_halves, encode_finite, encode_halves, is_finite
 from optax_lowmem._quantization.lane_tiles import VectorTile
 from optax_lowmem._quantization.scales import healed

@@ -21,7 +21,12 @@ from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
 
 
 class Storage(Protocol):
-  """What the engine asks of a storage."""
+  """What `quantized` asks of a storage: the form of a moment, which may depend on its shape.
+
+  A form is a dtype, or a codebook and blocks. `store` returns an array or a `QuantizedArray`, and
+  updates decode and encode it by that form alone, a tile at a time. Arithmetic of one's own belongs
+  in a `Codebook`; around a form it is refused.
+  """
 
   def store(self, x: jax.Array) -> Any:
     """Returns the stored form of a floating array."""
@@ -132,7 +137,32 @@ def _storage(field: str, value: Any, block_size: int, min_size: int) -> Storage:
       f"`storage` of {field!r} must be a storage, got {value!r}. `Dense(jnp.bfloat16)` holds a "
       'dtype, `Blockwise("power8")` or just "power8" holds codes.'
     )
+  if type(value) not in (Blockwise, Dense):
+    _check_own(field, value)
   return value
+
+
+def _check_own(field: str, storage: Storage) -> None:
+  """Refuses a user's storage that does more than to choose a form, by what it does to an array."""
+  with jax.ensure_compile_time_eval():
+    x = jnp.linspace(2.0**-10, 1, 4096).reshape(64, 64)
+    stored = storage.store(x)
+    if not isinstance(stored, QuantizedArray | jax.Array):
+      raise TypeError(
+        f"`storage` of {field!r} must store an array or a `QuantizedArray`, got a "
+        f"{type(stored).__name__} from {storage!r}."
+      )
+    if isinstance(stored, QuantizedArray):
+      again, value = encode(x, stored.codebook, stored.block), stored.dequantize(jnp.float32)
+    else:
+      again, value = x.astype(stored.dtype), stored.astype(jnp.float32)
+    by_form, own = map(jax.tree.leaves, ((again, value), (stored, storage.load(stored))))
+    if not all(map(jnp.array_equal, by_form, own)):
+      raise ValueError(
+        f"`storage` of {field!r}, {storage!r}, stores or loads otherwise than the form of what it "
+        "stores says, and updates read and write that by its form alone. Put the arithmetic in a "
+        "`Codebook`, and return what `Blockwise` stores with it."
+      )
 
 
 def block_shape(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:

@@ -43,10 +43,18 @@ def divide(units: Sequence[int], spec: Any, sizes: Mapping[str, int]) -> Partiti
   return PartitionSpec(*(names[0] if len(names) == 1 else tuple(names) or None for names in cut))
 
 
-def trimmed(spec: PartitionSpec) -> PartitionSpec:
-  """`spec` as JAX writes that of an automatic result; written otherwise it would be retraced."""
-  named = max((k + 1 for k, names in enumerate(spec) if names), default=0)
-  return PartitionSpec(*spec[:named])
+def laid_out(
+  mesh: Any, spec: PartitionSpec | Sequence[Any], kind: str | None = None
+) -> NamedSharding:
+  """The sharding by `spec` in JAX's own words, and a kind of memory.
+
+  Explicit ones have a word for each axis, automatic ones none after the last axis that is cut: an
+  array in other words than its next state's would be traced again.
+  """
+  spec = tuple(spec)
+  if AxisType.Explicit not in mesh.axis_types:
+    spec = spec[: max((k + 1 for k, names in enumerate(spec) if names), default=0)]
+  return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
 
 def units_of(tile: Tile) -> tuple[int, ...]:

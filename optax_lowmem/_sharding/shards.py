@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax_lowmem._programs.phases import in_a_phase
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._quantization.tangents import derivative
-from optax_lowmem._sharding.layout import Tile, divide, shard_of, sharding_of, trimmed, units_of
+from optax_lowmem._sharding.layout import Tile, divide, laid_out, shard_of, sharding_of, units_of
 
 
 def on_shards(
@@ -81,21 +81,11 @@ def full_on_shards(leaf: Any, form: Tile, scalars: Sequence[jax.Array]) -> Tile:
     return on_shards(fill, {0: leaf}, dict(enumerate(scalars)), {1: form})[1]
   where = None
   if known is not None:
-    spec = divide(units_of(form), known.spec, known.mesh.shape)
-    if AxisType.Explicit not in known.mesh.axis_types:
-      spec = trimmed(spec)
-    where = NamedSharding(known.mesh, spec)
+    where = laid_out(known.mesh, divide(units_of(form), known.spec, known.mesh.shape))
   return tree.unflatten(
     jnp.full_like(leaf, v, dtype=x.dtype, shape=x.shape, device=where)
     for x, v in zip(arrays, scalars, strict=True)
   )
-
-
-def zeros_without(x: Any, axis: int) -> jax.Array:
-  """Float32 zeros of the shape of `x` without `axis`, which lie as its other axes do."""
-  if isinstance(x, jax.ShapeDtypeStruct):  # which cannot be summed
-    x = jnp.zeros_like(x)
-  return jnp.zeros_like(x.sum(axis), jnp.float32)
 
 
 def with_automatic_sharding(run: Callable[..., Any], args: Any, like: Any) -> Any:
@@ -122,9 +112,7 @@ def on_mesh_of(leaves: Sequence[Any], x: jax.Array) -> jax.Array:
   if len(meshes) != 1 or traced or jnp.issubdtype(x.dtype, jax.dtypes.extended):
     return x
   host, mesh = np.asarray(x), meshes.pop()
-  # Explicit mode names the axes of what is replicated, automatic mode does not.
-  spec = [None] * x.ndim if AxisType.Explicit in mesh.axis_types else []
-  where = NamedSharding(mesh, PartitionSpec(*spec))
+  where = laid_out(mesh, [None] * x.ndim)
   return jax.make_array_from_callback(x.shape, where, lambda index: host[index])
 
 

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowmem._host_memory.paged_state import unpaged
 from optax_lowmem._host_memory.pages import Paged, as_page, is_paged
-from optax_lowmem._sharding.layout import trimmed
+from optax_lowmem._host_memory.placement import PINNED_HOST
+from optax_lowmem._sharding.layout import laid_out
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
@@ -80,16 +81,12 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
   with jax.set_mesh(explicit):
     found = jax.tree.leaves(unpaged(state_on(explicit)))
   state = state_on(mesh)  # what is paged is chosen by the bytes that are known to `jit` here
-  is_explicit = AxisType.Explicit in mesh.axis_types
-
-  def where(spec, kind=None):
-    return NamedSharding(mesh, spec if is_explicit else trimmed(spec), memory_kind=kind)
 
   def one(x, like):
     spec = PartitionSpec() if like.sharding is None else like.sharding.spec
     if not is_paged(x):
-      return where(spec)
-    return Paged(tuple(where(as_page(spec), "pinned_host") for _ in x.lanes), x.axis)
+      return laid_out(mesh, spec)
+    return Paged(tuple(laid_out(mesh, as_page(spec), PINNED_HOST.kind) for _ in x.lanes), x.axis)
 
   flat, state_tree = jax.tree.flatten(state, is_leaf=is_paged)
   return state_tree.unflatten(map(one, flat, found))

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_lowmem._programs.elementwise import NotElementwise, Program
+from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._programs.phases import in_a_phase, in_phases
 from optax_lowmem._programs.plan import Plan, decoded
-from optax_lowmem._quantization.array import encode_finite, finite_or
-from optax_lowmem._quantization.scales import healed, single_maximum
+from optax_lowmem._programs.program import Program
+from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem._sharding.shards import on_shards, with_automatic_sharding
 from optax_lowmem._state.gradients import check_gradients, check_moments
 from optax_lowmem._state.moments import is_quantized, places
@@ -22,6 +22,7 @@ from optax_lowmem._update.announced import Announced, announce_phases, announced
 from optax_lowmem._update.extra_args import split
 from optax_lowmem._update.journal import asked_for, note
 from optax_lowmem._update.methods import reason_against_kernel, run
+from optax_lowmem._update.whole_arrays import as_arrays, update_dtypes, update_whole
 
 
 def update_stored(
@@ -43,7 +44,7 @@ def update_stored(
       arrays, fixed = split(extra_args)
 
       def run(grads, state, params, arrays):
-        return _on_whole_arrays(update, grads, state, params, fixed.joined(arrays))
+        return update_whole(update, grads, state, params, fixed.joined(arrays))
 
       trees = grads, state, params
       return with_automatic_sharding(run, (*trees, arrays), like=(grads, state))
@@ -82,16 +83,6 @@ def in_phases_on_gpus(update: Callable[..., Any], *args: Any) -> Any:
   return jax.lax.platform_dependent(*arrays, cpu=plain, tpu=plain, default=phased)
 
 
-def update_dense(
-  update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: dict[str, Any]
-) -> tuple[Any, Any]:
-  """Runs `update` on a state that is held as the rule made it, from float32 parameters."""
-  grads, params = as_arrays(grads), as_arrays(params)
-  check_gradients(grads, params)
-  updates, state = update(_to_float32(grads), state, _to_float32(params), **extra_args)
-  return _as_updates(updates, grads, params), state
-
-
 def _by_parameters(update, grads, state, params, extra_args):
   """Updates each parameter by itself, in parts; raises NotElementwise if that were wrong."""
   leaves, treedef = jax.tree.flatten((grads, state, params), is_leaf=is_quantized)
@@ -120,7 +111,7 @@ def _by_parameters(update, grads, state, params, extra_args):
   results = [program.shared_result(k, env) if owners[k] is None else None for k in range(count)]
   compiled: dict[Any, Any] = {}
   paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]]
-  for leaf, dtype in enumerate(_update_dtypes(grads, params)):
+  for leaf, dtype in enumerate(update_dtypes(grads, params)):
     members = [k for k, owner in enumerate(owners) if owner == leaf]
     made = [k for k in members if k < count]
     # Leaves of which the rule makes the same are traced once for each shape: of 160 leaves, in an
@@ -209,73 +200,3 @@ def _update_leaf(
 
 def _shape(x: Any) -> Any:
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _on_whole_arrays(update, grads, state, params, extra_args):
-  """Decodes everything, updates, encodes everything: right for any transformation."""
-  dense = jax.tree.map(_decode_narrow, _healed(state, grads), is_leaf=is_quantized)
-  updates, new = update_dense(update, grads, dense, params, extra_args)
-  return updates, jax.tree.map(
-    _encode_like,
-    state,
-    new,
-    dense,
-    is_leaf=is_quantized,
-  )
-
-
-def _healed(state: Any, grads: Any) -> Any:
-  """`state` with `healed` moments, parameter by parameter."""
-  leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
-  members: dict[int | None, list[int]] = {}
-  for k, place in enumerate(places(state, grads)):
-    if is_quantized(leaves[k]):
-      members.setdefault(place.owner, []).append(k)
-  for same in members.values():
-    for k, x in zip(same, healed([leaves[k] for k in same]), strict=True):
-      leaves[k] = x
-  return treedef.unflatten(leaves)
-
-
-def _as_updates(updates: Any, grads: Any, params: Any) -> Any:
-  """`updates` in the dtypes of `_update_dtypes`."""
-  flat, treedef = jax.tree.flatten(updates)
-  dtypes = _update_dtypes(grads, params)
-  return treedef.unflatten([u.astype(d) for u, d in zip(flat, dtypes, strict=True)])
-
-
-def _update_dtypes(grads: Any, params: Any) -> list[Any]:
-  """The dtype of each update: the wider of gradient's and parameter's."""
-  dtypes = [g.dtype for g in jax.tree.leaves(grads)]
-  if params is None:
-    return dtypes
-  params = jax.tree.leaves(params)
-  return [jnp.promote_types(d, p.dtype) for d, p in zip(dtypes, params, strict=True)]
-
-
-def as_arrays(tree: Any) -> Any:
-  """Python numbers among the leaves as arrays: a parameter may be one."""
-  return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
-
-
-def _to_float32(tree: Any) -> Any:
-  """Floating leaves in float32: arithmetic in bf16 would stall a moment with b2 = 0.999."""
-
-  def cast(x):
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-  return jax.tree.map(cast, tree)
-
-
-def _decode_narrow(stored: Any) -> jax.Array:
-  """Quantized arrays and those of 16 or 8 bits in float32, others as they are."""
-  dtype = stored.dtype
-  narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-  return decoded(stored) if narrow or is_quantized(stored) else stored
-
-
-def _encode_like(stored: Any, value: jax.Array, old: jax.Array) -> Any:
-  """A value in the form of `stored`; what is not finite is, if quantized, not new."""
-  if not is_quantized(stored):
-    return value.astype(stored.dtype)
-  return encode_finite(finite_or(value, old), stored.codebook, stored.block, old)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import optax
 
-from optax_lowmem._update.engine import as_arrays, in_phases_on_gpus, update_dense
+from optax_lowmem._update.engine import in_phases_on_gpus
+from optax_lowmem._update.whole_arrays import as_arrays, update_dense
 
 
 def chain(

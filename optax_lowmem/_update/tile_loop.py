@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,18 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._quantization.array import QuantizedArray, has_halves
+from optax_lowmem._update.tile_views import Tile, cut_tile, paste_tile, restored, view
 
 # An array of more elements than this is walked in tiles. Below it, the temporaries of a whole array
 # are a few hundred KiB, and a loop for each of 300 leaves would take longer to compile.
 _WHOLE = 1 << 18
-# A position in an array of more elements does not fit the int32 of an index.
-_FLAT = (1 << 31) - 1
 # Each tile costs some ten launches, so there are as few as the promise of 0.1 B/param of
 # temporaries allows: a tile of `writes` is held once, and is to cost no more than this.
 _BUDGET = 0.07
 _SMALLEST = 1 << 15
-
-Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales
 
 
 def map_tiles(
@@ -56,21 +52,21 @@ def map_tiles(
   if grid is None or not size:
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
-  sources = [_view(a, rows, columns) for a in reads]
-  state = [_view(a, rows, columns) for a in writes]
+  sources = [view(a, rows, columns) for a in reads]
+  state = [view(a, rows, columns) for a in writes]
 
   halved = any(isinstance(a, QuantizedArray) and has_halves(a) for a in sources + state)
 
   def cut(arrays, segment, i):
-    return [_cut(a, segment.start(i), segment.extent, halved) for a in arrays]
+    return [cut_tile(a, segment.start(i), segment.extent, halved) for a in arrays]
 
   def paste(state, new, segment, i):
-    return [_paste(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
+    return [paste_tile(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
 
   if size <= tile:
     whole = _Segment(1, lambda _: (0, 0), (rows, columns))
     state = paste(state, fn(cut(sources, whole, 0), cut(state, whole, 0)), whole, 0)
-    return [_restore(a, like) for a, like in zip(state, writes, strict=True)]
+    return [restored(a, like) for a, like in zip(state, writes, strict=True)]
 
   # What a step makes is carried, and pasted by the next before it cuts, so that all that reads a
   # tile comes before what replaces it. Cut, made and pasted in one step, XLA could not order them,
@@ -87,7 +83,7 @@ def map_tiles(
 
     carry = state, cut(state, segment, 0)
     state, _ = jax.lax.fori_loop(0, segment.tiles + 1, step, carry)
-  return [_restore(a, like) for a, like in zip(state, writes, strict=True)]
+  return [restored(a, like) for a, like in zip(state, writes, strict=True)]
 
 
 def _smaller(i: jax.Array, j: int) -> jax.Array:
@@ -164,101 +160,3 @@ def _width(columns: int, unit: int, tile: int) -> int:
   most = max(1, tile // unit)
   even = (n for n in range(most, most // 4, -1) if columns % (n * unit) == 0)
   return next(even, most) * unit
-
-
-def _view(a: Tile, rows: int, columns: int) -> Tile:
-  """`a` as a matrix, but codes and scales as vectors.
-
-  XLA would copy a matrix of one column to lay it out, and it copies runs of a vector five times
-  faster than rows of a matrix.
-  """
-  if not isinstance(a, QuantizedArray):
-    return _to_bits(a).reshape(rows, columns)
-  return dataclasses.replace(
-    a,
-    codes=a.codes.reshape(-1 if a.codes.size <= _FLAT else (rows, -1)),
-    scales=jnp.reshape(a.scales, -1),
-    block=(math.prod(a.block),),
-    extent=(columns,),
-  )
-
-
-def _restore(a: Tile, like: Tile) -> Tile:
-  if not isinstance(like, QuantizedArray):
-    return _from_bits(a.reshape(like.shape))
-  return jax.tree.map(
-    lambda x, y: x.reshape(y.shape),
-    dataclasses.replace(a, block=like.block, extent=like.extent),
-    like,
-  )
-
-
-def _parts(q: QuantizedArray, columns: Any) -> tuple[Any, Any]:
-  """Columns of `q` counted in bytes of codes and in scales (rounded up, if not traced)."""
-  length = q.block[0]
-
-  def ratio(a, b):
-    return -(-a // b) if isinstance(a, int) else a // b
-
-  scales = ratio(columns, length)
-  if q.codebook.bits == 8:
-    return columns, scales
-  if q.codebook.pairs_neighbours:
-    return ratio(columns, 2), scales
-  return scales * -(-length // 2), scales
-
-
-def _cut(a: Tile, at: tuple[Any, Any], extent: tuple[int, int], halved: bool) -> Tile:
-  height, width = extent
-  if not isinstance(a, QuantizedArray):
-    if not halved:
-      return _from_bits(jax.lax.dynamic_slice(a, at, extent))
-    half = width // 2
-    halves = (jax.lax.dynamic_slice(a, (at[0], c), (height, half)) for c in (0, half))
-    return tuple(map(_from_bits, halves))
-  bytes_, scales = _parts(a, width)
-  code_at, scale_at = _places(a, at)
-  extents = (height * bytes_,) if a.codes.ndim == 1 else (height, bytes_)
-  codes = jax.lax.dynamic_slice(a.codes, code_at, extents)
-  scales_ = jax.lax.dynamic_slice(a.scales, scale_at, (height * scales,))
-  return dataclasses.replace(
-    a,
-    codes=codes.reshape(height, bytes_),
-    scales=scales_.reshape(height, scales),
-    extent=(width,),
-  )
-
-
-def _paste(a: Tile, tile: Tile, at: tuple[Any, Any]) -> Tile:
-  if not isinstance(a, QuantizedArray):
-    for k, part in enumerate(tile if isinstance(tile, tuple) else (tile,)):
-      place = at[0], at[1] + k * part.shape[1]
-      a = jax.lax.dynamic_update_slice(a, _to_bits(part), place)
-    return a
-  code_at, scale_at = _places(a, at)
-  codes = tile.codes.reshape(-1) if a.codes.ndim == 1 else tile.codes
-  return dataclasses.replace(
-    a,
-    codes=jax.lax.dynamic_update_slice(a.codes, codes, code_at),
-    scales=jax.lax.dynamic_update_slice(a.scales, tile.scales.reshape(-1), scale_at),
-  )
-
-
-def _places(q: QuantizedArray, at: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-  """Where the codes and the scales of the element at row and column `at` lie."""
-  row, (byte, scale) = at[0], _parts(q, at[1])
-  bytes_, scales = _parts(q, q.extent[0])
-  code_at = (row * bytes_ + byte,) if q.codes.ndim == 1 else (row, byte)
-  return code_at, (row * scales + scale,)
-
-
-# XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop.
-# docs/xla_notes.md#bf16
-
-
-def _to_bits(x: jax.Array) -> jax.Array:
-  return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def _from_bits(x: jax.Array) -> jax.Array:
-  return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

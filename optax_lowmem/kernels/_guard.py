@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowmem._programs.elementwise import Program
 from optax_lowmem._programs.plan import Plan
+from optax_lowmem._programs.program import Program
 from optax_lowmem._quantization.array import encode
 from optax_lowmem._quantization.codebooks import get_codebook
 from optax_lowmem.kernels import _choice

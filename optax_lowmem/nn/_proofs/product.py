@@ -14,13 +14,10 @@ import string
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.extend.core as jec
 import jax.numpy as jnp
 
-_CALLS = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-    "remat": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr",
-}  # fmt: skip
+from optax_lowmem._programs.flat_jaxpr import Flat, Operation, flattened
+
 _SAME = frozenset(("copy", "copy_p", "name", "sharding_constraint", "optimization_barrier"))
 
 
@@ -78,12 +75,12 @@ class _Proof:
     self.dot: Any = None
 
   def run(self, closed: Any, kinds: str) -> Product:
-    jaxpr = closed.jaxpr
+    flat = flattened(closed, custom=False)
     inputs: list[Any] = [
-      None if kind == "c" else self._new(kind, var.aval.shape)
-      for kind, var in zip(kinds, jaxpr.invars, strict=True)
+      None if kind == "c" else self._new(kind, value.aval.shape)
+      for kind, value in zip(kinds, flat.inputs, strict=True)
     ]
-    outputs = self._walk(jaxpr, inputs)
+    outputs = self._follow(flat, inputs)
     if len(outputs) != 1 or outputs[0] is None or outputs[0].kind not in ("xw", "xwb"):
       raise NotAProduct("its result is no product of its input and its weight")
     equation = self._equation(inputs[kinds.index("x")], inputs[kinds.index("w")], outputs[0])
@@ -92,8 +89,8 @@ class _Proof:
         raise NotAProduct("it does not add its bias")
       self._check_bias(inputs[kinds.index("b")], inputs[kinds.index("w")], outputs[0])
     dtype, precision, plain = self.dot
-    aval: Any = jaxpr.outvars[0].aval
-    return Product(equation, "b" in kinds, dtype, aval.dtype, precision, plain)
+    out_dtype = flat.outputs[0].aval.dtype
+    return Product(equation, "b" in kinds, dtype, out_dtype, precision, plain)
 
   def _new(self, kind: str, shape: tuple[int, ...]) -> _Value:
     first = len(self.sizes)
@@ -112,47 +109,38 @@ class _Proof:
     for a, b in zip(one, other, strict=True):
       self.same[self._root(b)] = self._root(a)
 
-  def _walk(self, jaxpr: Any, inputs: Sequence[_Value | None]) -> list[_Value | None]:
-    known: dict[Any, _Value | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+  def _follow(self, flat: Flat, inputs: Sequence[_Value | None]) -> list[_Value | None]:
+    known = dict(zip(flat.inputs, inputs, strict=True))
+    for operation in flat.operations:
+      values = [known.get(value) for value in operation.inputs]
+      if any(value is not None for value in values):  # else it is a constant
+        made = self._apply(operation, values)
+        known[operation.outputs[0]] = made
+    return [known.get(value) for value in flat.outputs]
 
-    def read(var: Any) -> _Value | None:
-      return None if isinstance(var, jec.Literal) else known.get(var)
-
-    for eqn in jaxpr.eqns:
-      values = [read(var) for var in eqn.invars]
-      if all(value is None for value in values):
-        continue  # a constant
-      name = eqn.primitive.name
-      if name in _CALLS:
-        inner = eqn.params[_CALLS[name]]
-        outputs = self._walk(getattr(inner, "jaxpr", inner), values)
-      else:
-        outputs = [self._apply(name, eqn, values)]
-      known.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-  def _apply(self, name: str, eqn: Any, values: list[Any]) -> _Value:
+  def _apply(self, operation: Operation, values: list[Any]) -> _Value:
+    name, params = operation.primitive.name, operation.params
     if any(value is None for value in values):
       raise NotAProduct(f"it does more than multiply: `{name}` with a constant")
     value = values[0]
-    shape = eqn.outvars[0].aval.shape
     if name == "dot_general":
-      return self._multiply(eqn, *values)
+      return self._multiply(operation, *values)
     if name in ("add", "add_any"):
       return self._add(*values)
     if name in _SAME and len(values) == 1:
       return value
-    if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+    if name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
       return value
     if name == "transpose":
-      return value._replace(axes=tuple(value.axes[i] for i in eqn.params["permutation"]))
+      return value._replace(axes=tuple(value.axes[i] for i in params["permutation"]))
     if name == "squeeze":
-      gone = eqn.params["dimensions"]
+      gone = params["dimensions"]
       return value._replace(axes=tuple(a for i, a in enumerate(value.axes) if i not in gone))
-    if name == "reshape" and eqn.params["dimensions"] is None:
-      return value._replace(axes=self._regroup(value.axes, shape))
+    if name == "reshape" and params["dimensions"] is None:
+      return value._replace(axes=self._regroup(value.axes, operation.outputs[0].aval.shape))
     if name == "broadcast_in_dim":
-      return self._broadcast(value, shape, eqn.params["broadcast_dimensions"])
+      shape = operation.outputs[0].aval.shape
+      return self._broadcast(value, shape, params["broadcast_dimensions"])
     raise NotAProduct(f"it does more than multiply: `{name}`")
 
   def _regroup(self, axes: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -182,17 +170,17 @@ class _Proof:
       raise NotAProduct("it repeats its input, weight or output")
     return value._replace(axes=tuple(axes))
 
-  def _multiply(self, eqn: Any, left: _Value, right: _Value) -> _Value:
+  def _multiply(self, operation: Operation, left: _Value, right: _Value) -> _Value:
     if {left.kind, right.kind} != {"x", "w"}:
       raise NotAProduct("it multiplies other things than its input and its weight")
-    (sum_l, sum_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
+    (sum_l, sum_r), (batch_l, batch_r) = operation.params["dimension_numbers"]
     for i, j in zip((*sum_l, *batch_l), (*sum_r, *batch_r), strict=True):
       self._join(left.axes[i], right.axes[j])
     free_l = [a for i, a in enumerate(left.axes) if i not in (*sum_l, *batch_l)]
     free_r = [a for i, a in enumerate(right.axes) if i not in (*sum_r, *batch_r)]
-    dtype = jnp.promote_types(*(var.aval.dtype for var in eqn.invars))
-    wanted = eqn.params["preferred_element_type"]
-    self.dot = dtype, eqn.params["precision"], wanted is None or wanted == dtype
+    dtype = jnp.promote_types(*(value.aval.dtype for value in operation.inputs))
+    wanted = operation.params["preferred_element_type"]
+    self.dot = dtype, operation.params["precision"], wanted is None or wanted == dtype
     return _Value("xw", (*(left.axes[i] for i in batch_l), *free_l, *free_r))
 
   def _add(self, one: _Value, other: _Value) -> _Value:

@@ -1,0 +1,118 @@
+"""Arrays seen as rows and columns, and tiles that are cut out of them and pasted back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowmem._quantization.array import QuantizedArray
+
+# A position in an array of more elements does not fit the int32 of an index.
+_FLAT = (1 << 31) - 1
+
+Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales
+
+
+def view(a: Tile, rows: int, columns: int) -> Tile:
+  """`a` as a matrix, but codes and scales as vectors.
+
+  XLA would copy a matrix of one column to lay it out, and it copies runs of a vector five times
+  faster than rows of a matrix.
+  """
+  if not isinstance(a, QuantizedArray):
+    return _to_bits(a).reshape(rows, columns)
+  return dataclasses.replace(
+    a,
+    codes=a.codes.reshape(-1 if a.codes.size <= _FLAT else (rows, -1)),
+    scales=jnp.reshape(a.scales, -1),
+    block=(math.prod(a.block),),
+    extent=(columns,),
+  )
+
+
+def restored(a: Tile, like: Tile) -> Tile:
+  """The reverse of `view`, in the shape of `like`."""
+  if not isinstance(like, QuantizedArray):
+    return _from_bits(a.reshape(like.shape))
+  return jax.tree.map(
+    lambda x, y: x.reshape(y.shape),
+    dataclasses.replace(a, block=like.block, extent=like.extent),
+    like,
+  )
+
+
+def _parts(q: QuantizedArray, columns: Any) -> tuple[Any, Any]:
+  """Columns of `q` counted in bytes of codes and in scales (rounded up, if not traced)."""
+  length = q.block[0]
+
+  def ratio(a, b):
+    return -(-a // b) if isinstance(a, int) else a // b
+
+  scales = ratio(columns, length)
+  if q.codebook.bits == 8:
+    return columns, scales
+  if q.codebook.pairs_neighbours:
+    return ratio(columns, 2), scales
+  return scales * -(-length // 2), scales
+
+
+def cut_tile(a: Tile, at: tuple[Any, Any], extent: tuple[int, int], halved: bool) -> Tile:
+  """The tile of a view at a row and a column; a dense one in two halves if `halved`."""
+  height, width = extent
+  if not isinstance(a, QuantizedArray):
+    if not halved:
+      return _from_bits(jax.lax.dynamic_slice(a, at, extent))
+    half = width // 2
+    halves = (jax.lax.dynamic_slice(a, (at[0], c), (height, half)) for c in (0, half))
+    return tuple(map(_from_bits, halves))
+  bytes_, scales = _parts(a, width)
+  code_at, scale_at = _places(a, at)
+  extents = (height * bytes_,) if a.codes.ndim == 1 else (height, bytes_)
+  codes = jax.lax.dynamic_slice(a.codes, code_at, extents)
+  scales_ = jax.lax.dynamic_slice(a.scales, scale_at, (height * scales,))
+  return dataclasses.replace(
+    a,
+    codes=codes.reshape(height, bytes_),
+    scales=scales_.reshape(height, scales),
+    extent=(width,),
+  )
+
+
+def paste_tile(a: Tile, tile: Tile, at: tuple[Any, Any]) -> Tile:
+  """A view with a tile, which may be in two halves, at a row and a column."""
+  if not isinstance(a, QuantizedArray):
+    for k, part in enumerate(tile if isinstance(tile, tuple) else (tile,)):
+      place = at[0], at[1] + k * part.shape[1]
+      a = jax.lax.dynamic_update_slice(a, _to_bits(part), place)
+    return a
+  code_at, scale_at = _places(a, at)
+  codes = tile.codes.reshape(-1) if a.codes.ndim == 1 else tile.codes
+  return dataclasses.replace(
+    a,
+    codes=jax.lax.dynamic_update_slice(a.codes, codes, code_at),
+    scales=jax.lax.dynamic_update_slice(a.scales, tile.scales.reshape(-1), scale_at),
+  )
+
+
+def _places(q: QuantizedArray, at: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+  """Where the codes and the scales of the element at row and column `at` lie."""
+  row, (byte, scale) = at[0], _parts(q, at[1])
+  bytes_, scales = _parts(q, q.extent[0])
+  code_at = (row * bytes_ + byte,) if q.codes.ndim == 1 else (row, byte)
+  return code_at, (row * scales + scale,)
+
+
+# XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop.
+# docs/xla_notes.md#bf16
+
+
+def _to_bits(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
