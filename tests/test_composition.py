@@ -125,7 +125,6 @@ def assert_near(ours, exact, start, error):
     assert np.abs(ours[k] - exact[k]).mean() <= error * travelled
 
 
-@pytest.mark.cheap
 @pytest.mark.parametrize(
   ("name", "kind"),
   [(n, k) for n in REGISTRY for k in KINDS if n in REPRESENTATIVES or k == "partition"],
