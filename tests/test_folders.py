@@ -21,6 +21,7 @@ ORDER = [
   "_update",
   "_paging",
   "_optimizers",
+  "_plan",
   "",  # what `import optax_lowmem` gives
   "nn/_proofs",
   "nn/_layers",
