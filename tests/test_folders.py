@@ -38,6 +38,7 @@ ORDER = [
   "qlora/loading",
   "qlora/training",
   "qlora/run",
+  "qlora/planning",
   "qlora/commands",
   "qlora",
 ]

@@ -144,6 +144,8 @@ def _measured(
   begun = time.perf_counter()
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+    # What was compiled for an absent card cannot be loaded from JAX's cache, and is compiled again.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     traced = jax.jit(fn, donate_argnums=tuple(donate)).trace(*args)
     lowered = traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
     options = _OPTIONS if platform == "cuda" else None
