@@ -1,10 +1,12 @@
 """``lowmem plan``, ``compare`` and ``recommend``: models by name, verdicts, bad input."""
 
 import json
+import pathlib
 
 import pytest
 
 import optax_lowmem as lowmem
+import plan as bench
 from optax_lowmem.qlora import cli, model_shapes
 from optax_lowmem.qlora.loading.config_files import config_from_hf
 from optax_lowmem.qlora.planning import changes, search
@@ -15,6 +17,8 @@ from optax_lowmem.qlora.planning.model_source import config_of, name_of
 from optax_lowmem.qlora.planning.recipes import RECIPES, TASKS
 from optax_lowmem.qlora.run.settings import Settings
 from qlora_cases import save_model
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # As the models' pages, or the tensors of their files, have them.
 COUNTS = {
@@ -298,3 +302,23 @@ def test_the_memory_of_a_card():
   assert budget_of(None, None) is None
   tpu = budget_of(None, "v5e")
   assert tpu is not None and tpu.usable == tpu.total == 16 * GIB
+
+
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "plan-h100.json").read_text())
+
+
+@pytest.mark.parametrize("row", RESULTS["figure8"] + RESULTS["lengths"], ids=str)
+def test_estimates_of_adapters_are_near_what_was_compiled(row):
+  more = {"adapter_dtype": row.get("adapters", "float32"), "seq_len": row.get("tokens", 512)}
+  estimate = bench.case(row["model"], **more).plan().device_bytes
+  assert estimate == pytest.approx(row["device GB"] * 1e9, rel=0.03)
+
+
+@pytest.mark.parametrize("row", RESULTS["full"], ids=lambda row: f"{row['optimizer']}")
+def test_estimates_of_full_training_are_near_what_was_compiled(row):
+  case = bench.case(row["model"], optim=row["optimizer"], dtype=row["weights"]).but(full=True)
+  assert case.plan().device_bytes == pytest.approx(row["device GB"] * 1e9, rel=0.05)
+
+
+def test_state_in_the_committed_table_is_todays():
+  assert list(bench.state("h100")) == RESULTS["state"]

@@ -23,7 +23,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowmem._host_memory.pages import is_paged
-from optax_lowmem._plan.cards import TPUS, card_named
+from optax_lowmem._plan.cards import CARDS, TPUS, card_named
+from optax_lowmem.kernels import using
 
 # There is nothing to time kernels on, and Triton's matrix products are found by timing.
 _OPTIONS: dict[str, bool | str] = {
@@ -120,9 +121,15 @@ def compile_for(
     mesh: sizes and names of the cards' axes; None for one card.
 
   Raises:
-    ValueError: for an unknown card, and for several of them where its compiler is not installed.
+    ValueError: for an unknown card, for several of them where its compiler is not installed, and
+      for pages on a TPU, at which libtpu 0.0.52 aborts the process.
   """
   known = card_named(card)
+  if known.name in TPUS and any(map(is_paged, jax.tree.leaves(tuple(args), is_leaf=is_paged))):
+    raise ValueError(
+      f"What is in host memory cannot be compiled for {known.name}: the compiler for TPUs aborts. "
+      "Plan without `card`, or for a GPU."
+    )
   if why := missing(card):
     if mesh is not None and mesh.size > 1:
       raise ValueError(f"To plan for {mesh.size} cards, install {why}.")
@@ -133,7 +140,9 @@ def compile_for(
   with contextlib.ExitStack() as stack:
     if AxisType.Explicit in on.axis_types:
       stack.enter_context(jax.set_mesh(on))
-    else:  # Pallas asks for which device it lowers (jax 0.11 and later)
+    if known.name in CARDS and CARDS[known.name].capability < (8, 0):
+      stack.enter_context(using("xla"))  # Triton is for Ampere and later
+    if AxisType.Explicit not in on.axis_types:  # Pallas asks for its device (jax 0.11 and later)
       stack.enter_context(jax.sharding.use_abstract_mesh(on.abstract_mesh))
     return _measured(known.name, fn, laid, donate, platform)
 
