@@ -19,7 +19,7 @@ from registry import REGISTRY
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"not installed: {missing()}")
 CONFIG = LlamaConfig(1024, 256, 688, 4, 4, 2, 64)
-SETTINGS = {"batch_size": 1, "seq_len": 256, "rank": 16, "targets": "all-linear"}
+SETTINGS = Settings(batch_size=1, seq_len=256, rank=16, targets="all-linear", dtype="bfloat16")
 X = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
 
 
@@ -37,7 +37,7 @@ def training(tx):
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "came"])
 def test_a_plan_is_what_the_examples_step_compiles_to(optim):
   """By the judge, which compiles in another way, from the example's own functions."""
-  case = Case("tiny", CONFIG, Settings(**SETTINGS, dtype="bfloat16", optim=optim))
+  case = Case("tiny", CONFIG, SETTINGS).but(optim=optim)
   planned = case.plan("h100")
   fn, (state, *rest), donate = training_step(CONFIG, 256, rank=16, optim=optim)
   if optim.startswith("paged_"):
@@ -83,11 +83,10 @@ def test_the_update_alone_says_so():
 
 def test_on_a_mesh_each_card_is_planned():
   """Each of eight cards holds a part of the base, as with `--fsdp`."""
-  s = Settings(**SETTINGS | {"batch_size": 8}, dtype="bfloat16", fsdp=True)
   # Of fewer than eight blocks along an axis, XLA's partitioner wants each on a device of its own.
-  config = LlamaConfig(1024, 1024, 2048, 8, 16, 8, 64)
-  spread = Case("tiny", config, s, devices=8).plan("h100")
-  alone = Case("tiny", config, Settings(**SETTINGS, dtype="bfloat16")).plan("h100")
+  case = Case("tiny", LlamaConfig(1024, 1024, 2048, 8, 16, 8, 64), SETTINGS)
+  spread = case.but(batch_size=8, fsdp=True, devices=8).plan("h100")
+  alone = case.plan("h100")
   assert spread.devices == 8
   assert spread.of("weights") < alone.of("weights") / 4
   assert spread.of("adapters") == alone.of("adapters")

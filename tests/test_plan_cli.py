@@ -7,6 +7,7 @@ import pytest
 
 import optax_lowmem as lowmem
 import plan as bench
+from optax_lowmem._plan import compiler
 from optax_lowmem.qlora import cli, model_shapes
 from optax_lowmem.qlora.loading.config_files import config_from_hf
 from optax_lowmem.qlora.planning import changes, search
@@ -292,6 +293,35 @@ def test_a_malformed_config_is_one_sentence(text, said, tmp_path, capsys):
   path = tmp_path / "config.json"
   path.write_text(text)
   assert said in refused(capsys, f"plan {path} --memory 24GB")
+
+
+@pytest.mark.parametrize(
+  ("needed", "verdict", "more"),
+  [
+    (5.0, "fits: about 5.0 of 23.5 GiB", ()),
+    (20.0, "fits: about 20.0 of 23.5 GiB", ("XLA_PYTHON_CLIENT_MEM_FRACTION to 0.84",)),
+    (23.46, "fits: about 23.46 of 23.50 GiB", ("to 0.98 or more", "--card asks a compiler")),
+    (23.52, "does not fit: about 23.52 of 23.50 GiB, 0.02 too many", ("asks a compiler",)),
+    (42.1, "does not fit: about 42.1 of 23.5 GiB, 18.6 too many", ()),
+  ],
+)
+def test_verdicts(needed, verdict, more):
+  budget = budget_of("24GiB", None)
+  assert budget is not None
+  planned = lowmem.MemoryPlan((lowmem.Part("all", "weights", int(needed * GIB)),), "estimate")
+  assert budget.verdict(planned) == verdict
+  said = budget.explained(planned)
+  assert said.startswith("24GiB has 24.0 GiB, of which 0.5 are left to the driver and CUDA.")
+  assert all(text in said for text in more) and (bool(more) or said.endswith("CUDA."))
+
+
+def test_without_the_cards_compiler_the_answer_is_the_cpus(folder, monkeypatch, capsys):
+  monkeypatch.setattr(compiler, "missing", lambda card: "its compiler")
+  said = ran(capsys, f"plan {folder} --seq-len 32 --batch-size 1 --card h100")
+  assert "By the compiler of: cpu" in said and "an upper bound" in said
+  assert "\nfits: 0.0 of 78.6 GiB\n" in said
+  mesh = f"plan {folder} --seq-len 32 --batch-size 2 --mesh 2 --card h100"
+  assert "To plan for 2 cards, install its compiler" in refused(capsys, mesh)
 
 
 def test_the_memory_of_a_card():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from optax_lowmem._plan.memory_plan import MemoryPlan
 
 # What JAX takes of a GPU where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing.
 _TAKEN = 0.75
+# How far an estimate of QLoRA may be from what a compiler says.
+_CLOSE = 0.03
 GIB = 2**30
 
 
@@ -34,13 +37,13 @@ class Budget(NamedTuple):
   def verdict(self, plan: MemoryPlan) -> str:
     """One line: whether it fits."""
     needed, there = plan.device_bytes / GIB, self.usable / GIB
+    digits = 1 if abs(needed - there) >= 0.1 else 2
     each = " on each device" if plan.devices > 1 else ""
     about = "about " if plan.method == "estimate" else ""
+    sizes = f"{about}{needed:.{digits}f} of {there:.{digits}f} GiB{each}"
     if self.fits(plan):
-      return f"fits: {about}{needed:.1f} of {there:.1f} GiB{each}"
-    return (
-      f"does not fit: {about}{needed:.1f} of {there:.1f} GiB{each}, {needed - there:.1f} too many"
-    )
+      return f"fits: {sizes}"
+    return f"does not fit: {sizes}, {needed - there:.{digits}f} too many"
 
   def explained(self, plan: MemoryPlan) -> str:
     """What the numbers of the verdict are, and what is to be set for it."""
@@ -48,10 +51,13 @@ class Budget(NamedTuple):
     if self.usable < self.total:
       said += f", of which {(self.total - self.usable) / GIB:.1f} are left to the driver and CUDA"
     said += "."
-    if self.fits(plan) and plan.device_bytes > _TAKEN * self.total and plan.compiler != "cpu":
+    if plan.method == "estimate" and abs(plan.device_bytes / max(1, self.usable) - 1) < _CLOSE:
+      said += " That is close; --card asks a compiler."
+    part = plan.device_bytes / max(1, self.total)
+    if self.fits(plan) and part > _TAKEN and plan.compiler != "cpu":
       said += (
         f" JAX takes {_TAKEN:.0%} of a GPU unless told otherwise: set "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.97."
+        f"XLA_PYTHON_CLIENT_MEM_FRACTION to {min(0.99, math.ceil(100 * part) / 100)} or more."
       )
     return said
 
