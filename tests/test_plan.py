@@ -202,12 +202,16 @@ def test_comparison_is_exact():
   assert own[0].device == math.prod(params.shape) * 4 and "mine" in str(own)
 
 
-def test_the_update_alone_is_compiled_for_a_cpu_where_no_compiler_is(monkeypatch):
+@pytest.mark.parametrize("paged", [False, True])
+def test_the_update_alone_is_compiled_for_a_cpu_where_no_compiler_is(paged, monkeypatch):
   from optax_lowmem._plan import compiler
 
   monkeypatch.setattr(compiler, "missing", lambda card: "its compiler")
   params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
-  planned = lowmem.plan(params, lowmem.adamw(1e-3), card="h100")
+  tx = lowmem.offloaded(lowmem.adamw(1e-3)) if paged else lowmem.adamw(1e-3)
+  planned = lowmem.plan(params, tx, card="h100")
+  assert (planned.host_bytes > 0) == paged
+  assert planned.state_bytes == lowmem.plan(params, tx).state_bytes
   assert planned.method == "compiled" and planned.compiler == "cpu"
   assert "upper bound" in planned.note and "optax_lowmem[plan]" in planned.note
   assert planned.device_bytes >= planned.of("weights") * 2 + planned.of("state")

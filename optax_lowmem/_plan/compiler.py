@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optax_lowmem._host_memory.pages import is_paged
+from optax_lowmem._host_memory.pages import host_of, is_paged
 from optax_lowmem._plan.cards import CARDS, TPUS, card_named
 from optax_lowmem.kernels import using
 
@@ -133,7 +133,10 @@ def compile_for(
   if why := missing(card):
     if mesh is not None and mesh.size > 1:
       raise ValueError(f"To plan for {mesh.size} cards, install {why}.")
-    return _measured("cpu", fn, jax.tree.map(_bare, tuple(args)), donate, None)
+    cpu = jax.local_devices(backend="cpu")[0]
+    here = jax.tree.map(functools.partial(_bare, cpu), tuple(args), is_leaf=is_paged)
+    with jax.default_device(cpu):
+      return _measured("cpu", fn, here, donate, None)
   on = mesh_of(card, mesh)
   laid = jax.tree.map(functools.partial(_laid, on), tuple(args), is_leaf=is_paged)
   platform = "tpu" if known.name in TPUS else "cuda"
@@ -170,8 +173,11 @@ def _measured(
   )
 
 
-def _bare(x: Any) -> Any:
-  """The shape of an array alone."""
+def _bare(device: Any, x: Any) -> Any:
+  """The shape of an array alone, or of a page in the host memory of a device."""
+  if is_paged(x):
+    where = host_of(device)
+    return jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where), x)
   return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
 
 
