@@ -104,7 +104,8 @@ def test_of_an_nnx_model_adapters_are_trained():
 
 
 @pytest.mark.parametrize("devices", [4, "mesh"])
-def test_on_a_mesh_each_device_holds_its_part(devices):
+def test_on_a_mesh_each_device_holds_its_part(devices, monkeypatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 4)  # as in a process that has them
   mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   cut = NamedSharding(mesh, PartitionSpec("data"))
   params = {
@@ -138,6 +139,10 @@ BAD = {
   "mesh": (
     lambda: lowmem.plan(MODELS["table"], optax.adam(1e-3), mesh=0),
     ValueError, "`mesh` must be a mesh or a positive number of devices, got 0",
+  ),
+  "one device": (
+    lambda: lowmem.plan(MODELS["table"], optax.adam(1e-3), mesh=2),
+    ValueError, "this process must have more than one.*'jax_num_cpu_devices', 2",
   ),
   "card": (
     lambda: lowmem.plan(MODELS["table"], optax.adam(1e-3), card="h10"),
@@ -215,6 +220,7 @@ def test_the_update_alone_is_compiled_for_a_cpu_where_no_compiler_is(paged, monk
   assert planned.method == "compiled" and planned.compiler == "cpu"
   assert "upper bound" in planned.note and "optax_lowmem[plan]" in planned.note
   assert planned.device_bytes >= planned.of("weights") * 2 + planned.of("state")
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
   with pytest.raises(ValueError, match="To plan for 8 cards, install its compiler"):
     lowmem.plan(params, lowmem.adamw(1e-3), card="h100", mesh=8)
 

@@ -2,7 +2,10 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
+import jax
 import pytest
 
 import optax_lowmem as lowmem
@@ -163,7 +166,12 @@ def test_full_training_and_pages(capsys):
   }  # fmt: skip
 
 
-def test_on_several_devices(capsys):
+@pytest.fixture
+def eight(monkeypatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 8)  # as in a process that has them
+
+
+def test_on_several_devices(capsys, eight):
   line = "plan llama-2-70b --memory 24GB --mesh 8 --batch-size 8 --seq-len 512"
   whole, parts = record(capsys, line), record(capsys, f"{line} --fsdp")
   assert whole["devices"] == 8 and not whole["fits"] and parts["fits"]
@@ -173,6 +181,15 @@ def test_on_several_devices(capsys):
   ]
   assert frozen[1] == pytest.approx(frozen[0] / 8, rel=1e-2)
   assert "on each device" in ran(capsys, line)
+
+
+def test_the_command_makes_itself_the_devices():
+  """In a process of its own, before JAX begins."""
+  command = [sys.executable, "-m", "optax_lowmem.qlora", "plan", "smollm2-135m", "--memory", "4GB"]
+  command += ["--mesh", "2", "--fsdp"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0, done.stderr
+  assert "device (each device)" in done.stdout and "\nfits: " in done.stdout
 
 
 @pytest.mark.parametrize("what", ["seq-len", "batch-size"])
@@ -242,7 +259,7 @@ def test_recommend(capsys):
   assert "Nothing fits." in ran(capsys, "recommend llama-3.1-405b --memory 24GB")
 
 
-def test_the_tables_are_whole():
+def test_the_tables_are_whole(eight):
   """Each change changes something or says that it cannot; each recipe is made of settings."""
   settings = Settings(optim="adamw", dtype="float32", seq_len=512)
   case = Case("m", config_of("llama-3.2-1b"), settings, True, 2)
@@ -320,6 +337,7 @@ def test_without_the_cards_compiler_the_answer_is_the_cpus(folder, monkeypatch, 
   said = ran(capsys, f"plan {folder} --seq-len 32 --batch-size 1 --card h100")
   assert "By the compiler of: cpu" in said and "an upper bound" in said
   assert "\nfits: 0.0 of 78.6 GiB\n" in said
+  monkeypatch.setattr(jax, "device_count", lambda: 2)
   mesh = f"plan {folder} --seq-len 32 --batch-size 2 --mesh 2 --card h100"
   assert "To plan for 2 cards, install its compiler" in refused(capsys, mesh)
 

@@ -109,6 +109,7 @@ def compile_for(
   *,
   card: str,
   mesh: AbstractMesh | Mesh | None = None,
+  results: Any = None,
 ) -> Program:
   """Compiles `fn(*args)`; where the card's compiler is not installed, by that of the CPU.
 
@@ -119,6 +120,7 @@ def compile_for(
     donate: positions of the arguments to donate.
     card: a name in `CARDS` or `TPUS`.
     mesh: sizes and names of the cards' axes; None for one card.
+    results: on a mesh, shapes that lie as the results are to; None where XLA is to choose.
 
   Raises:
     ValueError: for an unknown card, for several of them where its compiler is not installed, and
@@ -136,9 +138,14 @@ def compile_for(
     cpu = jax.local_devices(backend="cpu")[0]
     here = jax.tree.map(functools.partial(_bare, cpu), tuple(args), is_leaf=is_paged)
     with jax.default_device(cpu):
-      return _measured("cpu", fn, here, donate, None)
+      return _measured("cpu", jax.jit(fn, donate_argnums=tuple(donate)), here, None)
   on = mesh_of(card, mesh)
   laid = jax.tree.map(functools.partial(_laid, on), tuple(args), is_leaf=is_paged)
+  out = None
+  if results is not None and on.size > 1:
+    out = jax.tree.map(functools.partial(_laid, on), results, is_leaf=is_paged)
+    out = jax.tree.map(lambda x: x.sharding, out)
+  jitted = jax.jit(fn, donate_argnums=tuple(donate), out_shardings=out)
   platform = "tpu" if known.name in TPUS else "cuda"
   with contextlib.ExitStack() as stack:
     if AxisType.Explicit in on.axis_types:
@@ -147,18 +154,16 @@ def compile_for(
       stack.enter_context(using("xla"))  # Triton is for Ampere and later
     if AxisType.Explicit not in on.axis_types:  # Pallas asks for its device (jax 0.11 and later)
       stack.enter_context(jax.sharding.use_abstract_mesh(on.abstract_mesh))
-    return _measured(known.name, fn, laid, donate, platform)
+    return _measured(known.name, jitted, laid, platform)
 
 
-def _measured(
-  compiler: str, fn: Any, args: tuple[Any, ...], donate: Sequence[int], platform: str | None
-) -> Program:
+def _measured(compiler: str, jitted: Any, args: tuple[Any, ...], platform: str | None) -> Program:
   begun = time.perf_counter()
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
     # What was compiled for an absent card cannot be loaded from JAX's cache, and is compiled again.
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
-    traced = jax.jit(fn, donate_argnums=tuple(donate)).trace(*args)
+    traced = jitted.trace(*args)
     lowered = traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
     options = _OPTIONS if platform == "cuda" else None
     stats: Any = lowered.compile(compiler_options=options).memory_analysis()

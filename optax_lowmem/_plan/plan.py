@@ -47,7 +47,9 @@ def plan(
     tx: the transformation.
     step: ``step(params, state, *args)``, compiled if `card` is given; `params` and `state` are
       donated. Of an NNX model, `params` is its `flax.nnx.State` of what is trained. By default the
-      update alone: `tx.update` and `optax.apply_updates` of gradients that are donated.
+      update alone: `tx.update` and `optax.apply_updates` of gradients that are donated. On a mesh
+      of automatic axes XLA chooses how the results of a step lie, if the step does not say it
+      (`jax.lax.with_sharding_constraint`).
     args: what `step` takes further, as arrays or shapes.
     wrt: of an NNX model, what is trained, as in `flax.nnx.Optimizer`; by default its LoRA adapters,
       or all parameters if it has none.
@@ -62,7 +64,8 @@ def plan(
 
   Raises:
     TypeError: for a target without arrays, or a `tx` that is no transformation.
-    ValueError: for an unknown card, a mesh that there cannot be, or a `step` without `card`.
+    ValueError: for an unknown card, a mesh that there cannot be, a `step` without `card`; for
+      several devices in a process that has one, where updates are not cut: see the message.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_lowmem as lowmem
@@ -84,22 +87,23 @@ def plan(
   if step is not None and card is None:
     raise ValueError("`step` is compiled for a card; pass `card`, such as card='h100'.")
   on = _mesh(mesh)
+  check_devices(on.size if on else 1)
   trained, frozen = (jax.tree.map(functools.partial(_laid, on), t) for t in (trained, frozen))
   state = state_shapes(tx, trained, on)
   found = planned(trained, frozen, state, adapters=adapters, devices=on.size if on else 1)
   if card is None:
     return found
   extra: tuple[Any, ...] = tuple(args)
-  note = ""
+  note, results = "", None
   donate: tuple[int, ...] = (0, 1)
   if step is None:
     step, extra, donate = functools.partial(_update, tx), (trained,), (0, 1, 2)
-    note = "Of the update alone, without a forward or backward pass."
+    note, results = "Of the update alone, without a forward or backward pass.", (trained, state)
   elif held := device_and_host(extra)[0]:
     batch = Part("further arguments", "batch", held)
     found = MemoryPlan((*found.parts, batch), devices=found.devices)
-  program = compile_for(step, (trained, state, *extra), donate, card=card, mesh=on)
-  # Frozen weights that are no argument of the step are on the device all the same.
+  arguments = (trained, state, *extra)
+  program = compile_for(step, arguments, donate, card=card, mesh=on, results=results)
   return found.compiled(program, note)
 
 
@@ -119,6 +123,16 @@ def planned(
   name, kind = ("adapters", "adapters") if adapters else ("weights", "weights")
   parts += of_weights(trained, name, kind)
   return MemoryPlan((*parts, *of_gradients(trained), *of_state(state, trained)), devices=devices)
+
+
+def check_devices(count: int) -> None:
+  """Raises ValueError for several devices in a process of one: there, updates are never cut."""
+  if count > 1 and jax.device_count() == 1:
+    raise ValueError(
+      f"To plan for {count} devices, this process must have more than one, if only of the CPU's: "
+      f"call `jax.config.update('jax_num_cpu_devices', {count})` before JAX is used, or set "
+      f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+    )
 
 
 def state_shapes(tx: Any, params: Any, mesh: AbstractMesh | None = None) -> Any:

@@ -17,7 +17,10 @@ but the temporaries. All settings of `lowmem finetune` are understood.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
+
+import jax
 
 from optax_lowmem.qlora.planning.budget import GIB, Budget
 from optax_lowmem.qlora.planning.case import Case
@@ -50,6 +53,10 @@ def case_of(words: dict[str, Any]) -> Case:
   source = words.get("source") or words.get("model")
   if source is None:
     raise ValueError("Name a model: `lowmem plan llama-2-7b`, or a config.json.")
+  if (count := words.get("mesh", 1)) > 1:
+    with contextlib.suppress(RuntimeError):  # JAX has begun, perhaps with as many as are needed
+      jax.config.update("jax_platforms", "cpu")  # nothing is run, and no card need be held
+      jax.config.update("jax_num_cpu_devices", count)
   rest = {name: value for name, value in words.items() if name not in (*OWN, "model")}
   if rest.get("dtype", "auto") == "auto":
     rest["dtype"] = "bfloat16"  # of the card, not of this machine

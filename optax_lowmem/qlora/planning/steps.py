@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from optax_lowmem._plan.compiler import compile_for
 from optax_lowmem._plan.memory_plan import MemoryPlan, Part
 from optax_lowmem._plan.parts import device_and_host
-from optax_lowmem._plan.plan import planned, state_shapes
+from optax_lowmem._plan.plan import check_devices, planned, state_shapes
 from optax_lowmem.qlora.data.batches import Batch
 from optax_lowmem.qlora.loading.llama import abstract_llama
 from optax_lowmem.qlora.models.attention import Kind
@@ -55,7 +55,11 @@ class Step(NamedTuple):
   def compiled(self, card: str) -> MemoryPlan:
     """Its memory by the compiler of a card."""
     args = (self.state, self.frozen, self.batch)
-    return self.shapes().compiled(compile_for(self.fn, args, (0,), card=card, mesh=self.mesh))
+    # As `training.step.compiled` has it: the new state lies where the old one did.
+    program = compile_for(
+      self.fn, args, (0,), card=card, mesh=self.mesh, results=(self.state, None)
+    )
+    return self.shapes().compiled(program)
 
 
 def step_of(config: LlamaConfig, s: Settings, *, full: bool = False, devices: int = 1) -> Step:
@@ -69,7 +73,7 @@ def step_of(config: LlamaConfig, s: Settings, *, full: bool = False, devices: in
       with `fsdp` a part of what is frozen, and in full training of all there is.
 
   Raises:
-    ValueError: where the rows cannot be spread evenly.
+    ValueError: where the rows cannot be spread evenly, and as `check_devices`.
   """
   if devices < 1:
     raise ValueError(f"--mesh must be a positive number of devices, got {devices}.")
@@ -78,6 +82,7 @@ def step_of(config: LlamaConfig, s: Settings, *, full: bool = False, devices: in
       f"--batch-size {s.batch_size} is not a multiple of the {devices} devices of --mesh, over "
       "which its rows are spread."
     )
+  check_devices(devices)
   tx, _ = optimizer(s)
   if full:
     base = abstract_llama(config, None, jnp.dtype(s.dtype), cast(Kind, s.attention))
