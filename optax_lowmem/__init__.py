@@ -22,6 +22,20 @@ from optax_lowmem._optimizers.lion_sgd import lion, sgd
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._optimizers.scale_by_came import ScaleByCameState, scale_by_came
 from optax_lowmem._paging.offloaded import offloaded
+from optax_lowmem._plan.compare import (
+  OptimizerComparison,
+  OptimizerMemory,
+  compare_optimizer_memory,
+)
+from optax_lowmem._plan.memory_plan import MemoryPlan, Part
+from optax_lowmem._plan.memory_report import (
+  MemoryReport,
+  memory_callback,
+  memory_report,
+  print_memory_usage,
+  print_trainable_parameters,
+)
+from optax_lowmem._plan.plan import plan
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
@@ -42,7 +56,12 @@ name_after(
   Dense,
   Explained,
   Explanation,
+  MemoryPlan,
+  MemoryReport,
+  OptimizerComparison,
+  OptimizerMemory,
   Paged,
+  Part,
   QuantizedArray,
   ScaleByCameState,
   Storage,
@@ -96,6 +115,17 @@ __all__ = [
   "Explanation",
   "explain",
   "kernels",
-  # Memory.
+  # Memory, before a run and within it.
+  "MemoryPlan",
+  "MemoryReport",
+  "OptimizerComparison",
+  "OptimizerMemory",
+  "Part",
+  "compare_optimizer_memory",
+  "memory_callback",
+  "memory_report",
+  "plan",
+  "print_memory_usage",
+  "print_trainable_parameters",
   "state_bytes",
 ]

@@ -21,6 +21,7 @@ ORDER = [
   "_update",
   "_paging",
   "_optimizers",
+  "_plan",
   "",  # what `import optax_lowmem` gives
   "_linear",
   "nn/_proofs",
@@ -39,6 +40,7 @@ ORDER = [
   "qlora/loading",
   "qlora/training",
   "qlora/run",
+  "qlora/planning",
   "qlora/commands",
   "qlora",
 ]

@@ -204,7 +204,7 @@ PUBLIC = [
   if callable(getattr(module, name)) and name not in ("CodebookName", "Init", "Storage")
 ]
 # As flax's own, and said to be so; what is a Variable; what `find_layers` and `explain` return.
-INHERITED = {"NF4Dense", "LoRADense", "QuantizedWeight", "Explanation"}
+INHERITED = {"NF4Dense", "LoRADense", "QuantizedWeight", "Explanation", "OptimizerComparison"}
 
 
 @pytest.mark.parametrize(("module", "name"), [p for p in PUBLIC if p[1] not in INHERITED])

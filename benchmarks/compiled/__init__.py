@@ -1,6 +1,7 @@
 """The judge: what a function becomes when it is compiled for a card that need not be here."""
 
-from .cards import CARDS, Card
+from optax_lowmem._plan.cards import CARDS, Card
+
 from .program import Compiled, compile_for, mesh_of, missing
 from .traffic import Traffic, traffic
 

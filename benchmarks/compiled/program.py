@@ -33,7 +33,8 @@ import numpy as np
 from jax._src.lib import xla_client as xc  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import topologies
 
-from .cards import CARDS
+from optax_lowmem._plan.cards import CARDS
+
 from .traffic import Traffic, traffic
 
 # There is nothing to time kernels on, and Triton's matrix products are found by timing.

@@ -10,7 +10,9 @@ from optax_lowmem._arguments.spelling import did_you_mean
 # together they take seconds, and need packages of the extra `qlora`.
 _COMMANDS = {
   "finetune": ("finetune", "train", "train adapters on a language model in 4 bits"),
-  "plan": ("finetune", "plan", "print what a run would hold in memory, from shapes alone"),
+  "plan": ("memory", "plan", "say what a run would hold in memory, and whether it fits"),
+  "compare": ("memory", "compare", "say what optimizers hold for a model"),
+  "recommend": ("recommend", "recommend", "say how to train a model in the memory there is"),
   "chat": ("chat", "talk", "talk to what a run has trained"),
   "merge": ("merge", "merge", "write a model without adapters, as Hugging Face loads it"),
   "export": ("export", "export", "write an adapter as llama.cpp takes it"),

@@ -54,8 +54,3 @@ def train(argv: list[str]) -> int:
   with sentences():
     settings = parse(__doc__ or "", argv, prog=called())
   return finetune(settings)
-
-
-def plan(argv: list[str]) -> int:
-  """``lowmem plan``."""
-  return train([*argv, "--dry-run"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.commands.inputs import read_inputs
 from optax_lowmem.qlora.commands.plan import Plan
@@ -226,6 +227,8 @@ class Run:
     loss_picture(self.out / "loss.png", having("loss"), having("held_out_loss"))
     parts = byte_parts(self.frozen, self.state.lora, self.state.opt_state, s.optim, s.quantize)
     print_bytes(parts, self.steps.temporaries())
+    held = lowmem.memory_report((self.frozen, self.state.lora), self.state.opt_state)
+    say(f"Held now: {held.line()}.")
     conclude(self.out, self.metrics, parts, seconds=time.perf_counter() - begun)
 
 

@@ -28,6 +28,11 @@ def parse(description: str, argv: Sequence[str] | None = None, prog: str | None 
   Raises:
     ValueError, OSError: with a sentence for the user.
   """
+  return settings_of(given(parser_of(description, prog), argv))
+
+
+def parser_of(description: str, prog: str | None = None) -> argparse.ArgumentParser:
+  """A parser with a flag for each setting; what is not given is absent from what it returns."""
   parser = _Parser(
     prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,8 +44,25 @@ def parse(description: str, argv: Sequence[str] | None = None, prog: str | None 
       parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
       parser.add_argument(flag, type=_reader(kind), choices=CHOICES.get(each.name), help=text)
+  return parser
+
+
+def given(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> dict[str, Any]:
+  """What a command line says, under the names that settings have here.
+
+  Raises:
+    ValueError: for a setting of another trainer that has no counterpart.
+  """
   words = sys.argv[1:] if argv is None else argv
-  given = vars(parser.parse_args(translated(words, list(HELP))))
+  return vars(parser.parse_args(translated(words, list(HELP))))
+
+
+def settings_of(given: dict[str, Any]) -> Settings:
+  """The settings, of flags, of the YAML file and the run that they name, and checked.
+
+  Raises:
+    ValueError, OSError: with a sentence for the user.
+  """
   if given.get("config"):
     given = from_yaml(Path(given["config"])) | given
   if given.get("dtype") == "auto":

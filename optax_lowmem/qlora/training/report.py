@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_lowmem as lowmem
+from optax_lowmem._plan.memory_plan import human as human
 from optax_lowmem.qlora.files.disk import write_whole
 
 
@@ -99,18 +100,6 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
   except ImportError:
     return 0
-
-
-def human(size: float) -> str:
-  """Bytes for people, in binary units.
-
-  >>> human(512), human(3 << 20), human(5 << 30)
-  ('512 B', '3.0 MiB', '5.00 GiB')
-  """
-  for unit, power, digits in (("GiB", 30, 2), ("MiB", 20, 1), ("KiB", 10, 1)):
-    if size >= 1 << power:
-      return f"{size / (1 << power):,.{digits}f} {unit}"
-  return f"{size:.0f} B"
 
 
 def loss_picture(path: Path, steps: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:

@@ -1,0 +1,158 @@
+"""What trains on which card: plans by an H100's own compiler, which need no H100.
+
+    python benchmarks/plan.py [--card h100] [--only figure8 …] [--json rows.json]
+
+QLoRA with rank 64 on all linear layers, one row, 8-bit AdamW, beside Figure 8 of the QLoRA paper
+(Dettmers et al. 2023); a 7B model at growing lengths on a card of 24 GB; all parameters of a 7B
+model by optimizer; and the state of a 70B model by optimizer. Nothing is run, no weight is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+import optax_lowmem as lowmem
+from _measure import write
+from optax_lowmem.qlora.planning.budget import budget_of
+from optax_lowmem.qlora.planning.case import Case
+from optax_lowmem.qlora.planning.model_source import config_of
+from optax_lowmem.qlora.run.settings import Settings
+
+GB, GIB = 10**9, 2**30
+# Figure 8: GB of device memory, one row of 512 tokens.
+PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
+CARDS = {"llama-7b": "8GB", "llama-13b": "12GB", "llama-33b": "24GB", "llama-65b": "48GB"}
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+BF16 = {"adapter_dtype": "bfloat16"}
+# Optimizer, dtype of the weights.
+FULL = (
+  ("adamw", "float32"),
+  ("adamw_8bit", "float32"),
+  ("paged_adamw", "float32"),
+  ("adamw", "bfloat16"),
+  ("adamw_8bit", "bfloat16"),
+  ("adamw_4bit", "bfloat16"),
+  ("came", "bfloat16"),
+  ("paged_adamw", "bfloat16"),
+  ("paged_adamw_8bit", "bfloat16"),
+)
+
+
+def case(model: str, **settings: Any) -> Case:
+  base = Settings(batch_size=1, seq_len=512, rank=64, targets="all-linear", dtype="bfloat16")
+  return Case(model, config_of(model), dataclasses.replace(base, **settings))
+
+
+def row(planned: lowmem.MemoryPlan, memory: str | None = None) -> dict[str, Any]:
+  found: dict[str, Any] = {
+    "device GB": planned.device_bytes / GB,
+    "device GiB": planned.device_bytes / GIB,
+    "host GiB": planned.host_bytes / GIB,
+  }
+  for kind in ("weights", "adapters", "state", "temporaries"):
+    found[f"{kind} GiB"] = planned.of(kind) / GIB
+  if memory is not None:
+    budget = budget_of(memory, None)
+    assert budget is not None
+    found |= {"memory": memory, "below": planned.device_bytes <= budget.total}
+    found["fits"] = budget.fits(planned)  # with what the driver keeps
+  return found | {"seconds": planned.seconds}
+
+
+def figure8(card: str) -> Iterator[dict[str, Any]]:
+  """QLoRA, one row of 512 tokens, beside the paper."""
+  for model, paper in PAPER.items():
+    for options in ({}, BF16):
+      planned = case(model, **options).plan(card)
+      adapters = options.get("adapter_dtype", "float32")
+      yield {
+        "model": model, "adapters": adapters, "paper GB": paper, **row(planned, CARDS[model]),
+      }  # fmt: skip
+
+
+def lengths(card: str) -> Iterator[dict[str, Any]]:
+  """QLoRA of 7B, one row of so many tokens, on 24 GB."""
+  for tokens in LENGTHS:
+    yield {
+      "model": "llama-7b",
+      "tokens": tokens,
+      **row(case("llama-7b", seq_len=tokens).plan(card), "24GB"),
+    }
+
+
+def full(card: str) -> Iterator[dict[str, Any]]:
+  """All parameters of 7B, one row of 512 tokens."""
+  for optim, dtype in FULL:
+    asked = case("llama-7b", optim=optim, dtype=dtype).but(full=True)
+    yield {
+      "model": "llama-7b",
+      "optimizer": optim,
+      "weights": dtype,
+      **row(asked.plan(card), "80GB"),
+    }
+
+
+def devices(card: str) -> Iterator[dict[str, Any]]:
+  """QLoRA on eight cards of 24 GB, a row of 512 tokens on each, the base in parts."""
+  if jax.device_count() < 8:  # updates are cut only where there are several
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    with tempfile.TemporaryDirectory() as folder:
+      command = [sys.executable, __file__, "--card", card, "--only", "devices"]
+      command += ["--json", f"{folder}/rows.json"]
+      subprocess.run(
+        command, check=True, env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.DEVNULL
+      )
+      yield from json.loads(pathlib.Path(folder, "rows.json").read_text())["devices"]
+    return
+  for model in ("llama-2-70b", "llama-3.1-405b"):
+    asked = case(model, batch_size=8, fsdp=True, **BF16).but(devices=8)
+    yield {"model": model, "cards": 8, **row(asked.plan(card), "24GB")}
+
+
+def state(card: str) -> Iterator[dict[str, Any]]:
+  """The optimizers' state for all parameters of Llama 2 70B, in units of 10^9 bytes."""
+  trained = case("llama-2-70b").but(full=True).step().state.lora
+  for each in lowmem.compare_optimizer_memory(trained):
+    yield {
+      "optimizer": each.name, "device GB": each.device / GB, "host GB": each.host / GB,
+      "B/param": each.per_parameter,
+    }  # fmt: skip
+
+
+SECTIONS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
+  f.__name__: f for f in (figure8, lengths, full, devices, state)
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("--card", default="h100")
+  parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
+  parser.add_argument("--json", help="file to write the result to")
+  args = parser.parse_args()
+  found: dict[str, Any] = {"card": args.card}
+  for name in args.only:
+    print(f"\n### {name}: {SECTIONS[name].__doc__}\n", flush=True)
+    rows = found[name] = []
+    for each in SECTIONS[name](args.card):
+      if not rows:
+        print("| " + " | ".join(each) + " |\n" + "|---" * len(each) + "|", flush=True)
+      rows.append(each)
+      cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in each.values())
+      print("| " + " | ".join(cells) + " |", flush=True)
+  write(args.json, found)
+
+
+if __name__ == "__main__":
+  main()

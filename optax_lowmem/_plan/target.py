@@ -1,0 +1,49 @@
+"""What a plan is made for: trees, functions that make them, models."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import jax
+
+
+def trees_of(name: str, target: Any, wrt: Any = None) -> tuple[Any, Any, bool]:
+  """What is trained, what is not, and whether the first are adapters.
+
+  Args:
+    name: the argument's name, for errors.
+    target: a tree of arrays or shapes, a function of no arguments that makes one, or an NNX model.
+    wrt: of an NNX model, what is trained.
+
+  Raises:
+    TypeError: for anything else.
+    ValueError: where `wrt` is given and there is no NNX model.
+  """
+  flax = sys.modules.get("flax.nnx")  # who has made a model has imported it
+  if flax is not None and isinstance(target, flax.Module):
+    lora = wrt is None and bool(jax.tree.leaves(flax.state(target, flax.LoRAParam)))
+    kind = (flax.LoRAParam if lora else flax.Param) if wrt is None else wrt
+    _, trained, frozen = flax.split(target, kind, ...)
+    if not jax.tree.leaves(trained):
+      raise ValueError(f"`wrt` {kind} names nothing of this {type(target).__name__}.")
+    return trained, frozen, lora or kind is flax.LoRAParam
+  if wrt is not None:
+    raise ValueError(f"`wrt` is for NNX models, got a {type(target).__name__} with wrt={wrt!r}.")
+  if isinstance(target, str | PurePath) or (isinstance(target, Mapping) and "model_type" in target):
+    raise TypeError(
+      f"`{name}` must hold arrays or shapes, got {str(target)!r:.80}. For a model by its name or "
+      "config.json, pass `optax_lowmem.qlora.model_shapes(…)` of it."
+    )
+  tree = jax.eval_shape(target) if callable(target) else target
+  leaves = jax.tree.leaves(tree)
+  strange = [x for x in leaves if not (hasattr(x, "dtype") and hasattr(x, "shape"))]
+  if strange or not leaves:
+    what = type(strange[0]).__name__ if strange else "nothing"
+    raise TypeError(
+      f"`{name}` must hold arrays or shapes, got {what} in a {type(target).__name__}. Pass "
+      "parameters, their shapes, or an NNX model."
+    )
+  return tree, (), False

@@ -1,0 +1,116 @@
+"""What fits: ``lowmem plan MODEL``, ``lowmem compare`` and ``lowmem recommend``.
+
+  lowmem plan llama-2-7b --memory 24GB                   # does it fit, and if not, what would
+  lowmem plan llama-2-7b --card rtx-4090 --seq-len 2048  # by that card's own compiler
+  lowmem plan llama-3-8b --memory 24GB --max seq-len     # the longest rows that fit
+  lowmem plan config.json --full --dtype float32 --memory 80GB
+  lowmem plan llama-2-70b --memory 24GB --mesh 8 --batch-size 8 --fsdp
+  lowmem compare llama-2-7b                              # what optimizers hold
+  lowmem recommend llama-2-13b --memory 24GB             # how to train
+
+A model is a name that is known here, a config.json, a directory that holds one, or a GGUF file.
+Nothing is fetched, and no weights are needed. With --card the training step is compiled for that
+card, which need not be there (`pip install 'optax_lowmem[plan]'`); without it, everything is exact
+but the temporaries. All settings of `lowmem finetune` are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any
+
+import jax
+
+from optax_lowmem.qlora.planning.budget import GIB, Budget
+from optax_lowmem.qlora.planning.case import Case
+from optax_lowmem.qlora.planning.changes import remedies
+from optax_lowmem.qlora.planning.model_source import config_of, name_of
+from optax_lowmem.qlora.run.arguments import parser_of, settings_of
+from optax_lowmem.qlora.run.checks import check_length, check_patterns, check_rank
+
+# What is asked of a plan beside the settings of a run.
+OWN = ("source", "memory", "card", "full", "mesh", "max", "json", "plot", "task")
+
+
+def parser_for(command: str) -> argparse.ArgumentParser:
+  parser = parser_of(__doc__ or "", f"lowmem {command}")
+  parser.add_argument(
+    "source", nargs="?", metavar="MODEL", help="a name, a config.json, a directory"
+  )
+  parser.add_argument("--memory", metavar="SIZE", help="of each device: 24GB, 24GiB")
+  parser.add_argument("--card", help="compile for it: h100, a100-40gb, rtx-4090, l4, v5e, ...")
+  kind = parser.add_mutually_exclusive_group()
+  kind.add_argument("--full", action="store_true", help="train all parameters")
+  kind.add_argument("--qlora", action="store_false", dest="full", help="train adapters (default)")
+  parser.add_argument("--mesh", type=int, metavar="N", help="devices to spread the rows over")
+  parser.add_argument("--json", action="store_true", help="print numbers, not tables")
+  return parser
+
+
+def case_of(words: dict[str, Any]) -> Case:
+  """The model and the settings that were asked for."""
+  source = words.get("source") or words.get("model")
+  if source is None:
+    raise ValueError("Name a model: `lowmem plan llama-2-7b`, or a config.json.")
+  if (count := words.get("mesh", 1)) > 1:
+    with contextlib.suppress(RuntimeError):  # JAX has begun, perhaps with as many as are needed
+      jax.config.update("jax_platforms", "cpu")  # nothing is run, and no card need be held
+      jax.config.update("jax_num_cpu_devices", count)
+  rest = {name: value for name, value in words.items() if name not in (*OWN, "model")}
+  if rest.get("dtype", "auto") == "auto":
+    rest["dtype"] = "bfloat16"  # of the card, not of this machine
+  settings = settings_of(rest)
+  config = config_of(source)
+  check_length(settings, config)
+  check_rank(settings, config)
+  check_patterns(settings, config)
+  return Case(name_of(source), config, settings, words.get("full", False), words.get("mesh", 1))
+
+
+def described(case: Case, rows: bool = True) -> str:
+  s = case.settings
+  if case.full:
+    kind = f"all parameters trained in {s.dtype}"
+  else:
+    base = "16-bit" if s.quantize == "none" else s.quantize.upper()
+    kind = f"adapters of rank {s.rank} on a base in {base}"
+  if not rows:
+    return f"{kind}."
+  spread = f" on {case.devices} devices" if case.devices > 1 else ""
+  return f"{kind}, {s.optim}, {s.batch_size} x {s.seq_len:,} tokens{spread}."
+
+
+def remedies_of(case: Case, budget: Budget, answer: Any) -> list[tuple[dict[str, Any], str]]:
+  """What would make it fit, as data and as lines."""
+  estimated = case.plan().device_bytes
+  ratio = answer.device_bytes / estimated if answer.method == "compiled" else 1.0
+  found = []
+  for each in remedies(case, budget, ratio):
+    what = " and ".join(change.what for change in each.changes)
+    cost = "; ".join(change.cost for change in each.changes)
+    flags = _difference(case, each.case)
+    line = f"would fit, at about {each.device_bytes / GIB:.1f} GiB: {flags} ({what}; costs: {cost})"
+    found.append(({"flags": flags, "device_bytes": each.device_bytes, "costs": cost}, line))
+  if not found:
+    line = (
+      "Nothing that can be given up makes it fit. Take a smaller model, or more devices (--mesh N"
+    )
+    line += " --fsdp)."
+    found.append(({}, line))
+  return found
+
+
+def _difference(before: Case, after: Case) -> str:
+  """The flags that differ."""
+  old = before.flags().split(" --")
+  new = [flag for flag in after.flags().split(" --") if flag not in old]
+  said = " ".join(f"--{flag.removeprefix('--')}" for flag in new if flag)
+  return f"--qlora {said}".strip() if before.full and not after.full else said
+
+
+def record_of(case: Case, answer: Any, budget: Budget | None) -> dict[str, Any]:
+  record = {"model": case.model, "flags": case.flags(), **answer.as_dict()}
+  if budget is not None:
+    record |= {"usable_bytes": budget.usable, "fits": budget.fits(answer)}
+  return record

@@ -1,0 +1,57 @@
+"""``lowmem recommend``: how to train a model in the memory there is."""
+
+from __future__ import annotations
+
+import json
+
+from optax_lowmem._plan.memory_plan import aligned
+from optax_lowmem.qlora.commands.asked import case_of, parser_for, record_of, remedies_of
+from optax_lowmem.qlora.planning.budget import GIB, budget_of
+from optax_lowmem.qlora.planning.recipes import TASKS, Fit, ranked
+from optax_lowmem.qlora.run.arguments import given
+from optax_lowmem.qlora.run.terminal import say, sentences
+
+
+def recommend(argv: list[str]) -> int:
+  """``lowmem recommend``."""
+  parser = parser_for("recommend")
+  parser.add_argument("--task", choices=TASKS, help="what is to be learned (default: instructions)")
+  with sentences():
+    words = given(parser, argv)
+    budget = budget_of(words.get("memory"), words.get("card"))
+    if budget is None:
+      raise ValueError("Say what there is: --memory 24GB, or --card rtx-4090.")
+    case, task = case_of(words), words.get("task", "instructions")
+    fits = ranked(case, task, budget, words.get("card"))
+    best = next((each for each in fits if each.fits), None)
+    least = min(fits, key=lambda each: each.plan.device_bytes)
+    help_ = [] if best else remedies_of(least.case, budget, least.plan)
+  if words.get("json"):
+    rows = [
+      record_of(f.case, f.plan, budget) | {"recipe": f.recipe.name, "reason": f.recipe.reason}
+      for f in fits
+    ]
+    print(json.dumps({"task": task, "rows": rows, "remedies": [r for r, _ in help_]}, indent=2))
+    return 0
+  say(f"{case.model} on {budget.usable / GIB:.1f} GiB; {task}: {TASKS[task][1]}")
+  rows = [["", "needs", "fits"]]
+  for each in fits:
+    size = f"{each.plan.device_bytes / GIB:.1f} GiB"
+    rows.append([each.recipe.name, size, "yes" if each.fits else "no"])
+  reasons = ["because", *(each.recipe.reason for each in fits)]
+  for line, reason in zip(aligned(rows).splitlines(), reasons, strict=True):
+    say(f"{line}  {reason}")
+  say("Nothing fits." if best is None else _taken(best))
+  for _, line in help_:
+    say(line)
+  return 0
+
+
+def _taken(best: Fit) -> str:
+  """What to do, for the best that fits."""
+  compiler = best.plan.compiler
+  by = f"by the compiler of: {compiler}" if compiler else "as estimated; --card asks a compiler"
+  how = f"lowmem finetune --model DIR {best.case.flags()}"
+  if best.case.full:
+    how = "all parameters are trained in Python, as in examples/full_finetune.py."
+  return f"Take: {best.recipe.name} ({by}): {how}"

@@ -1,0 +1,1 @@
+"""Which model, settings and card go together: plans, comparisons, recommendations."""

@@ -1,0 +1,123 @@
+"""The training step of some settings as shapes: what is planned, and what is compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from optax_lowmem._plan.compiler import compile_for
+from optax_lowmem._plan.memory_plan import MemoryPlan, Part
+from optax_lowmem._plan.parts import device_and_host
+from optax_lowmem._plan.plan import check_devices, planned, state_shapes
+from optax_lowmem.qlora.data.batches import Batch
+from optax_lowmem.qlora.loading.llama import abstract_llama
+from optax_lowmem.qlora.models.attention import Kind
+from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.training.step import State, split, train_step
+
+
+class Step(NamedTuple):
+  """A training step and its arguments, as shapes.
+
+  Attributes:
+    fn: ``fn(state, frozen, batch)``; the state is donated.
+    state: what is trained, and the optimizer's state.
+    frozen: the rest of the model.
+    batch: one batch.
+    full: whether all parameters are trained, or adapters.
+    mesh: the devices; None for one.
+  """
+
+  fn: Callable[..., Any]
+  state: State
+  frozen: Any
+  batch: Batch
+  full: bool
+  mesh: AbstractMesh | None
+
+  def shapes(self) -> MemoryPlan:
+    """Its memory from shapes alone."""
+    devices = self.mesh.size if self.mesh else 1
+    found = planned(
+      self.state.lora, self.frozen, self.state.opt_state, adapters=not self.full, devices=devices
+    )
+    batch = Part("batch", "batch", device_and_host((self.batch, self.state.rngs))[0])
+    return MemoryPlan((*found.parts, batch), devices=devices)
+
+  def compiled(self, card: str) -> MemoryPlan:
+    """Its memory by the compiler of a card."""
+    args = (self.state, self.frozen, self.batch)
+    # As `training.step.compiled` has it: the new state lies where the old one did.
+    program = compile_for(
+      self.fn, args, (0,), card=card, mesh=self.mesh, results=(self.state, None)
+    )
+    return self.shapes().compiled(program)
+
+
+def step_of(config: LlamaConfig, s: Settings, *, full: bool = False, devices: int = 1) -> Step:
+  """The step that `lowmem finetune` compiles for these settings; nothing is made of it.
+
+  Args:
+    config: of the model.
+    s: the settings.
+    full: train all parameters, in the dtype of the model, in the place of adapters.
+    devices: how many there are. A batch's rows are spread over them; each holds the whole model, or
+      with `fsdp` a part of what is frozen, and in full training of all there is.
+
+  Raises:
+    ValueError: where the rows cannot be spread evenly, and as `check_devices`.
+  """
+  if devices < 1:
+    raise ValueError(f"--mesh must be a positive number of devices, got {devices}.")
+  if s.batch_size % devices:
+    raise ValueError(
+      f"--batch-size {s.batch_size} is not a multiple of the {devices} devices of --mesh, over "
+      "which its rows are spread."
+    )
+  check_devices(devices)
+  tx, _ = optimizer(s)
+  if full:
+    base = abstract_llama(config, None, jnp.dtype(s.dtype), cast(Kind, s.attention))
+    graph, trained, rngs, frozen = nnx.split(base, nnx.Param, nnx.RngState, ...)
+  else:
+    graph, state, frozen = split(abstract_model(config, s), lambda trained: None)
+    trained, rngs = state.lora, state.rngs
+  shape = (s.grad_accum, s.batch_size, s.seq_len)
+  ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
+  packed = (ids, ids) if s.packing else ()
+  batch = Batch(ids, ids, mask, jax.ShapeDtypeStruct(shape[:2], jnp.int32), *packed)
+  mesh = None
+  if devices > 1:
+    mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    whole = functools.partial(_laid, mesh)
+    frozen = _in_parts(mesh, frozen) if s.fsdp else jax.tree.map(whole, frozen)
+    trained = _in_parts(mesh, trained) if s.fsdp and full else jax.tree.map(whole, trained)
+    rngs = jax.tree.map(whole, rngs)
+    batch = jax.tree.map(lambda x: _laid(mesh, x, None, "data"), batch)
+  state = State(trained, state_shapes(tx, trained, mesh), rngs)
+  fn = functools.partial(train_step, graph, tx, shards=devices)
+  return Step(fn, state, frozen, batch, full, mesh)
+
+
+def _laid(mesh: AbstractMesh, x: Any, *spec: str | None) -> Any:
+  where = NamedSharding(mesh, PartitionSpec(*spec))
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _in_parts(mesh: AbstractMesh, tree: Any) -> Any:
+  """As `training.devices.in_parts` lays arrays out."""
+
+  def part(path: tuple[Any, ...], x: Any) -> Any:
+    first = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
+    even = [axis for axis in range(first, x.ndim) if x.shape[axis] % mesh.size == 0]
+    return _laid(mesh, x, *[None] * even[0], "data") if even else _laid(mesh, x)
+
+  return jax.tree_util.tree_map_with_path(part, tree)
