@@ -3,6 +3,7 @@
 # What is called wrongly is called so on purpose.
 # pyright: reportArgumentType=false
 
+import json
 import math
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_lowmem as lowmem
+from optax_lowmem.qlora import model_shapes
 from registry import REGISTRY, SHAPES, make, tree
 
 ADAPTER = {f"layers/{k}": {"a": (4, 96, 8), "b": (4, 8, 96)} for k in ("q", "down")}
@@ -129,9 +131,9 @@ def test_a_mesh_of_devices_is_taken_as_it_is():
 
 
 BAD = {
-  "a name": (lambda: lowmem.plan("llama-2-7b", optax.adam(1e-3)), TypeError, "model_shapes"),
-  "a config": (
-    lambda: lowmem.plan({"model_type": "llama"}, optax.adam(1e-3)), TypeError, "model_shapes"
+  "a name": (lambda: lowmem.plan("lama-7b", optax.adam(1e-3)), ValueError, "mean 'llama-7b'"),
+  "a configuration": (
+    lambda: lowmem.plan({"model_type": "llama"}, optax.adam(1e-3)), ValueError, "vocab_size"
   ),
   "numbers": (lambda: lowmem.plan([1.0], optax.adam(1e-3)), TypeError, "got float in a list"),
   "nothing": (lambda: lowmem.plan({}, optax.adam(1e-3)), TypeError, "got nothing in a dict"),
@@ -241,3 +243,13 @@ def test_numbers_are_plain():
 
   planned = lowmem.plan({"w": np.zeros((8, 8), np.float32)}, lowmem.adam(1e-3))
   assert json.loads(json.dumps(planned.as_dict()))["method"] == "shapes"
+
+
+def test_a_model_by_name_or_configuration_is_its_parameters(tmp_path):
+  config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
+  config |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  tx = lowmem.adamw(1e-3)
+  by_shapes = lowmem.plan(model_shapes(config), tx)
+  assert by_shapes == lowmem.plan(config, tx) == lowmem.plan(tmp_path / "config.json", tx)
+  assert lowmem.plan("smollm2-135m", tx).state_bytes["device"] > 2 * 134_000_000

@@ -42,8 +42,9 @@ def plan(
     target: what is trained: a tree of arrays or of shapes (`jax.ShapeDtypeStruct`); a function of
       no arguments that makes one, such as ``lambda: model.init(key, x)["params"]``; or a Flax NNX
       model, made or abstract (`flax.nnx.eval_shape`). Arrays of a model that are not trained count
-      as weights. For a model by name or by its ``config.json``, take
-      ``optax_lowmem.qlora.model_shapes("llama-2-7b")``.
+      as weights. Or a model by its name, such as ``"llama-2-7b"``, or by its ``config.json``, as a
+      path or as a dictionary: its parameters in float32 (`optax_lowmem.qlora.model_shapes` gives
+      them in another dtype; needs ``optax_lowmem[qlora]``).
     tx: the transformation.
     step: ``step(params, state, *args)``, compiled if `card` is given; `params` and `state` are
       donated. Of an NNX model, `params` is its `flax.nnx.State` of what is trained. By default the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -15,12 +16,14 @@ def trees_of(name: str, target: Any, wrt: Any = None) -> tuple[Any, Any, bool]:
 
   Args:
     name: the argument's name, for errors.
-    target: a tree of arrays or shapes, a function of no arguments that makes one, or an NNX model.
+    target: a tree of arrays or shapes; a function of no arguments that makes one; an NNX model; or
+      a model's name, its ``config.json`` as a path or a dictionary.
     wrt: of an NNX model, what is trained.
 
   Raises:
     TypeError: for anything else.
-    ValueError: where `wrt` is given and there is no NNX model.
+    ValueError: where `wrt` is given and there is no NNX model; for a model that is not known.
+    ImportError: for a model by name, where what reads configurations is not installed.
   """
   flax = sys.modules.get("flax.nnx")  # who has made a model has imported it
   if flax is not None and isinstance(target, flax.Module):
@@ -33,10 +36,7 @@ def trees_of(name: str, target: Any, wrt: Any = None) -> tuple[Any, Any, bool]:
   if wrt is not None:
     raise ValueError(f"`wrt` is for NNX models, got a {type(target).__name__} with wrt={wrt!r}.")
   if isinstance(target, str | PurePath) or (isinstance(target, Mapping) and "model_type" in target):
-    raise TypeError(
-      f"`{name}` must hold arrays or shapes, got {str(target)!r:.80}. For a model by its name or "
-      "config.json, pass `optax_lowmem.qlora.model_shapes(…)` of it."
-    )
+    target = _model_shapes(target)
   tree = jax.eval_shape(target) if callable(target) else target
   leaves = jax.tree.leaves(tree)
   strange = [x for x in leaves if not (hasattr(x, "dtype") and hasattr(x, "shape"))]
@@ -47,3 +47,18 @@ def trees_of(name: str, target: Any, wrt: Any = None) -> tuple[Any, Any, bool]:
       "parameters, their shapes, or an NNX model."
     )
   return tree, (), False
+
+
+def _model_shapes(source: Any) -> dict[str, Any]:
+  """The shapes of a model that is known by its name or configuration.
+
+  The readers of configurations belong to the program, which nothing of the library imports: they
+  are asked for by name, when somebody has named a model.
+  """
+  try:
+    return importlib.import_module("optax_lowmem.qlora").model_shapes(source)
+  except ModuleNotFoundError as error:
+    raise ImportError(
+      f"A plan for the model {str(source)!r:.80} needs {error.name}: "
+      "pip install 'optax_lowmem[qlora]', or pass its parameters' shapes."
+    ) from error
