@@ -18,7 +18,7 @@ low-rank correction (LoRA), and only for these does an optimizer state exist, in
 import time
 from contextlib import ExitStack
 
-from optax_lowmem.qlora.commands.plan import Plan
+from optax_lowmem.qlora.commands.setup import Setup
 from optax_lowmem.qlora.commands.training_run import Run
 from optax_lowmem.qlora.files.disk import DiskError
 from optax_lowmem.qlora.run.arguments import parse
@@ -33,11 +33,11 @@ def finetune(s: Settings) -> int:
   try:
     with ExitStack() as locks:
       with sentences():  # what can be refused is refused here, before anything slow begins
-        plan = Plan.of(s)
+        setup = Setup.of(s)
         if s.dry_run:
-          plan.show()
+          setup.show()
           return 0
-        run = Run(plan, locks)
+        run = Run(setup, locks)
         run.load()
       run.begin()
       status = run.train()

@@ -14,7 +14,7 @@ from flax import nnx
 import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.commands.inputs import read_inputs
-from optax_lowmem.qlora.commands.plan import Plan
+from optax_lowmem.qlora.commands.setup import Setup
 from optax_lowmem.qlora.files.disk import written_to
 from optax_lowmem.qlora.models.neftune import without_noise
 from optax_lowmem.qlora.run.called import called
@@ -64,7 +64,7 @@ class Run:
   nothing after them.
 
   Attributes:
-    settings: those of the plan, with as many steps as the data make of epochs.
+    settings: those of the setup, with as many steps as the data make of epochs.
     out: the folder that is written to.
     before: the folder of the run that is resumed, or `out`.
     done: the steps that are done.
@@ -73,17 +73,17 @@ class Run:
     records: what was measured.
   """
 
-  def __init__(self, plan: Plan, locks: ExitStack):
-    s = plan.settings
+  def __init__(self, setup: Setup, locks: ExitStack):
+    s = setup.settings
     self.locks = locks
     self.out = output_folder(s, locks)
     self.before = Path(s.resume or self.out)
-    if s.fsdp and plan.mesh is None:
+    if s.fsdp and setup.mesh is None:
       say("--fsdp: there is only one device, which holds the whole base model.")
-    self.inputs = read_inputs(s, plan.model_path, plan.config)
+    self.inputs = read_inputs(s, setup.model_path, setup.config)
     if s.epochs:
-      plan = plan.lasting(self.inputs.batches.steps(s.epochs))
-    self.plan, self.settings, self.mesh = plan, plan.settings, plan.mesh
+      setup = setup.lasting(self.inputs.batches.steps(s.epochs))
+    self.setup, self.settings, self.mesh = setup, setup.settings, setup.mesh
     self.done, self.ended, self.records = 0, False, []
 
   def load(self) -> None:
@@ -95,8 +95,8 @@ class Run:
     s = self.settings
     divided = s.fsdp and self.mesh is not None
     with in_host_memory() if divided else nullcontext():
-      model = loaded_model(self.plan.model_path, s)
-      self.graph, state, frozen = split(model, self.plan.tx.init)
+      model = loaded_model(self.setup.model_path, s)
+      self.graph, state, frozen = split(model, self.setup.tx.init)
     self.state = everywhere(state, self.mesh)
     self.frozen = (in_parts if s.fsdp else everywhere)(frozen, self.mesh)
     if s.resume:
@@ -138,7 +138,7 @@ class Run:
     self.records = self.metrics.records
     save_settings(s, self.out, *self.inputs.identity)
     shards = 1 if self.mesh is None else self.mesh.size
-    self.steps = Steps(self.graph, self.plan.tx, shards=shards)
+    self.steps = Steps(self.graph, self.setup.tx, shards=shards)
 
   def measure(self) -> dict[str, float]:
     """The held-out loss."""
@@ -152,7 +152,7 @@ class Run:
     """Writes the adapter to a folder of the run; with a step, also what --resume needs."""
     with replacing(self.out / name) as folder:
       model = without_noise(merged(self.graph, self.state, self.frozen))
-      lowmem_nn.save_peft(model, folder, base_model=self.plan.base_name)
+      lowmem_nn.save_peft(model, folder, base_model=self.setup.base_name)
       if step is not None:
         save_state(folder / STATE, self.state, step)
         text = "".join(json.dumps(record) + "\n" for record in self.records)
@@ -191,7 +191,7 @@ class Run:
     self.state, measured = program(self.state, self.frozen, batch)
     measured = {name: float(value) for name, value in measured.items()}
     seconds = time.perf_counter() - clock
-    lr, tokens = float(np.asarray(self.plan.schedule(self.done))), int(batch.lengths.sum())
+    lr, tokens = float(np.asarray(self.setup.schedule(self.done))), int(batch.lengths.sum())
     self.done += 1
     if not math.isfinite(measured["loss"] + measured["grad_norm"]):
       complain(

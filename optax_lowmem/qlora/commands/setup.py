@@ -1,4 +1,4 @@
-"""What a run is to be, from its settings and from shapes: ``lowmem plan`` prints it."""
+"""What a run is to be, from its settings and from shapes; ``--dry-run`` prints it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from optax_lowmem.qlora.training.step import abstract_state, compiled, split
 
 
 @dataclass(frozen=True)
-class Plan:
+class Setup:
   """What settings and a model's config.json decide.
 
   Attributes:
@@ -58,7 +58,7 @@ class Plan:
   mesh: Mesh | None
 
   @classmethod
-  def of(cls, s: Settings) -> "Plan":
+  def of(cls, s: Settings) -> "Setup":
     """Holds the settings against the model and the devices.
 
     Raises:
@@ -76,7 +76,7 @@ class Plan:
     check_attention(s, config)
     return cls(s, model_path, base_name, config, abstract_model(config, s), tx, schedule, mesh)
 
-  def lasting(self, steps: int) -> "Plan":
+  def lasting(self, steps: int) -> "Setup":
     """The same for a number of steps, in the place of one of epochs."""
     s = replace(self.settings, steps=steps, epochs=0.0)
     check(s)
