@@ -158,6 +158,11 @@ def test_several_changes_together_where_none_is_enough(capsys):
   assert "smaller model" in ran(capsys, "plan llama-3.1-405b --memory 8GB")
 
 
+def test_a_remedy_that_is_a_default_is_spelled_out(capsys):
+  found = record(capsys, "plan llama-2-7b --full --optim adamw --memory 80GB")
+  assert found["remedies"][0]["flags"] == "--optim adamw_8bit"
+
+
 def test_full_training_and_pages(capsys):
   found = record(capsys, "plan llama-2-7b --full --optim paged_adamw_8bit --memory 80GB")
   assert found["host_bytes"] == pytest.approx(2.125 * 6.738e9, rel=1e-3)

@@ -89,7 +89,7 @@ def remedies_of(case: Case, budget: Budget, answer: Any) -> list[tuple[dict[str,
   for each in remedies(case, budget, ratio):
     what = " and ".join(change.what for change in each.changes)
     cost = "; ".join(change.cost for change in each.changes)
-    flags = _difference(case, each.case)
+    flags = each.case.flags(case)
     line = f"would fit, at about {each.device_bytes / GIB:.1f} GiB: {flags} ({what}; costs: {cost})"
     found.append(({"flags": flags, "device_bytes": each.device_bytes, "costs": cost}, line))
   if not found:
@@ -99,14 +99,6 @@ def remedies_of(case: Case, budget: Budget, answer: Any) -> list[tuple[dict[str,
     line += " --fsdp)."
     found.append(({}, line))
   return found
-
-
-def _difference(before: Case, after: Case) -> str:
-  """The flags that differ."""
-  old = before.flags().split(" --")
-  new = [flag for flag in after.flags().split(" --") if flag not in old]
-  said = " ".join(f"--{flag.removeprefix('--')}" for flag in new if flag)
-  return f"--qlora {said}".strip() if before.full and not after.full else said
 
 
 def record_of(case: Case, answer: Any, budget: Budget | None) -> dict[str, Any]:

@@ -54,14 +54,17 @@ class Case:
     parts = (*known.parts, Part("activations, other temporaries", "temporaries", rest))
     return dataclasses.replace(known, parts=parts, method="estimate")
 
-  def flags(self) -> str:
-    """The settings that are not the defaults, as flags."""
-    said = ["--full"] if self.full else []
-    if self.devices > 1:
+  def flags(self, before: Case | None = None) -> str:
+    """The settings that are not those of another case, or not the defaults, as flags."""
+    said = []
+    if self.full != (before is not None and before.full):
+      said.append("--full" if self.full else "--qlora")
+    if self.devices != (before.devices if before else 1):
       said.append(f"--mesh {self.devices}")
     for each in dataclasses.fields(Settings):
       value = getattr(self.settings, each.name)
       usual = "bfloat16" if each.name == "dtype" else default_of(each)  # as on a card
+      usual = getattr(before.settings, each.name) if before else usual
       if value == usual or each.name in ("model", "config"):
         continue
       flag = flag_of(each.name)
