@@ -113,11 +113,15 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_nn_peft_logits.py::test_merged_weights_are_those_of_peft": ("a layer",),
   "test_nn_nf4.py::test_product_and_gradient_are_those_of_the_decoded_weight": ("lead1",),
   "test_nn_devices.py::test_on_eight_devices": (),
+  "test_adapter_kinds.py::test_a_new_adapter_changes_nothing_and_learns": ("False-False",),
+  "test_nn_find_layers.py::test_adapts_and_packs_them": ("options1",),
   # The program: each is a run of it.
   "test_examples.py::test_full_finetune_by_another_rule_with_its_state_on_the_host": (),
   "test_examples.py::test_full_finetune_goes_on_where_it_stopped": (),
   "test_examples.py::test_minimal_qlora": (),
   "test_finetune.py::test_a_resumed_run_is_not_changed_unnoticed": (),
+  "test_plan_cli.py::test_several_changes_together_where_none_is_enough": (),
+  "test_plan_cli.py::test_without_the_cards_compiler_the_answer_is_the_cpus": (),
   "test_qlora_checkpoints.py::test_killed_at_a_random_step_and_resumed_is_bit_for_bit_the_same": (
     "9",
   ),
