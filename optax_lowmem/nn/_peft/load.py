@@ -190,11 +190,16 @@ class _Plan(NamedTuple):
       )
 
   def values(self, lora: Any, names: Sequence[str], ranks: Any) -> list[tuple[Any, np.ndarray]]:
-    """Each Variable of the adapter, and its value; layers without one keep what they have."""
+    """Each Variable of the adapter, and its value: zero beyond a layer's rank.
+
+    What has no axis of the rank (a magnitude), layers without an adapter keep, and do not use.
+    """
     found = []
     for part in lora.parts:
       variable = getattr(lora, part.name)
       value = np.array(variable[...])
+      if "rank" in part.axes:
+        value[...] = 0
       every = value if stack_shape(lora.base) else value[None]
       for i, (name, rank) in enumerate(zip(names, ranks, strict=True)):
         if rank:
