@@ -16,7 +16,7 @@ from flax import nnx
 from optax_lowmem import linen, nn
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora import LoRA
-from optax_lowmem.nn._peft import files
+from optax_lowmem.nn._peft import load
 
 PACKAGE = pathlib.Path(nn.__file__).parents[1]
 
@@ -271,7 +271,7 @@ def test_a_kind_that_would_be_merged_with_another_scale_is_refused():
 
 def test_a_kind_that_is_listed_is_known_by_its_configuration(monkeypatch, tmp_path):
   nn.save_peft(adapted("q_proj"), tmp_path)
-  monkeypatch.setattr(files, "VARIANTS", (*files.VARIANTS, LoHa))
+  monkeypatch.setattr(load, "VARIANTS", (*load.VARIANTS, LoHa))
   loaded: Any = nn.load_peft(Model(), tmp_path)
   assert loaded.layers[0].q_proj.variant == LOHA
 
@@ -292,6 +292,6 @@ def test_the_kinds_of_this_package_are_one_file_each():
   for path in [*PACKAGE.glob("nn/**/*.py"), *PACKAGE.glob("linen/**/*.py")]:
     text = path.read_text()
     for word in ("magnitude_vector", "lora_A.weight", "hada_"):
-      home = {"magnitude_vector": "dora.py", "lora_A.weight": "lora.py"}.get(word)
+      home = {"magnitude_vector": "dora.py", "lora_A.weight": "low_rank.py"}.get(word)
       assert word not in text or path.name in (home, "variant.py"), f"{path} spells {word}"
     assert ".magnitude" not in text or path.name in apart, path

@@ -18,10 +18,9 @@ from optax_lowmem.linen._intercept import FACTORS, Factors, apply
 from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
-from optax_lowmem.nn._adapters import lora as nnx_lora
-from optax_lowmem.nn._adapters.adapter import check_settings
 from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
-from optax_lowmem.nn._adapters.variant import Part, Variant, matrix
+from optax_lowmem.nn._adapters.low_rank import LowRank
+from optax_lowmem.nn._adapters.variant import Part, Variant, check_settings, matrix
 
 
 class Target(NamedTuple):
@@ -48,9 +47,6 @@ class Target(NamedTuple):
   def of(self, flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """The parts in a flat tree of adapters, by their names."""
     return {path[-1]: flat[path] for path in self.paths}
-
-
-LORA = nnx_lora.LoRA()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +121,7 @@ class LoRA:
   dropout: float = 0.0
   deterministic: bool = False
   use_rslora: bool = False
-  variant: Variant = LORA
+  variant: Variant = dataclasses.field(default_factory=LowRank)
   rank_pattern: Mapping[str, int] | None = None
   alpha_pattern: Mapping[str, float] | None = None
   chosen: tuple[Target, ...] = dataclasses.field(init=False, repr=False)

@@ -12,7 +12,7 @@ from flax import nnx
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora_init import Init, check_init
 from optax_lowmem.nn._adapters.lora_scale import check_numbers, masked, scale_of, spread
-from optax_lowmem.nn._adapters.variant import Arrays, Part, Variant, matrix
+from optax_lowmem.nn._adapters.variant import Arrays, Part, Variant, check_settings, matrix
 from optax_lowmem.nn._adapters.variants import chosen
 from optax_lowmem.nn._layers.base_layer import matrix_of, matrix_shape, stack_shape
 from optax_lowmem.nn._proofs.foreign_modules import setting_of
@@ -43,21 +43,6 @@ def check_param_dtype(param_dtype: Any) -> None:
       f"`param_dtype` must be float32, bfloat16 or float16, got {name}. Adapters are trained in "
       "one of them."
     )
-
-
-def check_settings(variant: Variant, use_rslora: bool, dropout: float) -> None:
-  """Refuses settings that this kind of adapter has not, in PEFT or for want of a place."""
-  if not any(part.scaled for part in variant.parts(False)):
-    raise ValueError(
-      f"`variant` {variant!r} has no part that is `scaled`: it would compute with a scale of 1, "
-      "and be merged with alpha / rank. Set it on one of the parts that are multiplied."
-    )
-  for key, value in {"use_rslora": use_rslora, "lora_dropout": dropout}.items():
-    if value and variant.peft_keys.get(key, key) is None:
-      raise ValueError(
-        f"`{key.removeprefix('lora_')}` is {value!r}, and {type(variant).__name__} has none in "
-        "PEFT. Leave it out."
-      )
 
 
 class Adapter(nnx.Module):

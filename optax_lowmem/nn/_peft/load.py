@@ -12,6 +12,7 @@ from flax import nnx
 
 from optax_lowmem._linear.names import listing, nearest
 from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem.nn._adapters.variants import VARIANTS
 from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
 from optax_lowmem.nn._model.found_layers import Layers, shown
 from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
@@ -20,7 +21,6 @@ from optax_lowmem.nn._model.targets import Target
 from optax_lowmem.nn._model.trainable import check_saved, train_biases, train_modules
 from optax_lowmem.nn._peft.adapter_file import AdapterFile, read_adapter
 from optax_lowmem.nn._peft.config_targets import (
-  check_patterns_of,
   check_tying,
   expected,
   plain_tensors,
@@ -85,7 +85,7 @@ def load_peft(
     https://huggingface.co/docs/peft/developer_guides/checkpoint
   """
   with shown(model, layers):
-    return _load(model, tied_once(read_adapter(dir, variant)), stack, rngs)
+    return _load(model, tied_once(read_adapter(dir, variant or VARIANTS)), stack, rngs)
 
 
 def _load(model: M, file: AdapterFile, stack: str, rngs: nnx.Rngs | None) -> M:
@@ -103,7 +103,7 @@ def _load(model: M, file: AdapterFile, stack: str, rngs: nnx.Rngs | None) -> M:
       f"{nearest(unknown[0], known)} Available modules: {listing(known)}."
     )
   check_tying(model, saved, file)
-  check_patterns_of(file, known)
+  file.check_patterns(known)
   expects, plan = expected(file, tree), _Plan(file, tree, rngs)
   ready = [r for place in layers if (r := plan.layer(place, expects)) is not None]
   tensors = plain_tensors(tree, saved, file)
