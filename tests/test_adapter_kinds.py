@@ -289,7 +289,8 @@ def test_linen_refuses_what_does_more_than_to_add():
 def test_the_kinds_of_this_package_are_one_file_each():
   """What only DoRA has is spelled where DoRA is; argument and alias apart."""
   apart = {"adapter.py", "dora.py"}
-  for path in [*PACKAGE.glob("nn/**/*.py"), *PACKAGE.glob("linen/**/*.py")]:
+  folders = ("_variants", "_peft", "nn", "linen")
+  for path in (path for folder in folders for path in PACKAGE.glob(f"{folder}/**/*.py")):
     text = path.read_text()
     for word in ("magnitude_vector", "lora_A.weight", "hada_"):
       home = {"magnitude_vector": "dora.py", "lora_A.weight": "low_rank.py"}.get(word)

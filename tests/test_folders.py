@@ -23,6 +23,9 @@ ORDER = [
   "_optimizers",
   "",  # what `import optax_lowmem` gives
   "_linear",
+  "_variants",
+  "_peft",
+  "linen",
   "nn/_proofs",
   "nn/_layers",
   "nn/_adapters",
@@ -30,7 +33,6 @@ ORDER = [
   "nn/_peft",
   "nn/_merging",
   "nn",
-  "linen",
   "qlora/files",
   "qlora/text",
   "qlora/data",

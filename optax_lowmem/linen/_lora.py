@@ -14,13 +14,13 @@ from flax import traverse_util
 from optax_lowmem._linear.packed_weight import dequantize_stack
 from optax_lowmem._linear.patterns import check_patterns, check_used, pattern_value
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._variants.lora_scale import check_numbers, scale_of
+from optax_lowmem._variants.low_rank import LowRank
+from optax_lowmem._variants.variant import Part, Variant, check_settings, matrix
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
 from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
 from optax_lowmem.linen._quantize import holder
 from optax_lowmem.linen._targets import all_linear, choose
-from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
-from optax_lowmem.nn._adapters.low_rank import LowRank
-from optax_lowmem.nn._adapters.variant import Part, Variant, check_settings, matrix
 
 
 class Target(NamedTuple):

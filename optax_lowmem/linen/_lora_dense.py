@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._variants.lora_scale import check_numbers, scale_of
+from optax_lowmem._variants.low_rank import LowRank
 from optax_lowmem.linen._nf4_dense import check_packable, packed_dense
 from optax_lowmem.linen._product import correction, drop
-from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
-from optax_lowmem.nn._adapters.low_rank import LowRank
 
 
 class LoRADense(nn.Dense, kw_only=True):

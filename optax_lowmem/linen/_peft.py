@@ -11,11 +11,11 @@ import numpy as np
 from flax import traverse_util
 
 from optax_lowmem._linear.names import listing, names_in_stack, nearest, torch_names
+from optax_lowmem._peft.adapter_file import AdapterFile, read_adapter
+from optax_lowmem._peft.config import configuration
+from optax_lowmem._peft.files import PREFIX, check_writable, write_adapter
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.nn._peft.adapter_file import AdapterFile, read_adapter
-from optax_lowmem.nn._peft.config import configuration
-from optax_lowmem.nn._peft.files import PREFIX, check_writable, write_adapter
 
 
 def save_peft(

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._variants.lora_scale import check_numbers, masked, scale_of, spread
+from optax_lowmem._variants.variant import Arrays, Part, Variant, check_settings, matrix
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora_init import Init, check_init
-from optax_lowmem.nn._adapters.lora_scale import check_numbers, masked, scale_of, spread
-from optax_lowmem.nn._adapters.variant import Arrays, Part, Variant, check_settings, matrix
 from optax_lowmem.nn._adapters.variants import chosen
 from optax_lowmem.nn._layers.base_layer import matrix_of, matrix_shape, stack_shape
 from optax_lowmem.nn._proofs.foreign_modules import setting_of

@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowmem._variants.low_rank import LowRank
+from optax_lowmem._variants.variant import Arrays
 from optax_lowmem.nn._adapters.lora_init import check_start, starting_factors
-from optax_lowmem.nn._adapters.low_rank import LowRank
-from optax_lowmem.nn._adapters.variant import Arrays
 from optax_lowmem.nn._layers.base_layer import foreign_of
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from flax import nnx
 
 from optax_lowmem._arguments.sizes import bytes_of
-from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem._peft.adapter_file import read_adapter
+from optax_lowmem._peft.tensor_files import Weights, open_weights, read_index, read_json
+from optax_lowmem._variants.variant import Variant
 from optax_lowmem.nn._adapters.variants import VARIANTS
 from optax_lowmem.nn._merging.changes import (
   Changes,
@@ -29,10 +31,8 @@ from optax_lowmem.nn._merging.merged_folder import (
 )
 from optax_lowmem.nn._merging.model_weights import model_weights
 from optax_lowmem.nn._model.model_tree import ModelTree
-from optax_lowmem.nn._peft.adapter_file import read_adapter
 from optax_lowmem.nn._peft.config_targets import check_whole, tied_once
 from optax_lowmem.nn._peft.save import is_tied
-from optax_lowmem.nn._peft.tensor_files import Weights, open_weights, read_index, read_json
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 

@@ -11,9 +11,9 @@ from flax import nnx
 
 from optax_lowmem._linear.head_names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem._linear.names import names_in_stack, nearest
+from optax_lowmem._peft.adapter_file import AdapterFile
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import Tensor, find_saved, tensors_of
-from optax_lowmem.nn._peft.adapter_file import AdapterFile
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 

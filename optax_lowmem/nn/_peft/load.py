@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem._linear.names import listing, nearest
-from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem._peft.adapter_file import AdapterFile, read_adapter
+from optax_lowmem._variants.variant import Variant
 from optax_lowmem.nn._adapters.variants import VARIANTS
 from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
 from optax_lowmem.nn._model.found_layers import Layers, shown
@@ -19,7 +20,6 @@ from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceabl
 from optax_lowmem.nn._model.surgery import adapter
 from optax_lowmem.nn._model.targets import Target
 from optax_lowmem.nn._model.trainable import check_saved, train_biases, train_modules
-from optax_lowmem.nn._peft.adapter_file import AdapterFile, read_adapter
 from optax_lowmem.nn._peft.config_targets import (
   check_tying,
   expected,

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from optax_lowmem.nn._adapters.variant import Variant
-from optax_lowmem.nn._peft.foreign_files import member, read_object
+from optax_lowmem._peft.foreign_files import member, read_object
+from optax_lowmem._variants.variant import Variant
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

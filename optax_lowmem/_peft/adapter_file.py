@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowmem._linear.patterns import pattern_value
-from optax_lowmem.nn._adapters.lora_scale import scale_of
-from optax_lowmem.nn._adapters.variant import Part, Variant
-from optax_lowmem.nn._peft.files import (
+from optax_lowmem._peft.files import (
   CONFIG,
   PREFIX,
   WEIGHTS,
@@ -22,8 +20,10 @@ from optax_lowmem.nn._peft.files import (
   import_safetensors,
   read_config,
 )
-from optax_lowmem.nn._peft.foreign_files import check_name, member
-from optax_lowmem.nn._peft.foreign_patterns import check_pattern
+from optax_lowmem._peft.foreign_files import check_name, member
+from optax_lowmem._peft.foreign_patterns import check_pattern
+from optax_lowmem._variants.lora_scale import scale_of
+from optax_lowmem._variants.variant import Part, Variant
 
 _COPY, _BEFORE = ".modules_to_save.bias", ".original_module.bias"
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._linear.packed_product import automatic
-from optax_lowmem.nn._adapters.variant import Arrays, Part, Variant
+from optax_lowmem._variants.variant import Arrays, Part, Variant
 
 
 @dataclasses.dataclass(frozen=True)
