@@ -258,6 +258,18 @@ def test_what_is_no_kind_and_files_of_another_are_refused(tmp_path):
     nn.load_peft(plain, tmp_path, variant=LOHA)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_pickles_of_before_kinds_were_classes_are_read(options):
+  layer: Any = nn.add_lora(Model(), 4, 8, "q_proj", rngs=nnx.Rngs(0), **options).layers[0].q_proj
+  state = layer.__getstate__()
+  del state["variant"]
+  old = object.__new__(nn.LoRALinear)
+  old.__setstate__(state)
+  assert old.variant == layer.variant and "variant" not in state
+  x = jnp.ones((2, layer.in_features))
+  np.testing.assert_array_equal(old(x), layer(x))
+
+
 @dataclasses.dataclass(frozen=True)
 class Unscaled(LoHa):
   def parts(self, embedding):

@@ -111,6 +111,13 @@ class Adapter(nnx.Module):
       if stack:  # one key and one counter for each layer, so that nnx.scan can slice them
         self.dropout.rngs = rngs["dropout"].split(tuple(stack))
 
+  def __setstate__(self, state: Any) -> None:
+    """From a pickle, which has no `variant` if it was made before kinds were classes."""
+    if "variant" not in state:
+      dora, bias = (state.get(name) is not None for name in ("magnitude", "lora_bias"))
+      state = {**state, "variant": chosen(None, dora, bias)}
+    super().__setstate__(state)
+
   @classmethod
   def check_base(cls, name: str, base: Any) -> None:
     """Refuses a base that an adapter cannot be put on."""
