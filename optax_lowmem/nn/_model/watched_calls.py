@@ -84,10 +84,11 @@ class _Note:
   def __call__(self, layer: Any, given: Mapping[str, Any]) -> None:
     base = layer.base if isinstance(layer, Adapter) else layer
     calls = self.calls.setdefault(self.path, Calls(rank_of(base)))
-    x, *more = (name for name in (*given, None) if name != "out_sharding")
-    calls.more.update(dict.fromkeys(more[:-1]))
-    if hasattr(given.get(x), "shape") and hasattr(given.get(x), "dtype"):
-      calls.inputs.setdefault((tuple(given[x].shape), jnp.dtype(given[x].dtype)))
+    first, *more = [name for name in given if name != "out_sharding"] or [""]
+    calls.more.update(dict.fromkeys(more))
+    x = given.get(first)
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+      calls.inputs.setdefault((tuple(x.shape), jnp.dtype(x.dtype)))
 
 
 # The attribute of a layer, in the copy of a model that is traced, with its note.
