@@ -86,7 +86,7 @@ class _Note:
     calls = self.calls.setdefault(self.path, Calls(rank_of(base)))
     first, *more = [name for name in given if name != "out_sharding"] or [""]
     calls.more.update(dict.fromkeys(more))
-    x = given.get(first)
+    x: Any = given.get(first)
     if hasattr(x, "shape") and hasattr(x, "dtype"):
       calls.inputs.setdefault((tuple(x.shape), jnp.dtype(x.dtype)))
 
