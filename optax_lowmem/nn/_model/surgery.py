@@ -202,11 +202,6 @@ def add_lora(
   check_settings(variant, use_rslora, dropout)
   with shown(model, layers):
     tree = ModelTree(model, stack)
-    if targets == "all-linear" and not tree.all_linear():
-      raise ValueError(
-        "`targets` 'all-linear': `model` has no linear layer but the output head."
-        + sentence(skipped(tree))
-      )
     saved = find_saved(tree, modules_to_save or ())
     check_saved(saved)
     found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))
