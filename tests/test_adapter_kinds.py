@@ -16,7 +16,7 @@ from flax import nnx
 from optax_lowmem import linen, nn
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora import LoRA
-from optax_lowmem.nn._peft import files
+from optax_lowmem.nn._peft import load
 
 PACKAGE = pathlib.Path(nn.__file__).parents[1]
 
@@ -258,6 +258,18 @@ def test_what_is_no_kind_and_files_of_another_are_refused(tmp_path):
     nn.load_peft(plain, tmp_path, variant=LOHA)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_pickles_of_before_kinds_were_classes_are_read(options):
+  layer: Any = nn.add_lora(Model(), 4, 8, "q_proj", rngs=nnx.Rngs(0), **options).layers[0].q_proj
+  state = layer.__getstate__()
+  del state["variant"]
+  old = object.__new__(nn.LoRALinear)
+  old.__setstate__(state)
+  assert old.variant == layer.variant and "variant" not in state
+  x = jnp.ones((2, layer.in_features))
+  np.testing.assert_array_equal(old(x), layer(x))
+
+
 @dataclasses.dataclass(frozen=True)
 class Unscaled(LoHa):
   def parts(self, embedding):
@@ -271,7 +283,7 @@ def test_a_kind_that_would_be_merged_with_another_scale_is_refused():
 
 def test_a_kind_that_is_listed_is_known_by_its_configuration(monkeypatch, tmp_path):
   nn.save_peft(adapted("q_proj"), tmp_path)
-  monkeypatch.setattr(files, "VARIANTS", (*files.VARIANTS, LoHa))
+  monkeypatch.setattr(load, "VARIANTS", (*load.VARIANTS, LoHa))
   loaded: Any = nn.load_peft(Model(), tmp_path)
   assert loaded.layers[0].q_proj.variant == LOHA
 
@@ -289,9 +301,10 @@ def test_linen_refuses_what_does_more_than_to_add():
 def test_the_kinds_of_this_package_are_one_file_each():
   """What only DoRA has is spelled where DoRA is; argument and alias apart."""
   apart = {"adapter.py", "dora.py"}
-  for path in [*PACKAGE.glob("nn/**/*.py"), *PACKAGE.glob("linen/**/*.py")]:
+  folders = ("_variants", "_peft", "nn", "linen")
+  for path in (path for folder in folders for path in PACKAGE.glob(f"{folder}/**/*.py")):
     text = path.read_text()
     for word in ("magnitude_vector", "lora_A.weight", "hada_"):
-      home = {"magnitude_vector": "dora.py", "lora_A.weight": "lora.py"}.get(word)
+      home = {"magnitude_vector": "dora.py", "lora_A.weight": "low_rank.py"}.get(word)
       assert word not in text or path.name in (home, "variant.py"), f"{path} spells {word}"
     assert ".magnitude" not in text or path.name in apart, path

@@ -24,6 +24,9 @@ ORDER = [
   "_plan",
   "",  # what `import optax_lowmem` gives
   "_linear",
+  "_variants",
+  "_peft",
+  "linen",
   "nn/_proofs",
   "nn/_layers",
   "nn/_adapters",
@@ -31,7 +34,6 @@ ORDER = [
   "nn/_peft",
   "nn/_merging",
   "nn",
-  "linen",
   "qlora/files",
   "qlora/text",
   "qlora/data",

@@ -149,6 +149,68 @@ def test_a_layer_that_is_given_more_than_an_input_is_none():
   assert nn.find_layers(Caller(), SHAPE, None).names == ["a"]
 
 
+class Picky(nnx.Module):
+  """Asks of what class a layer is, and calls it in ways of its own."""
+
+  def __init__(self):
+    self.linear = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    self.a, self.b = Scaled(64, 64), Scaled(64, 64)
+
+  def __call__(self, x, way):
+    assert isinstance(self.linear, nnx.Linear) and type(self.a).__name__ == "Scaled"
+    return self.linear(way(self, x))
+
+
+@pytest.mark.parametrize(
+  ("way", "names", "others"),
+  [
+    (lambda m, x: m.a(x=x, scale=None), ["a", "linear"], {}),
+    (lambda m, x: m.a(scale=2.0, x=x), ["linear"], {"a": "more than an input: scale"}),
+    (lambda m, x: m.a(x, 2.0), ["linear"], {"a": "more than an input: scale"}),
+    (lambda m, x: m.b(m.a(x)[:, :3]), ["a", "b", "linear"], {}),
+  ],
+)
+def test_calls_are_read_by_the_names_of_parameters(way, names, others):
+  found = nn.find_layers(Picky(), SHAPE, way)
+  assert found.names == names
+  reasons = dict(found.others)
+  assert all(reasons[name].endswith(why) for name, why in others.items())
+
+
+def test_a_sharding_is_no_second_input():
+  class Placed(Plain):
+    def __call__(self, x, out_sharding=None):
+      return x @ self.w[...]
+
+  model, place = nnx.Dict(a=Placed(64, 64)), jax.sharding.PartitionSpec()
+  for way in (
+    lambda m, x: m.a(x, place),
+    lambda m, x: m.a(out_sharding=place, x=x),
+  ):
+    assert nn.find_layers(model, SHAPE, method=way).names == ["a"]
+
+
+@pytest.mark.parametrize("pytree", [True, False])
+def test_layers_that_are_no_pytrees_go_through_jit(pytree):
+  class Own(nnx.Module, pytree=pytree):
+    def __init__(self):
+      self.w = nnx.Param(normal(64, 64))
+
+    def __call__(self, x):
+      return x @ self.w[...]
+
+  run = nnx.jit(lambda layer, x: layer(x))
+  found = nn.find_layers(nnx.Dict(a=Own()), SHAPE, method=lambda m, x: run(m.a, x))
+  assert found.names == ["a"]
+
+
+def test_a_method_of_the_model_itself_is_refused():
+  model = Model()
+  with pytest.raises(TypeError, match=r"`method` must be .*`Model.__call__`, got <bound method"):
+    nn.find_layers(model, SHAPE, method=model.__call__)
+  assert nn.find_layers(model, SHAPE, method=Model.__call__) == nn.find_layers(model, SHAPE)
+
+
 def test_sees_packed_layers_and_adapters():
   model = Model()
   layers = nn.find_layers(model, SHAPE)

@@ -13,8 +13,8 @@ import safetensors.numpy
 from flax import nnx
 
 from optax_lowmem import nn
-from optax_lowmem.nn._peft import foreign_patterns as _foreign_patterns
-from optax_lowmem.nn._peft.foreign_patterns import check_pattern
+from optax_lowmem._peft import foreign_patterns as _foreign_patterns
+from optax_lowmem._peft.foreign_patterns import check_pattern
 from test_nn_peft import BASE, CONFIG, GOLDEN, PREFIX, WEIGHTS, edit, read, snapshot, tiny_llama
 
 ENDLESS = ["(.*)*x", "(a|a)*(.+)+$x", "(?:[a-z0-9]+[._]?)+!", "((((.*)*)*)*)*y", "(.*.*)(.*.*)*!"]

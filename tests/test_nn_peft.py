@@ -318,6 +318,20 @@ def test_broken_or_missing_files(tmp_path):
     nn.load_peft(model, tmp_path)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_loading_again_leaves_nothing_beyond_the_ranks(tmp_path, options):
+  pattern = {r"layers\.1\.self_attn\.q_proj": 2}
+  targets = [r".*layers\.1\..*q_proj", "up_proj"]
+  model = tiny_llama(True)
+  nn.add_lora(model, 4, 8, targets, rank_pattern=pattern, rngs=nnx.Rngs(0), **options)
+  nn.save_peft(model, tmp_path)
+  q = model["model"].layers.self_attn.q_proj
+  want = {name: np.array(value) for name, value in q.values().items()}
+  q.lora_a[...], q.lora_b[...] = q.lora_a[...] + 1, q.lora_b[...] + 1
+  nn.load_peft(model, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, dict(q.values()), want)
+
+
 def test_an_adapter_is_never_overwritten_unasked(tmp_path):
   model = nn.load_peft(tiny_llama(True), GOLDEN / "lora")
   nn.save_peft(model, tmp_path)

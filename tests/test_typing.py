@@ -204,7 +204,8 @@ PUBLIC = [
   if callable(getattr(module, name)) and name not in ("CodebookName", "Init", "Storage")
 ]
 # As flax's own, and said to be so; what is a Variable; what `find_layers` and `explain` return.
-INHERITED = {"NF4Dense", "LoRADense", "QuantizedWeight", "Explanation", "OptimizerComparison"}
+INHERITED = {"NF4Dense", "LoRADense", "LoRAScale", "LoRAStart", "QuantizedWeight"}
+INHERITED |= {"Explanation", "OptimizerComparison"}
 
 
 @pytest.mark.parametrize(("module", "name"), [p for p in PUBLIC if p[1] not in INHERITED])
@@ -271,3 +272,15 @@ def test_layers_are_pickled_by_public_names():
   model = nn.quantize_model(nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0))))
   state = nnx.state(model)
   assert not [s for s in strings_of(pickle.dumps(nnx.to_pure_dict(state))) if "lowmem._" in s]
+  assert not [s for s in strings_of(pickle.dumps(model.layers[0])) if "lowmem._" in s]
+
+
+def test_states_of_adapters_are_pickled_by_public_names():
+  stack = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))(nnx.Rngs(0).split(2))
+  model = nnx.Dict(layers=nnx.Dict(q=stack))
+  targets = [r"layers\.0\.q"]
+  model = nn.add_lora(model, 2, 4, targets, init="pissa", dropout=0.1, rngs=nnx.Rngs(1))
+  pickled = pickle.dumps(nnx.state(model))
+  names = {s for s in strings_of(pickled) if "lowmem" in s}
+  assert names == {"optax_lowmem.nn"} and {"LoRAScale", "LoRAStart"} <= strings_of(pickled)
+  nnx.update(model, pickle.loads(pickled))

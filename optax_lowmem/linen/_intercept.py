@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._variants.variant import Arrays, Variant
 from optax_lowmem.linen._calls import Call, call_of
 from optax_lowmem.linen._product import STACKED, correction, drop, packed_product
-from optax_lowmem.nn._adapters.variant import Arrays, Variant
 
 FACTORS = "lora"  # the name of the factors beside a kernel
 

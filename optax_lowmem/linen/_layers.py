@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._linear.names import summary
+from optax_lowmem._linear.own_product import own_settings
 from optax_lowmem._linear.tracing import trace
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._calls import call_of
@@ -32,7 +33,7 @@ class Layer:
     field: its weight's name in `params`, `"kernel"` or `"embedding"`.
     stack: the leading axes that the weight has in `params` and not in the layer itself.
     contraction: how the axes of the weight make a matrix.
-    own: whether it multiplies in a way of its own, which a packed layer would not.
+    own: the settings by which it multiplies in a way of its own, which a packed layer would not.
   """
 
   path: tuple[str, ...]
@@ -40,7 +41,7 @@ class Layer:
   field: str
   stack: tuple[int, ...]
   contraction: Contraction
-  own: bool
+  own: tuple[str, ...]
 
   @property
   def name(self) -> str:
@@ -180,12 +181,7 @@ def _record(
     raise ValueError(
       f"`{name}` needs a {call.field} of shape {one} and has one of {weight.shape}. {STACKED}"
     )
-  own = (
-    getattr(module, "dot_general", None) is not None
-    or getattr(module, "dot_general_cls", None) is not None
-    or getattr(module, "preferred_element_type", None) is not None
-    or module.promote_dtype is not nn.Dense.promote_dtype
-  )
+  own = own_settings(module, nn.Dense.promote_dtype)
   layer = Layer(tuple(module.path), kind, call.field, stack, call.contraction, own)
   before = found.setdefault(layer.path, layer)
   if before.contraction.groups() != layer.contraction.groups():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,45 +12,14 @@ from flax import linen as nn
 from flax import traverse_util
 
 from optax_lowmem._linear.packed_weight import dequantize_stack
-from optax_lowmem._linear.patterns import check_patterns, check_used, pattern_value
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._variants.lora_scale import check_numbers
+from optax_lowmem._variants.low_rank import LowRank
+from optax_lowmem._variants.variant import Variant, check_settings, matrix
 from optax_lowmem.linen._intercept import FACTORS, Factors, apply
-from optax_lowmem.linen._layers import Layer, Layers, copied, weight_at
+from optax_lowmem.linen._layers import Layers, copied, weight_at
 from optax_lowmem.linen._quantize import holder
-from optax_lowmem.linen._targets import all_linear, choose
-from optax_lowmem.nn._adapters import lora as nnx_lora
-from optax_lowmem.nn._adapters.adapter import check_settings
-from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
-from optax_lowmem.nn._adapters.variant import Part, Variant, matrix
-
-
-class Target(NamedTuple):
-  """A layer with an adapter, its rank and its scale."""
-
-  layer: Layer
-  rank: int
-  alpha: float
-  scale: float
-  parts: tuple[Part, ...]
-
-  @property
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parts, by their names."""
-    *batch, out, inputs = self.layer.matrix_shape
-    sizes = {"in": inputs, "out": out, "rank": self.rank}
-    return {part.name: (*self.layer.stack, *batch, *part.shape(sizes)) for part in self.parts}
-
-  @property
-  def paths(self) -> list[tuple[str, ...]]:
-    """Where the parts are in a tree of adapters."""
-    return [(*self.layer.path, part.name) for part in self.parts]
-
-  def of(self, flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """The parts in a flat tree of adapters, by their names."""
-    return {path[-1]: flat[path] for path in self.paths}
-
-
-LORA = nnx_lora.LoRA()
+from optax_lowmem.linen._targets import Target, find_targets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +94,7 @@ class LoRA:
   dropout: float = 0.0
   deterministic: bool = False
   use_rslora: bool = False
-  variant: Variant = LORA
+  variant: Variant = dataclasses.field(default_factory=LowRank)
   rank_pattern: Mapping[str, int] | None = None
   alpha_pattern: Mapping[str, float] | None = None
   chosen: tuple[Target, ...] = dataclasses.field(init=False, repr=False)
@@ -148,22 +117,17 @@ class LoRA:
         f"`variant` {self.variant!r} does more than to add to a product, for which there is no "
         "place in Linen. Use `optax_lowmem.nn`."
       )
-    check_patterns(self.rank_pattern, self.alpha_pattern)
-    if self.targets == "all-linear":
-      found = all_linear(self.layers)
-      if not found:
-        raise ValueError("`targets` 'all-linear': there is no linear layer but the output head.")
-    else:
-      found = choose("targets", self.targets, self.layers, self.layers.layers)
-    targets = []
-    for layer in found:
-      rank = pattern_value(self.rank_pattern, layer.name, self.rank)
-      alpha = pattern_value(self.alpha_pattern, layer.name, self.alpha)
-      check_numbers(rank, alpha, self.dropout)
-      parts = self.variant.parts(layer.embedding)
-      targets.append(Target(layer, rank, alpha, scale_of(rank, alpha, self.use_rslora), parts))
-    check_used(self.rank_pattern, self.alpha_pattern, [layer.name for layer in found])
-    object.__setattr__(self, "chosen", tuple(targets))
+    found = find_targets(
+      self.layers,
+      self.targets,
+      self.variant,
+      self.rank,
+      self.alpha,
+      self.rank_pattern,
+      self.alpha_pattern,
+      self.use_rslora,
+    )
+    object.__setattr__(self, "chosen", found)
 
   def init(self, key: jax.Array) -> dict[str, Any]:
     """Returns new adapters, which change nothing: nested dicts of `lora_a` and `lora_b`."""

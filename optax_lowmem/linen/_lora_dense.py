@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._variants.lora_scale import check_numbers, scale_of
+from optax_lowmem._variants.low_rank import LowRank
 from optax_lowmem.linen._nf4_dense import check_packable, packed_dense
 from optax_lowmem.linen._product import correction, drop
-from optax_lowmem.nn._adapters.lora import LoRA
-from optax_lowmem.nn._adapters.lora_scale import check_numbers, scale_of
 
 
 class LoRADense(nn.Dense, kw_only=True):
@@ -85,7 +85,7 @@ class LoRADense(nn.Dense, kw_only=True):
       y = super().__call__(x)
     else:
       y = packed_dense(self, x, self.codebook, self.block_size, self.double_quantize)
-    variant, sizes = LoRA(), {"in": x.shape[-1], "out": self.features, "rank": self.rank}
+    variant, sizes = LowRank(), {"in": x.shape[-1], "out": self.features, "rank": self.rank}
     shapes = {part.name: part.shape(sizes) for part in variant.parts(False)}
 
     def new(name: str) -> jax.Array:

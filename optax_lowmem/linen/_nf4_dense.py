@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._linear.own_product import own_settings, sets
 from optax_lowmem._linear.packed_weight import check_codebook, quantize_stack
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem.linen._product import packed_product
@@ -70,11 +71,9 @@ class NF4Dense(nn.Dense, kw_only=True):
 
 def check_packable(module: Any) -> None:
   check_codebook(module.codebook)
-  own = module.dot_general is not None or module.dot_general_cls is not None
-  if own or module.promote_dtype is not nn.Dense.promote_dtype:
+  if own := own_settings(module, nn.Dense.promote_dtype):
     raise ValueError(
-      "`dot_general`, `dot_general_cls` and `promote_dtype` cannot be set on a layer with a packed "
-      "weight, whose product is its own. Leave them out, or use `flax.linen.Dense`."
+      f"{sets(f'this {type(module).__name__}', own)} Leave it out, or use `flax.linen.Dense`."
     )
 
 

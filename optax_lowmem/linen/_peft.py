@@ -11,12 +11,11 @@ import numpy as np
 from flax import traverse_util
 
 from optax_lowmem._linear.names import listing, names_in_stack, nearest, torch_names
+from optax_lowmem._peft.adapter_file import AdapterFile, read_adapter
+from optax_lowmem._peft.config import configuration
+from optax_lowmem._peft.files import PREFIX, check_writable, write_adapter
 from optax_lowmem.linen._layers import Layer
 from optax_lowmem.linen._lora import LoRA
-from optax_lowmem.nn._peft.adapter_file import AdapterFile, read_adapter
-from optax_lowmem.nn._peft.config import configuration
-from optax_lowmem.nn._peft.config_targets import check_patterns_of
-from optax_lowmem.nn._peft.files import PREFIX, check_writable, write_adapter
 
 
 def save_peft(
@@ -123,7 +122,7 @@ def load_peft(lora: LoRA, dir: str | os.PathLike[str], *, stack: str = "layers")
     ImportError: the package safetensors is not installed.
   """
   file = read_adapter(dir, lora.variant)
-  check_patterns_of(file, list(file.layers))
+  file.check_patterns(list(file.layers))
   names = [name for target in lora.chosen for name in _names(target.layer, stack)]
   for name in file.layers:
     if name not in names:

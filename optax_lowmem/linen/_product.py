@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax_lowmem._linear.contraction import Contraction
 from optax_lowmem._linear.packed_product import contract
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem.nn._adapters.variant import Arrays, Variant
+from optax_lowmem._variants.variant import Arrays, Variant
 
 STACKED = (
   "Layers are stacked along the leading axes of their variables: give `nn.scan` or `nn.vmap` "

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from optax_lowmem._linear.head_names import HEAD
+from optax_lowmem._linear.own_product import sets
 from optax_lowmem._linear.packed_weight import (
   check_codebook,
   check_weight,
@@ -89,10 +90,7 @@ def quantize_params(
     if kernel is None:
       raise ValueError(f"`params` has no `{layer.name}.kernel`. Pass the model's own parameters.")
     if layer.own:
-      raise ValueError(
-        f"`{layer.name}` sets `dot_general`, `dot_general_cls`, `promote_dtype` or "
-        "`preferred_element_type`, which a packed layer does not have. Name it in `exclude`."
-      )
+      raise ValueError(f"{sets(f'`{layer.name}`', layer.own)} Name it in `exclude`.")
     if kernel.shape != (*layer.stack, *layer.contraction.kernel_shape):
       raise ValueError(
         f"`{layer.name}.kernel` has shape {kernel.shape}, and `layers` was found with "

@@ -15,13 +15,15 @@
 
 from optax_lowmem._arguments import flax_extra as flax_extra
 from optax_lowmem._state.pickled_names import name_after as _name_after
+from optax_lowmem._variants.variant import Part as Part
+from optax_lowmem._variants.variant import Variant as Variant
+from optax_lowmem.nn._adapters.adapter import LoRAScale as LoRAScale
 from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed as LoRAEmbed
 from optax_lowmem.nn._adapters.lora_init import Init as Init
 from optax_lowmem.nn._adapters.lora_init import LoftQ as LoftQ
+from optax_lowmem.nn._adapters.lora_init import LoRAStart as LoRAStart
 from optax_lowmem.nn._adapters.lora_linear import LoRALinear as LoRALinear
 from optax_lowmem.nn._adapters.lora_plus import scale_lora_b as scale_lora_b
-from optax_lowmem.nn._adapters.variant import Part as Part
-from optax_lowmem.nn._adapters.variant import Variant as Variant
 from optax_lowmem.nn._layers.nf4_linear import NF4Linear as NF4Linear
 from optax_lowmem.nn._layers.packed_layer import QuantizedWeight as QuantizedWeight
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum as QuantizedEinsum
@@ -44,6 +46,8 @@ _name_after(
   Layers,
   LoRAEmbed,
   LoRALinear,
+  LoRAScale,
+  LoRAStart,
   LoftQ,
   NF4Linear,
   Part,
@@ -58,6 +62,8 @@ __all__ = [
   "Init",
   "LoRAEmbed",
   "LoRALinear",
+  "LoRAScale",
+  "LoRAStart",
   "Layer",
   "Layers",
   "LoftQ",

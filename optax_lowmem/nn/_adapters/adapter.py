@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._variants.lora_scale import check_numbers, masked, scale_of, spread
+from optax_lowmem._variants.variant import Arrays, Part, Variant, check_settings, matrix
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora_init import Init, check_init
-from optax_lowmem.nn._adapters.lora_scale import check_numbers, masked, scale_of, spread
-from optax_lowmem.nn._adapters.variant import Arrays, Part, Variant, matrix
 from optax_lowmem.nn._adapters.variants import chosen
 from optax_lowmem.nn._layers.base_layer import matrix_of, matrix_shape, stack_shape
 from optax_lowmem.nn._proofs.foreign_modules import setting_of
@@ -43,21 +43,6 @@ def check_param_dtype(param_dtype: Any) -> None:
       f"`param_dtype` must be float32, bfloat16 or float16, got {name}. Adapters are trained in "
       "one of them."
     )
-
-
-def check_settings(variant: Variant, use_rslora: bool, dropout: float) -> None:
-  """Refuses settings that this kind of adapter has not, in PEFT or for want of a place."""
-  if not any(part.scaled for part in variant.parts(False)):
-    raise ValueError(
-      f"`variant` {variant!r} has no part that is `scaled`: it would compute with a scale of 1, "
-      "and be merged with alpha / rank. Set it on one of the parts that are multiplied."
-    )
-  for key, value in {"use_rslora": use_rslora, "lora_dropout": dropout}.items():
-    if value and variant.peft_keys.get(key, key) is None:
-      raise ValueError(
-        f"`{key.removeprefix('lora_')}` is {value!r}, and {type(variant).__name__} has none in "
-        "PEFT. Leave it out."
-      )
 
 
 class Adapter(nnx.Module):
@@ -125,6 +110,13 @@ class Adapter(nnx.Module):
       self.dropout = nnx.Dropout(dropout, rngs=rngs)
       if stack:  # one key and one counter for each layer, so that nnx.scan can slice them
         self.dropout.rngs = rngs["dropout"].split(tuple(stack))
+
+  def __setstate__(self, state: Any) -> None:
+    """From a pickle, which has no `variant` if it was made before kinds were classes."""
+    if "variant" not in state:
+      dora, bias = (state.get(name) is not None for name in ("magnitude", "lora_bias"))
+      state = {**state, "variant": chosen(None, dora, bias)}
+    super().__setstate__(state)
 
   @classmethod
   def check_base(cls, name: str, base: Any) -> None:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from optax_lowmem._linear.packed_product import wait_for
 from optax_lowmem._linear.packed_weight import dequantize_stack
+from optax_lowmem._variants.variant import Arrays, Part, Variant
 from optax_lowmem.nn._adapters.lora import LoRA
-from optax_lowmem.nn._adapters.variant import Arrays, Part, Variant
 from optax_lowmem.nn._layers.base_layer import (
   contraction_at,
   contraction_of,

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from optax_lowmem._variants.variant import Variant
 from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._adapters.lora_init import Init
-from optax_lowmem.nn._adapters.variant import Variant
 from optax_lowmem.nn._layers.base_layer import check_dense, with_matrix
 from optax_lowmem.nn._layers.packed_layer import placed
 from optax_lowmem.nn._proofs.flax_layers import is_embed

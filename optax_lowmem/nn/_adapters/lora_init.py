@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem._linear.packed_weight import check_codebook, over_stack
-from optax_lowmem.nn._adapters.lora_scale import masked, spread
-from optax_lowmem.nn._adapters.variant import matrix
+from optax_lowmem._variants.lora_scale import masked, spread
+from optax_lowmem._variants.variant import matrix
 from optax_lowmem.nn._layers.base_layer import dense_variable, matrix_of, matrix_shape, set_matrix
 from optax_lowmem.nn._layers.quantize_layer import check_product, quantized
 from optax_lowmem.nn._proofs.flax_layers import is_embed

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from optax_lowmem._variants.variant import Variant
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora import LoRA
-from optax_lowmem.nn._adapters.variant import Variant
 
 # The first that says a configuration is its own counts.
 VARIANTS: tuple[type[Variant], ...] = (DoRA, LoRA)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from optax_lowmem._linear.own_product import own_settings, sets
 from optax_lowmem.nn._layers.base_layer import contraction_of, foreign_of
 from optax_lowmem.nn._layers.nf4_linear import NF4Linear
 from optax_lowmem.nn._layers.quantized_einsum import QuantizedEinsum
@@ -45,12 +46,5 @@ def check_product(name: str, layer: Any) -> None:
         "quantized layer does not. Name it in `exclude`."
       )
     return
-  own = getattr(layer, "dot_general", None) not in (None, jax.lax.dot_general)
-  own = own or getattr(layer, "dot_general_cls", None) is not None
-  own = own or getattr(layer, "einsum_op", jnp.einsum) is not jnp.einsum
-  own = own or layer.promote_dtype is not dtypes.promote_dtype
-  if own or layer.preferred_element_type is not None:
-    raise ValueError(
-      f"{name} sets `dot_general`, `einsum_op`, `promote_dtype` or `preferred_element_type`, "
-      "which a quantized layer does not have. Name it in `exclude`, or leave it out of `targets`."
-    )
+  if own := own_settings(layer, jax.lax.dot_general, jnp.einsum, dtypes.promote_dtype):
+    raise ValueError(f"{sets(name, own)} Name it in `exclude`, or leave it out of `targets`.")

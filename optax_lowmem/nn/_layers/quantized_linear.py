@@ -89,7 +89,6 @@ class QuantizedLinear(PackedLayer):
     if bias is not None and not isinstance(bias, nnx.Variable):
       bias = nnx.Param(jnp.asarray(bias))
     self.bias = nnx.data(bias)
-    self.contraction = Contraction.dense(weight.shape[-1], weight.shape[-2])
     self.dtype, self.precision = dtype, precision
 
   @classmethod
@@ -138,6 +137,11 @@ class QuantizedLinear(PackedLayer):
   def codebook(self) -> str:
     """`"nf4"`, `"fp4"` or `"int8"`."""
     return codebook_of(self.weight.get_value())
+
+  @property
+  def contraction(self) -> Contraction:  # pyright: ignore[reportIncompatibleVariableOverride]
+    """That of any matrix. Not held, as pickles would name its class, which is private."""
+    return Contraction.dense(self.in_features, self.out_features)
 
   @property
   def in_features(self) -> int:

@@ -10,13 +10,13 @@ import numpy as np
 
 from optax_lowmem._linear.head_names import HEAD_TENSORS, HEADS, TABLE_TENSORS
 from optax_lowmem._linear.names import nearest
-from optax_lowmem.nn._adapters.lora_scale import scale_of
+from optax_lowmem._peft.adapter_file import AdapterFile
+from optax_lowmem._peft.tensor_files import Weights
+from optax_lowmem._variants.lora_scale import scale_of
 from optax_lowmem.nn._merging.delta import Delta
 from optax_lowmem.nn._model.model_tree import ModelTree
 from optax_lowmem.nn._model.trainable import trained_beside
-from optax_lowmem.nn._peft.adapter_file import AdapterFile
 from optax_lowmem.nn._peft.save import check_matrix, peft_layers
-from optax_lowmem.nn._peft.tensor_files import Weights
 
 
 class Changes(NamedTuple):

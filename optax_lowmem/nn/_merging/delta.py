@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_lowmem.nn._adapters.variant import Part, Variant
+from optax_lowmem._variants.variant import Part, Variant
 
 TILE = 1 << 21  # elements that are in float32 at a time: 8 MiB, a few times
 

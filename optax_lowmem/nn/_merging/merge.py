@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from optax_lowmem._peft.tensor_files import open_weights
 from optax_lowmem.nn._adapters.lora_linear import check_mergeable
 from optax_lowmem.nn._layers.base_layer import dense_variable, matrix_shape, stack_shape
 from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
 from optax_lowmem.nn._peft.save import is_tied
-from optax_lowmem.nn._peft.tensor_files import open_weights
 
 M = TypeVar("M", bound=nnx.Module)
 Weights = str | os.PathLike[str] | Mapping[str, Any]

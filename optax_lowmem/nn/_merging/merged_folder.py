@@ -13,9 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowmem.nn._merging.changes import Changes
-from optax_lowmem.nn._peft.foreign_files import leads_out
-from optax_lowmem.nn._peft.tensor_files import (
+from optax_lowmem._peft.foreign_files import leads_out
+from optax_lowmem._peft.tensor_files import (
   INDEX,
   SINGLE,
   Kind,
@@ -26,6 +25,7 @@ from optax_lowmem.nn._peft.tensor_files import (
   write_json,
   write_shard,
 )
+from optax_lowmem.nn._merging.changes import Changes
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from optax_lowmem._peft.tensor_files import Weights
 from optax_lowmem.nn._layers.base_layer import dense_variable, is_linear, matrix_shape, stack_shape
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import tensors_of
 from optax_lowmem.nn._peft.save import check_matrix
-from optax_lowmem.nn._peft.tensor_files import Weights
 
 # Variables that are no weights.
 _NO_WEIGHTS = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)

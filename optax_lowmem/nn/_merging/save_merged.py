@@ -10,7 +10,10 @@ from typing import Any
 from flax import nnx
 
 from optax_lowmem._arguments.sizes import bytes_of
-from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem._peft.adapter_file import read_adapter
+from optax_lowmem._peft.tensor_files import Weights, open_weights, read_index, read_json
+from optax_lowmem._variants.variant import Variant
+from optax_lowmem.nn._adapters.variants import VARIANTS
 from optax_lowmem.nn._merging.changes import (
   Changes,
   changes_of_file,
@@ -28,10 +31,8 @@ from optax_lowmem.nn._merging.merged_folder import (
 )
 from optax_lowmem.nn._merging.model_weights import model_weights
 from optax_lowmem.nn._model.model_tree import ModelTree
-from optax_lowmem.nn._peft.adapter_file import read_adapter
-from optax_lowmem.nn._peft.config_targets import check_patterns_of, check_whole, tied_once
+from optax_lowmem.nn._peft.config_targets import check_whole, tied_once
 from optax_lowmem.nn._peft.save import is_tied
-from optax_lowmem.nn._peft.tensor_files import Weights, open_weights, read_index, read_json
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -156,8 +157,8 @@ def merge_peft(
   ...     sorted(file.name for file in path.iterdir())
   ['model.safetensors']
   """
-  file = tied_once(read_adapter(adapter, variant))
-  check_patterns_of(file, list(file.layers))
+  file = tied_once(read_adapter(adapter, variant or VARIANTS))
+  file.check_patterns(list(file.layers))
   changes, follows = changes_of_file(file), bool(file.config.get("ensure_weight_tying"))
   weights, output = open_weights(original), (dir, dtype, max_shard_size)
   check_whole(file, weights.shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def find_layers(
     `Layers`, for `add_lora` and `quantize_model`.
 
   Raises:
-    TypeError: `model` is no module of NNX.
+    TypeError: `model` is no module of NNX, or `method` one that is bound to a model.
     ValueError: `model` is a layer itself.
 
   >>> import jax, jax.numpy as jnp
@@ -105,6 +106,11 @@ def find_layers(
   ((2, 4, 8), (8, 8))
   """
   check_model(model)
+  if method is not None and (inspect.ismethod(method) or not callable(method)):
+    raise TypeError(
+      "`method` must be a function of the model and the arguments, such as "
+      f"`{type(model).__name__}.__call__`, got {method!r:.200}."
+    )
   calls = watched_calls(model, args, kwargs, method)
   places = {place.path: place for place in candidates(ModelTree(model))}
   found: list[Layer] = []
@@ -133,6 +139,8 @@ def _layer(place: Place, calls: Calls | None) -> Layer | str:
   else:
     if calls.more:
       return f"it is called with more than an input: {', '.join(calls.more)}"
+    if not calls.inputs:
+      return "its input is no array"
     lead = rank_of(base) - calls.rank
     known = read_called(base, lead, tuple(calls.inputs))
     if known.foreign is None or known.contraction is None:

@@ -11,11 +11,11 @@ from flax import nnx
 from optax_lowmem._linear.head_names import HEAD
 from optax_lowmem._linear.names import excluded
 from optax_lowmem._linear.packed_weight import check_codebook
-from optax_lowmem.nn._adapters.adapter import check_lora, check_param_dtype, check_settings
+from optax_lowmem._variants.variant import Variant, check_settings
+from optax_lowmem.nn._adapters.adapter import check_lora, check_param_dtype
 from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
 from optax_lowmem.nn._adapters.lora_init import Init, check_init
 from optax_lowmem.nn._adapters.lora_linear import LoRALinear
-from optax_lowmem.nn._adapters.variant import Variant
 from optax_lowmem.nn._adapters.variants import chosen
 from optax_lowmem.nn._layers.base_layer import check_dense, dense_variable, is_linear
 from optax_lowmem.nn._layers.quantize_layer import check_product, quantized
@@ -202,11 +202,6 @@ def add_lora(
   check_settings(variant, use_rslora, dropout)
   with shown(model, layers):
     tree = ModelTree(model, stack)
-    if targets == "all-linear" and not tree.all_linear():
-      raise ValueError(
-        "`targets` 'all-linear': `model` has no linear layer but the output head."
-        + sentence(skipped(tree))
-      )
     saved = find_saved(tree, modules_to_save or ())
     check_saved(saved)
     found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))

@@ -9,6 +9,7 @@ from optax_lowmem._linear.names import matches, patterns
 from optax_lowmem._linear.patterns import check_patterns, check_used, pattern_value
 from optax_lowmem.nn._layers.base_layer import stack_shape
 from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
+from optax_lowmem.nn._model.skipped import sentence, skipped
 
 
 class Target(NamedTuple):
@@ -30,13 +31,16 @@ def find_targets(
 ) -> list[Target]:
   """The layers that `targets` names, with the rank and alpha of each."""
   check_patterns(rank_pattern, alpha_pattern)
-  skipped = {id(place.module) for place in skip}
-  possible = [p for p in tree.layers() if id(p.module) not in skipped]
+  whole = {id(place.module) for place in skip}
+  possible = [p for p in tree.layers() if id(p.module) not in whole]
   if targets == "all-linear":
     kept = {id(p.module) for p in tree.all_linear()}
     wanted = {p.path: None for p in possible if id(p.module) in kept}
     if not wanted:
-      raise ValueError("`targets` 'all-linear': `model` has no linear layer but the output head.")
+      raise ValueError(
+        "`targets` 'all-linear': `model` has no linear layer but the output head."
+        + sentence(skipped(tree))
+      )
   else:
     wanted = _matched(tree, possible, targets)
   found: list[Target] = []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -35,8 +38,8 @@ def watched_calls(
 ) -> dict[str, Calls]:
   """{path: calls} of what may be a layer, in the order of the first calls.
 
-  The copy that is traced has each of them in a module that writes down its calls. The model's own
-  transformations (scan, vmap, remat) then show it one layer of a stack.
+  In the copy that is traced, each of them is of a subclass of its class that writes down its calls.
+  The model's own transformations (scan, vmap, remat) then show it one layer of a stack.
   """
   calls: dict[str, Calls] = {}
   graphdef, state = nnx.split(model)
@@ -45,7 +48,9 @@ def watched_calls(
     copy: Any = nnx.merge(graphdef, state)
     for place in candidates(ModelTree(copy)):
       if place.replaceable:
-        place.replace(_Watched(place.module, _Note(place.path, calls)))
+        setattr(place.module, _NOTE, _Note(place.path, calls))
+        leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(place.module))
+        place.module.__class__ = _watched(type(place.module), not leaf)
     args, kwargs = given
     (copy if method is None else functools.partial(method, copy))(*args, **kwargs)
 
@@ -76,33 +81,32 @@ class _Note:
   path: str
   calls: dict[str, Calls]
 
-  def __call__(self, layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+  def __call__(self, layer: Any, given: Mapping[str, Any]) -> None:
     base = layer.base if isinstance(layer, Adapter) else layer
     calls = self.calls.setdefault(self.path, Calls(rank_of(base)))
-    given = {**dict(zip(("its input", "a second"), args, strict=False)), **kwargs}
-    given = {name: value for name, value in given.items() if value is not None}
-    first = next(iter(given), "its input")
-    x = given.pop(first, None)
-    given.pop("out_sharding", None)
-    calls.more.update(dict.fromkeys(given))
+    first, *more = [name for name in given if name != "out_sharding"] or [""]
+    calls.more.update(dict.fromkeys(more))
+    x: Any = given.get(first)
     if hasattr(x, "shape") and hasattr(x, "dtype"):
       calls.inputs.setdefault((tuple(x.shape), jnp.dtype(x.dtype)))
-    else:
-      calls.more.setdefault(first)
 
 
-class _Watched(nnx.Module):
-  """A layer in the copy of a model that is traced."""
+# The attribute of a layer, in the copy of a model that is traced, with its note.
+_NOTE = "_optax_lowmem_note"
 
-  def __init__(self, layer: nnx.Module, note: _Note):
-    self.layer, self.note = layer, note
 
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    layer: Any = self.layer
-    self.note(layer, args, kwargs)
-    return layer(*args, **kwargs)
+@functools.cache  # JAX keeps a class that it knows of for good
+def _watched(kind: Any, pytree: bool) -> Any:
+  """A subclass whose calls are written down, a pytree of JAX where its class is one."""
+  parameters = [*inspect.signature(kind.__call__).parameters][1:]
 
-  def __getattr__(self, name: str) -> Any:
-    if name.startswith("_") or "layer" not in vars(self):
-      raise AttributeError(name)
-    return getattr(self.layer, name)
+  @functools.wraps(kind.__call__)
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    names = itertools.chain(parameters, (f"argument {i}" for i in itertools.count(1)))
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    ordered = dict.fromkeys((*(name for name in parameters if name in given), *given))
+    vars(self)[_NOTE](self, {k: given[k] for k in ordered if given[k] is not None})
+    return kind.__call__(self, *args, **kwargs)
+
+  body = {"__call__": call, "__module__": kind.__module__}
+  return type(kind)(kind.__name__, (kind,), body, pytree=pytree)

@@ -1,1 +1,1 @@
-"""The files of PEFT, written and read."""
+"""Models, and the files of PEFT."""

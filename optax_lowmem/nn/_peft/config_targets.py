@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,11 +11,9 @@ from flax import nnx
 
 from optax_lowmem._linear.head_names import HEAD_WEIGHT, HEADS, TABLE
 from optax_lowmem._linear.names import names_in_stack, nearest
+from optax_lowmem._peft.adapter_file import AdapterFile
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import Tensor, find_saved, tensors_of
-from optax_lowmem.nn._peft.adapter_file import AdapterFile
-from optax_lowmem.nn._peft.files import CONFIG
-from optax_lowmem.nn._peft.foreign_patterns import check_pattern
 from optax_lowmem.nn._peft.save import is_tied
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 
@@ -58,20 +55,6 @@ def saved_names(file: AdapterFile) -> list[str]:
   """The names in `modules_to_save`, of which a single one may be a text."""
   names = file.config.get("modules_to_save") or []
   return [names] if isinstance(names, str) else names
-
-
-def check_patterns_of(file: AdapterFile, names: Sequence[str]) -> None:
-  """Refuses regular expressions that are none, or take too long for these names of layers."""
-  config, path = file.config, os.path.join(file.dir, CONFIG)
-  for key in ("target_modules", "exclude_modules"):
-    if isinstance(config.get(key), str):
-      check_pattern(f"{path!r} {key}", config[key], names)
-  for key in ("rank_pattern", "alpha_pattern"):
-    for pattern in config.get(key) or {}:
-      check_pattern(f"{path!r} {key}", pattern, names, r"(.*\.)?({})$")
-  below_ = config.get("layers_pattern") or []
-  for pattern in [below_] if isinstance(below_, str) else below_:
-    check_pattern(f"{path!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
 
 
 def saved_modules(tree: ModelTree, file: AdapterFile) -> list[Place]:
@@ -184,7 +167,7 @@ def check_whole(file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]) -> Non
   """
   saved, dir = tuple(saved_names(file)), file.dir
   names = [tensor.rpartition(".")[0] for tensor in shapes]
-  check_patterns_of(file, names)
+  file.check_patterns(names)
   expects = expected(file)
 
   def whole(tensor: str) -> bool:

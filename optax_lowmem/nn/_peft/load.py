@@ -11,16 +11,16 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem._linear.names import listing, nearest
-from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem._peft.adapter_file import AdapterFile, read_adapter
+from optax_lowmem._variants.variant import Variant
+from optax_lowmem.nn._adapters.variants import VARIANTS
 from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
 from optax_lowmem.nn._model.found_layers import Layers, shown
 from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
 from optax_lowmem.nn._model.surgery import adapter
 from optax_lowmem.nn._model.targets import Target
 from optax_lowmem.nn._model.trainable import check_saved, train_biases, train_modules
-from optax_lowmem.nn._peft.adapter_file import AdapterFile, read_adapter
 from optax_lowmem.nn._peft.config_targets import (
-  check_patterns_of,
   check_tying,
   expected,
   plain_tensors,
@@ -85,7 +85,7 @@ def load_peft(
     https://huggingface.co/docs/peft/developer_guides/checkpoint
   """
   with shown(model, layers):
-    return _load(model, tied_once(read_adapter(dir, variant)), stack, rngs)
+    return _load(model, tied_once(read_adapter(dir, variant or VARIANTS)), stack, rngs)
 
 
 def _load(model: M, file: AdapterFile, stack: str, rngs: nnx.Rngs | None) -> M:
@@ -103,7 +103,7 @@ def _load(model: M, file: AdapterFile, stack: str, rngs: nnx.Rngs | None) -> M:
       f"{nearest(unknown[0], known)} Available modules: {listing(known)}."
     )
   check_tying(model, saved, file)
-  check_patterns_of(file, known)
+  file.check_patterns(known)
   expects, plan = expected(file, tree), _Plan(file, tree, rngs)
   ready = [r for place in layers if (r := plan.layer(place, expects)) is not None]
   tensors = plain_tensors(tree, saved, file)
@@ -190,11 +190,16 @@ class _Plan(NamedTuple):
       )
 
   def values(self, lora: Any, names: Sequence[str], ranks: Any) -> list[tuple[Any, np.ndarray]]:
-    """Each Variable of the adapter, and its value; layers without one keep what they have."""
+    """Each Variable of the adapter, and its value: zero beyond a layer's rank.
+
+    What has no axis of the rank (a magnitude), layers without an adapter keep, and do not use.
+    """
     found = []
     for part in lora.parts:
       variable = getattr(lora, part.name)
       value = np.array(variable[...])
+      if "rank" in part.axes:
+        value[...] = 0
       every = value if stack_shape(lora.base) else value[None]
       for i, (name, rank) in enumerate(zip(names, ranks, strict=True)):
         if rank:

@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 
 from optax_lowmem._linear.head_names import EMBEDDINGS, HEAD_WEIGHT, TABLE
+from optax_lowmem._peft.config import configuration
+from optax_lowmem._peft.files import PREFIX, check_writable, write_adapter
 from optax_lowmem.nn._layers.base_layer import (
   contraction_of,
   dense_variable,
@@ -21,8 +23,6 @@ from optax_lowmem.nn._layers.base_layer import (
 )
 from optax_lowmem.nn._model.model_tree import ModelTree, Place
 from optax_lowmem.nn._model.trainable import trained_beside
-from optax_lowmem.nn._peft.config import configuration
-from optax_lowmem.nn._peft.files import PREFIX, check_writable, write_adapter
 
 
 class Layer(NamedTuple):

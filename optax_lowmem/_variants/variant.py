@@ -208,6 +208,21 @@ class Variant(abc.ABC):
     return None
 
 
+def check_settings(variant: Variant, use_rslora: bool, dropout: float) -> None:
+  """Refuses settings that this kind of adapter has not, in PEFT or for want of a place."""
+  if not any(part.scaled for part in variant.parts(False)):
+    raise ValueError(
+      f"`variant` {variant!r} has no part that is `scaled`: it would compute with a scale of 1, "
+      "and be merged with alpha / rank. Set it on one of the parts that are multiplied."
+    )
+  for key, value in {"use_rslora": use_rslora, "lora_dropout": dropout}.items():
+    if value and variant.peft_keys.get(key, key) is None:
+      raise ValueError(
+        f"`{key.removeprefix('lora_')}` is {value!r}, and {type(variant).__name__} has none in "
+        "PEFT. Leave it out."
+      )
+
+
 def matrix(a: jax.Array, b: jax.Array) -> jax.Array:
   """A B as a matrix (..., out, in), in float32: the `dot` of weights that are held so."""
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from optax_lowmem.nn._adapters.lora import LoRA
-from optax_lowmem.nn._adapters.variant import Variant
-from optax_lowmem.nn._adapters.variants import VARIANTS
-from optax_lowmem.nn._peft.foreign_files import member, read_object
+from optax_lowmem._peft.foreign_files import member, read_object
+from optax_lowmem._variants.variant import Variant
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -35,6 +34,8 @@ _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 _TEXTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 MOST_RANK = 1 << 16
+
+Kinds = Sequence[type[Variant]]
 
 
 def import_safetensors():
@@ -79,10 +80,12 @@ def write_adapter(
     os.replace(partial, dir / name)
 
 
-def read_config(
-  path: pathlib.Path, variant: Variant | None = None
-) -> tuple[dict[str, Any], Variant]:
-  """The configuration, checked, under LoRA's keys; and the variant that it is of."""
+def read_config(path: pathlib.Path, variant: Variant | Kinds) -> tuple[dict[str, Any], Variant]:
+  """The configuration, checked, under LoRA's keys; and the variant that it is of.
+
+  That is `variant`, or one of these kinds: the first that says the configuration is its own, or
+  else, for messages, the last.
+  """
   if not os.path.lexists(path):
     raise FileNotFoundError(
       f"there is no {CONFIG} in {str(path.parent)!r}. Pass the directory that PEFT's "
@@ -93,8 +96,9 @@ def read_config(
   def refuse(key: str, why: str) -> None:
     raise ValueError(f"{str(path)!r} sets {key} to {config.get(key)!r:.200}: {why}")
 
-  if variant is None:
-    variant = next((found for kind in VARIANTS if (found := kind.of(config))), LoRA())
+  if not isinstance(variant, Variant):
+    kinds = variant
+    variant = next((found for kind in kinds if (found := kind.of(config))), kinds[-1]())
   name, own = type(variant).__name__, variant.config()
   if config.get("peft_type") != variant.peft_type:
     raise ValueError(

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowmem.nn._peft.files import WEIGHTS, import_safetensors
-from optax_lowmem.nn._peft.foreign_files import check_name, check_regular, member, read_object
+from optax_lowmem._peft.files import WEIGHTS, import_safetensors
+from optax_lowmem._peft.foreign_files import check_name, check_regular, member, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optax_lowmem._linear.patterns import pattern_value
-from optax_lowmem.nn._adapters.variant import Variant
+from optax_lowmem._variants.variant import Variant
 
 
 def configuration(

@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from optax_lowmem._linear.patterns import pattern_value
-from optax_lowmem.nn._adapters.lora_scale import scale_of
-from optax_lowmem.nn._adapters.variant import Part, Variant
-from optax_lowmem.nn._peft.files import CONFIG, PREFIX, WEIGHTS, import_safetensors, read_config
-from optax_lowmem.nn._peft.foreign_files import check_name, member
+from optax_lowmem._peft.files import (
+  CONFIG,
+  PREFIX,
+  WEIGHTS,
+  Kinds,
+  import_safetensors,
+  read_config,
+)
+from optax_lowmem._peft.foreign_files import check_name, member
+from optax_lowmem._peft.foreign_patterns import check_pattern
+from optax_lowmem._variants.lora_scale import scale_of
+from optax_lowmem._variants.variant import Part, Variant
 
 _COPY, _BEFORE = ".modules_to_save.bias", ".original_module.bias"
 
@@ -73,6 +82,19 @@ class AdapterFile(NamedTuple):
           f"says rank {self.rank(name)}."
         )
 
+  def check_patterns(self, names: Sequence[str]) -> None:
+    """Refuses regular expressions that are none, or take too long for these names of layers."""
+    config, path = self.config, os.path.join(self.dir, CONFIG)
+    for key in ("target_modules", "exclude_modules"):
+      if isinstance(config.get(key), str):
+        check_pattern(f"{path!r} {key}", config[key], names)
+    for key in ("rank_pattern", "alpha_pattern"):
+      for pattern in config.get(key) or {}:
+        check_pattern(f"{path!r} {key}", pattern, names, r"(.*\.)?({})$")
+    below_ = config.get("layers_pattern") or []
+    for pattern in [below_] if isinstance(below_, str) else below_:
+      check_pattern(f"{path!r} layers_pattern", pattern, names, r"(?:^|.*?\.){}\.(\d+)\.")
+
   def check_scale(self, name: str, have: float, argument: str) -> None:
     """Refuses a layer whose adapter has another scale."""
     scale = self.scale(name)
@@ -83,8 +105,8 @@ class AdapterFile(NamedTuple):
       )
 
 
-def read_adapter(dir: str | os.PathLike[str], variant: Variant | None = None) -> AdapterFile:
-  """The adapter in a directory, of that variant or of the one that its configuration names."""
+def read_adapter(dir: str | os.PathLike[str], variant: Variant | Kinds) -> AdapterFile:
+  """The adapter in a directory, of that variant or of one of those kinds."""
   path = pathlib.Path(dir) / WEIGHTS
   config, variant = read_config(path.with_name(CONFIG), variant)
   if not path.exists():

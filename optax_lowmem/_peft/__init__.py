@@ -1,0 +1,1 @@
+"""The files of PEFT, without a model."""
