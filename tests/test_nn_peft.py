@@ -178,6 +178,17 @@ def test_half_precision_adapters_are_written_and_read_again(tmp_path, options, d
   assert {leaf.dtype for leaf in jax.tree.leaves(held)} == {np.dtype(dtype)}
 
 
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_loads_within_jit(name):
+  """A fresh adapter has no values there, and none of them is asked for."""
+
+  def weights(model):
+    return nnx.state(nn.load_peft(model, GOLDEN / name), nnx.LoRAParam)
+
+  traced = jax.jit(lambda: weights(tiny_llama(True)))()
+  jax.tree.map(np.testing.assert_array_equal, traced, weights(tiny_llama(True)))
+
+
 @stacked_or_not
 def test_values_go_into_adapters_that_are_there(stacked):
   model = nn.add_lora(tiny_llama(stacked), 4, 16, ".*_proj", dropout=0.1, rngs=nnx.Rngs(0))

@@ -193,13 +193,13 @@ class _Plan(NamedTuple):
     """Each Variable of the adapter, and its value: zero beyond a layer's rank.
 
     What has no axis of the rank (a magnitude), layers without an adapter keep, and do not use.
+    Nothing else is read of the model: within `jax.jit` its values are not there.
     """
     found = []
     for part in lora.parts:
       variable = getattr(lora, part.name)
-      value = np.array(variable[...])
-      if "rank" in part.axes:
-        value[...] = 0
+      kept = "rank" not in part.axes and not all(ranks)
+      value = np.array(variable[...]) if kept else np.zeros(variable[...].shape, "f4")
       every = value if stack_shape(lora.base) else value[None]
       for i, (name, rank) in enumerate(zip(names, ranks, strict=True)):
         if rank:
