@@ -19,6 +19,7 @@ ORDER = [
   "kernels",
   "_sharding",
   "_update",
+  "_masters",
   "_paging",
   "_optimizers",
   "",  # what `import optax_lowmem` gives
