@@ -440,6 +440,7 @@ def test_states_are_converted_within_the_same_bits():
   """The moments' form changes and masters stay; other bits are refused, with a way that works."""
   params = tree(0)
   ours, four = (lowmem.master_weights(lowmem.adamw(1e-3, bits=b)) for b in (8, 4))
+  state: Any
   params, state = steps(ours, 2, params)
   converted = lowmem.convert_state(state, ours, four, params)
   chex.assert_trees_all_equal(converted.remainder, state.remainder)
