@@ -11,6 +11,12 @@ from optax_lowmem import kernels
 from optax_lowmem._host_memory.paged_state import paged, unpaged
 from optax_lowmem._host_memory.pages import Paged
 from optax_lowmem._host_memory.state_bytes import state_bytes
+from optax_lowmem._masters.master_params import master_params, with_master_params
+from optax_lowmem._masters.master_weights import MasterWeightsState, master_weights
+from optax_lowmem._masters.stochastic_rounding import (
+  StochasticRoundingState,
+  stochastic_rounding,
+)
 from optax_lowmem._optimizers.adafactor import adafactor, relative_step_size
 from optax_lowmem._optimizers.adagrad_rmsprop import adagrad, rmsprop
 from optax_lowmem._optimizers.adam import adam, adamw
@@ -56,6 +62,7 @@ name_after(
   Dense,
   Explained,
   Explanation,
+  MasterWeightsState,
   MemoryPlan,
   MemoryReport,
   OptimizerComparison,
@@ -64,6 +71,7 @@ name_after(
   Part,
   QuantizedArray,
   ScaleByCameState,
+  StochasticRoundingState,
   Storage,
   get_codebook,  # pickles hold the library's own codebooks as a call of it
 )
@@ -90,6 +98,13 @@ __all__ = [
   "ScaleByCameState",
   # Any other transformation.
   "quantized",
+  # Parameters in bfloat16.
+  "MasterWeightsState",
+  "StochasticRoundingState",
+  "master_params",
+  "master_weights",
+  "stochastic_rounding",
+  "with_master_params",
   # Where state is stored.
   "Paged",
   "offloaded",

@@ -19,6 +19,7 @@ ORDER = [
   "kernels",
   "_sharding",
   "_update",
+  "_masters",
   "_paging",
   "_optimizers",
   "_plan",

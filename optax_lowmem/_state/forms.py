@@ -103,7 +103,8 @@ def convert_state(
     A state of `to_tx`, where `to_tx.init(params)` would put it.
 
   Raises:
-    ValueError: if `state` is none of `from_tx`, or the two have different rules.
+    ValueError: if `state` is none of `from_tx`, or the two have different rules, or keep master
+      weights (`master_weights`) in different bits.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
@@ -136,6 +137,13 @@ def _converted(x: Any, like: Any) -> Any:
     return x
   value = x.dequantize(jnp.float32) if is_quantized(x) else x
   if not is_quantized(like):
+    # Of integers only remainders of masters differ: those of 16 and of 8 bits are not one number.
+    if {value.dtype, like.dtype} == {jnp.dtype(jnp.int16), jnp.dtype(jnp.int8)}:
+      raise ValueError(
+        f"`from_tx` keeps {value.dtype} of the master weights and `to_tx` {like.dtype}, which only "
+        "parameters and state together tell. Read them, `weights = master_params(params, state)`, "
+        "and set them in a new state: `with_master_params(weights, params, to_tx.init(params))`."
+      )
     return value.astype(like.dtype)
   return encode(value.astype(jnp.float32), like.codebook, like.block)
 

@@ -1,0 +1,1 @@
+"""Parameters in bfloat16: exact float32 masters, and unbiased rounding."""

@@ -1,0 +1,79 @@
+"""What both wrappers do around a transformation of parameters in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowmem._state.gradients import check_gradients
+from optax_lowmem._state.nnx_variables import unbox
+
+
+def check_parameters(wrapper: str, params: Any) -> None:
+  """Refuses parameters that are neither bfloat16 nor float32, or of which none is bfloat16.
+
+  Raises:
+    TypeError: if there are such.
+  """
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  for path, p in leaves:
+    if (dtype := jnp.result_type(p)) not in (jnp.bfloat16, jnp.float32):
+      raise TypeError(
+        f"parameter {jax.tree_util.keystr(path) or '()'} has dtype {dtype}, but `{wrapper}` takes "
+        "bfloat16, and float32, which it leaves as it is. Convert the parameter, or leave it out "
+        "with `optax.masked` or `optax.partition`."
+      )
+  if leaves and not any(jnp.result_type(p) == jnp.bfloat16 for _, p in leaves):
+    raise TypeError(
+      f"no parameter is bfloat16, so there is nothing for `{wrapper}` to do. Convert the "
+      "parameters, `jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)`, or leave the wrapper "
+      f"out. If it is within `quantized`, which shows it float32, swap the two: "
+      f"`{wrapper}(quantized(…))`."
+    )
+
+
+def check_update(wrapper: str, grads: Any, params: Any) -> None:
+  """Refuses an update without parameters, or with gradients that do not fit them.
+
+  Raises:
+    ValueError: if they are missing or of other shapes.
+    TypeError: if they are of other dtypes.
+  """
+  if params is None:
+    raise ValueError(
+      f"`{wrapper}` needs the parameters: `tx.update(grads, state, params)`, not without `params`."
+    )
+  check_gradients(grads, params)
+  check_parameters(wrapper, params)
+
+
+def in_float32(tree: Any) -> Any:
+  """Floating leaves in float32; of shapes, shapes."""
+
+  def cast(x):
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+      return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+    return jnp.asarray(x, jnp.float32)
+
+  return jax.tree.map(cast, tree)
+
+
+def is_narrow(p: Any) -> bool:
+  """Whether a parameter is bfloat16."""
+  return jnp.result_type(p) == jnp.bfloat16
+
+
+def boxed_alike(run: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+  """`run` of trees without the boxes of Flax NNX; its results are in the boxes of the arguments."""
+
+  def update(updates, state, params, extra_args):
+    out_tree = jax.tree.structure((updates, state))
+    new = run(unbox(updates), unbox(state), unbox(params), extra_args)
+    return out_tree.unflatten(jax.tree.leaves(new))
+
+  return update
