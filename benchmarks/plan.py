@@ -27,6 +27,7 @@ from _measure import write
 from optax_lowmem.qlora.planning.budget import budget_of
 from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.model_source import config_of
+from optax_lowmem.qlora.planning.steps import step_of
 from optax_lowmem.qlora.run.settings import Settings
 
 GB, GIB = 10**9, 2**30
@@ -47,6 +48,14 @@ FULL = (
   ("paged_adamw", "bfloat16"),
   ("paged_adamw_8bit", "bfloat16"),
 )
+
+
+# Masters of bfloat16 weights: how they are called, and the optimizer.
+MASTERS: dict[str, Callable[[], Any]] = {
+  "master_weights(adamw_8bit)": lambda: lowmem.master_weights(lowmem.adamw(1e-4)),
+  "master_weights(adamw_8bit, bits=8)": lambda: lowmem.master_weights(lowmem.adamw(1e-4), 8),
+  "stochastic_rounding(adamw_8bit)": lambda: lowmem.stochastic_rounding(lowmem.adamw(1e-4), 0),
+}
 
 
 def case(model: str, **settings: Any) -> Case:
@@ -103,6 +112,19 @@ def full(card: str) -> Iterator[dict[str, Any]]:
     }
 
 
+def masters(card: str) -> Iterator[dict[str, Any]]:
+  """The same in bfloat16, with what `full` loses of each update kept or rounded without bias."""
+  asked = case("llama-7b").but(full=True)
+  for name, optimizer in MASTERS.items():
+    step = step_of(asked.config, asked.settings, full=True, tx=optimizer())
+    yield {
+      "model": "llama-7b",
+      "optimizer": name,
+      "weights": "bfloat16",
+      **row(step.compiled(card), "80GB"),
+    }
+
+
 def devices(card: str) -> Iterator[dict[str, Any]]:
   """QLoRA on eight cards of 24 GB, a row of 512 tokens on each, the base in parts."""
   if jax.device_count() < 8:  # updates are cut only where there are several
@@ -131,7 +153,7 @@ def state(card: str) -> Iterator[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
-  f.__name__: f for f in (figure8, lengths, full, devices, state)
+  f.__name__: f for f in (figure8, lengths, full, masters, devices, state)
 }
 
 

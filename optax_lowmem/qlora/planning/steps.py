@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -62,7 +63,14 @@ class Step(NamedTuple):
     return self.shapes().compiled(program)
 
 
-def step_of(config: LlamaConfig, s: Settings, *, full: bool = False, devices: int = 1) -> Step:
+def step_of(
+  config: LlamaConfig,
+  s: Settings,
+  *,
+  full: bool = False,
+  devices: int = 1,
+  tx: optax.GradientTransformation | None = None,
+) -> Step:
   """The step that `lowmem finetune` compiles for these settings; nothing is made of it.
 
   Args:
@@ -71,6 +79,7 @@ def step_of(config: LlamaConfig, s: Settings, *, full: bool = False, devices: in
     full: train all parameters, in the dtype of the model, in the place of adapters.
     devices: how many there are. A batch's rows are spread over them; each holds the whole model, or
       with `fsdp` a part of what is frozen, and in full training of all there is.
+    tx: the optimizer; by default that of the settings.
 
   Raises:
     ValueError: where the rows cannot be spread evenly, and as `check_devices`.
@@ -83,7 +92,7 @@ def step_of(config: LlamaConfig, s: Settings, *, full: bool = False, devices: in
       "which its rows are spread."
     )
   check_devices(devices)
-  tx, _ = optimizer(s)
+  tx = optimizer(s)[0] if tx is None else tx
   if full:
     base = abstract_llama(config, None, jnp.dtype(s.dtype), cast(Kind, s.attention))
     graph, trained, rngs, frozen = nnx.split(base, nnx.Param, nnx.RngState, ...)
