@@ -67,7 +67,20 @@ def test_a_step_of_ones_own(name, paged):
 KINDS = {card.capability: name for name, card in CARDS.items() if card.capability != (9, 0)}
 
 
-@pytest.mark.parametrize("card", KINDS.values())
+# Pallas of jax 0.12 knows some cards by name, and no other: the kernel is not lowered for these.
+UNKNOWN = {"l40s", "rtx-5090", "a10g"}
+NEWEST = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
+
+
+@pytest.mark.parametrize(
+  "card",
+  [
+    pytest.param(
+      card, marks=pytest.mark.xfail(NEWEST and card in UNKNOWN, strict=True, reason="jax 0.12")
+    )
+    for card in KINDS.values()
+  ],
+)
 def test_every_kind_of_card_has_a_compiler(card):
   tx = lowmem.adamw(1e-3)
   step, params = training(tx)
