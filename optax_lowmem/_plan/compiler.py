@@ -42,6 +42,7 @@ class Program:
     argument_bytes, output_bytes, alias_bytes, temp_bytes: device memory, as XLA counts it.
     host_bytes: pinned host memory at the peak.
     seconds: time to trace, lower and compile.
+    note: what is to be known beside the numbers.
   """
 
   compiler: str
@@ -51,6 +52,7 @@ class Program:
   temp_bytes: int
   host_bytes: int
   seconds: float
+  note: str = ""
 
   @property
   def device_bytes(self) -> int:
@@ -154,7 +156,17 @@ def compile_for(
       stack.enter_context(using("xla"))  # Triton is for Ampere and later
     if AxisType.Explicit not in on.axis_types:  # Pallas asks for its device (jax 0.11 and later)
       stack.enter_context(jax.sharding.use_abstract_mesh(on.abstract_mesh))
-    return _measured(known.name, jitted, laid, platform)
+    try:
+      return _measured(known.name, jitted, laid, platform)
+    except RuntimeError as error:
+      if "No supported GPU devices" not in str(error):
+        raise
+    # Pallas of jax 0.12 lowers for cards that it knows by name. On others the kernel is switched
+    # off at its first use, so that the step is planned as it would run.
+    stack.enter_context(using("xla"))
+    again = jax.jit(functools.partial(fn), donate_argnums=tuple(donate), out_shardings=out)
+    note = f"Without the kernel: Pallas of jax {jax.__version__} does not know {known.name}."
+    return dataclasses.replace(_measured(known.name, again, laid, platform), note=note)
 
 
 def _measured(compiler: str, jitted: Any, args: tuple[Any, ...], platform: str | None) -> Program:

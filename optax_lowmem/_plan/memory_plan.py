@@ -95,7 +95,8 @@ class MemoryPlan:
     name = "gradients, activations, other temporaries"
     if program.compiler == "cpu":  # whose compiler knows of no host memory
       rest, host = rest - sum(part.host for part in kept), 0
-      note = f"{note} {_BY_CPU}".strip()
+      note = f"{note} {_BY_CPU}"
+    note = f"{note} {program.note}".strip()
     kept.append(Part(name, "temporaries", max(rest, 0), max(host, 0)))
     return dataclasses.replace(
       self, parts=tuple(kept), method="compiled", compiler=program.compiler,
