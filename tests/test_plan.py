@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_lowmem as lowmem
+from optax_lowmem._plan.compiler import topology
 from optax_lowmem.qlora import model_shapes
 from registry import REGISTRY, SHAPES, make, tree
 
@@ -163,6 +164,8 @@ BAD = {
   "memory": (
     lambda: lowmem.plan(MODELS["table"], optax.adam(1e-3)).fits("24 G"), ValueError, "'4GB'"
   ),
+  "tpus": (lambda: topology("v5e", 16), ValueError, "has 16 devices, and for v5e"),
+  "callback of what": (lambda: lowmem.memory_callback("1"), ValueError, "steps, got '1'"),
   "callback": (lambda: lowmem.memory_callback(0), ValueError, "positive number of steps, got 0"),
 }  # fmt: skip
 

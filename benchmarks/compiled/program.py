@@ -17,29 +17,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin asks for a driver
-# libtpu lets one process use a TPU. Here there is none, and tests run in several.
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 import jax
 import numpy as np
 from jax._src.lib import xla_client as xc  # pyright: ignore[reportPrivateImportUsage]
-from jax.experimental import topologies
 
-from optax_lowmem._plan.cards import CARDS
+from optax_lowmem._plan.cards import CARDS, TPUS
+from optax_lowmem._plan.compiler import OPTIONS, missing, topology
 
 from .traffic import Traffic, traffic
-
-# There is nothing to time kernels on, and Triton's matrix products are found by timing.
-_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-_TPU = ("v5e", "v6e", "v5p", "v4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,35 +78,6 @@ class Compiled:
     return self.traffic.kernels
 
 
-@functools.cache
-def missing(card: str = "h100") -> str | None:
-  """What is needed to compile for `card` and is not installed; None if nothing is."""
-  if card in _TPU:
-    return None if importlib.util.find_spec("libtpu") else "libtpu (`pip install 'jax[tpu]'`)"
-  if card not in CARDS:
-    raise ValueError(f"`card` must be one of {', '.join((*CARDS, *_TPU))}, got {card!r}.")
-  for name in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13"):
-    with contextlib.suppress(ModuleNotFoundError):
-      if importlib.util.find_spec(name):
-        break
-  else:
-    return "the CUDA plugins of jax (jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, …)"
-  try:
-    _topology(card, 1)
-  except Exception as error:  # a plugin of another version, say
-    return f"CUDA plugins that work: {error}"
-  return None
-
-
-@functools.cache
-def _topology(card: str, count: int) -> Any:
-  if card in _TPU:
-    name = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4"}[max(4, count)]
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{card}:{name}")
-  config, shape = CARDS[card].target_config(), f"1x1x{count}"
-  return topologies.get_topology_desc(platform="cuda", target_config=config, topology=shape)
-
-
 def mesh_of(
   card: str, sizes: Sequence[int], names: Sequence[str], axis_type: jax.sharding.AxisType
 ) -> jax.sharding.Mesh:
@@ -124,7 +85,8 @@ def mesh_of(
 
   They have no host memory: paged state is to be laid out on a mesh of CPU devices.
   """
-  devices = np.array(_topology(card, int(np.prod(sizes))).devices).reshape(sizes)
+  count = int(np.prod(sizes))
+  devices = np.array(topology(card, count).devices[:count]).reshape(sizes)
   return jax.sharding.Mesh(devices, names, axis_types=(axis_type,) * len(names))
 
 
@@ -151,8 +113,8 @@ def compile_for(
   """
   if reason := missing(card):
     raise RuntimeError(f"To compile for {card!r}, install {reason}.")
-  topology, start = _topology(card, count), time.perf_counter()
-  platform = "tpu" if card in _TPU else "cuda"
+  there, start = topology(card, count).devices[:count], time.perf_counter()
+  platform = "tpu" if card in TPUS else "cuda"
   with _seen_by_kernels(card, args), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
     lowered = (
@@ -160,10 +122,10 @@ def compile_for(
     )
   middle = time.perf_counter()
   with _seen_by_kernels(card, args):  # shards under `custom_partitioning` are lowered now
-    executable = topology.devices[0].client.compile(
+    executable = there[0].client.compile(
       lowered.compiler_ir("stablehlo"),
-      xc.DeviceList(tuple(topology.devices[:count])),
-      _options(count, {} if platform == "tpu" else _OPTIONS),
+      xc.DeviceList(tuple(there)),
+      _options(count, {} if platform == "tpu" else OPTIONS),
     )
   end = time.perf_counter()
   stats = executable.get_compiled_memory_stats()
@@ -183,7 +145,7 @@ def compile_for(
 @contextlib.contextmanager
 def _seen_by_kernels(card: str, args: Any) -> Iterator[None]:
   """Pallas asks which device it lowers for (jax 0.11 and later): that of the mesh that is set."""
-  if card in _TPU:
+  if card in TPUS:
     device = jax.sharding.AbstractDevice(f"TPU {card}", 1, "tpu")
   else:
     device = jax.sharding.AbstractDevice(CARDS[card].name, CARDS[card].cores, "gpu")

@@ -27,7 +27,7 @@ from optax_lowmem._plan.cards import CARDS, TPUS, card_named
 from optax_lowmem.kernels import using
 
 # There is nothing to time kernels on, and Triton's matrix products are found by timing.
-_OPTIONS: dict[str, bool | str] = {
+OPTIONS: dict[str, bool | str] = {
   "xla_gpu_autotune_level": "0",
   "xla_gpu_enable_triton_gemm": False,
 }
@@ -61,7 +61,7 @@ class Program:
 
 
 @functools.cache
-def missing(card: str) -> str | None:
+def missing(card: str = "h100") -> str | None:
   """What is needed to compile for `card` and is not installed; None if nothing is."""
   if card_named(card).name in TPUS:
     return None if importlib.util.find_spec("libtpu") else "libtpu (`pip install 'jax[tpu]'`)"
@@ -72,14 +72,19 @@ def missing(card: str) -> str | None:
   else:
     return "the CUDA compiler of jax (`pip install 'optax_lowmem[plan]'`)"
   try:
-    _topology(card, 1)
+    topology(card, 1)
   except Exception as error:  # a plugin of another version, say
     return f"a CUDA compiler that works ({' '.join(str(error).split())[:200]})"
   return None
 
 
 @functools.cache
-def _topology(card: str, count: int) -> Any:
+def topology(card: str, count: int) -> Any:
+  """What JAX compiles for: `count` cards that are not here; of TPUs, at least so many.
+
+  Raises:
+    ValueError: for a number of TPUs that no slice known here has.
+  """
   # The plugin asks for a driver; libtpu lets one process use a TPU, and here there is none.
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -87,8 +92,15 @@ def _topology(card: str, count: int) -> Any:
 
   known = card_named(card)
   if known.name in TPUS:
-    name = {1: "2x2", 2: "2x2", 4: "2x2", 8: "2x4"}[count]
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{known.name}:{name}")
+    slices = {1: "2x2", 2: "2x2", 4: "2x2", 8: "2x4"}
+    if count not in slices:
+      known_counts = ", ".join(map(str, slices))
+      raise ValueError(
+        f"`mesh` has {count} devices, and for {known.name} plans are made for {known_counts} of "
+        "them. Take one of these, or a GPU as `card`."
+      )
+    name = f"{known.name}:{slices[count]}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name)
   return topologies.get_topology_desc(
     platform="cuda", target_config=known.target_config(), topology=f"1x1x{count}"
   )
@@ -100,7 +112,7 @@ def mesh_of(card: str, like: AbstractMesh | Mesh | None = None) -> Mesh:
   names = ("device",) if like is None else like.axis_names
   types = (AxisType.Auto,) if like is None else like.axis_types
   count = int(np.prod(sizes))
-  devices = _topology(card, count).devices[:count]
+  devices = topology(card, count).devices[:count]
   return Mesh(np.array(devices).reshape(sizes), names, axis_types=types)
 
 
@@ -177,7 +189,7 @@ def _measured(compiler: str, jitted: Any, args: tuple[Any, ...], platform: str |
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     traced = jitted.trace(*args)
     lowered = traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
-    options = _OPTIONS if platform == "cuda" else None
+    options = OPTIONS if platform == "cuda" else None
     stats: Any = lowered.compile(compiler_options=options).memory_analysis()
   return Program(
     compiler,

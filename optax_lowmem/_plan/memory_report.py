@@ -127,7 +127,7 @@ def memory_callback(every: int, say: Callable[[str], None] = print) -> Callable[
     say: what is given the line.
 
   Raises:
-    ValueError: if `every` is not positive.
+    ValueError: if `every` is no positive integer.
 
   Examples:
     >>> import jax.numpy as jnp, optax_lowmem as lowmem
@@ -137,8 +137,8 @@ def memory_callback(every: int, say: Callable[[str], None] = print) -> Callable[
     step 0: 256.0 KiB of parameters and state
     step 100: 256.0 KiB of parameters and state
   """
-  if every < 1:
-    raise ValueError(f"`every` must be a positive number of steps, got {every}.")
+  if not isinstance(every, int) or every < 1:
+    raise ValueError(f"`every` must be a positive number of steps, got {every!r}.")
 
   def callback(step: int, params: Any, state: Any = ()) -> None:
     if step % every == 0:
