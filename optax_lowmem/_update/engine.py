@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optax_lowmem._programs.elementwise import NotElementwise
+from optax_lowmem._programs.leaf_plan import LeafPlan, decoded
 from optax_lowmem._programs.phases import in_a_phase, in_phases
-from optax_lowmem._programs.plan import Plan, decoded
 from optax_lowmem._programs.program import Program
 from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem._sharding.shards import on_shards, with_automatic_sharding
@@ -141,7 +141,7 @@ def _method_of(
     return "elementwise", "it is part of a rule that takes norms or means of whole arrays"
   if (platform := asked_for()) not in ("cuda", "tpu"):
     return "elementwise", f"there is no kernel for {platform}"
-  plan = Plan(program, leaf, states, values, dtype)
+  plan = LeafPlan(program, leaf, states, values, dtype)
   return "elementwise", reason_against_kernel(platform, plan, env, values) or ""
 
 
@@ -194,7 +194,7 @@ def _update_leaf(
     dense = {k: decoded(x) for k, x in values.items()}
     new = program.run_leaf(leaf, env, dense, [leaf, *states])
     return {k: x.astype(dtype if k == leaf else values[k].dtype) for k, x in new.items()}
-  plan = Plan(program, leaf, states, values, dtype)
+  plan = LeafPlan(program, leaf, states, values, dtype)
   return {k: values[k] for k in plan.kept} | run(plan, env, values)
 
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optax_lowmem._programs.fences import fence
+from optax_lowmem._programs.leaf_plan import LeafPlan, Tile
 from optax_lowmem._programs.phases import in_a_phase, in_phases
-from optax_lowmem._programs.plan import Plan, Tile
 from optax_lowmem._quantization.block_rows import map_rows
 from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem._quantization.tangents import derivative
@@ -30,7 +30,7 @@ from optax_lowmem._update.tile_loop import map_tiles
 from optax_lowmem.kernels import _choice, _guard
 
 
-def run(plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> dict[int, Tile]:
+def run(plan: LeafPlan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> dict[int, Tile]:
   """The update and the new moments, by position, by the method that fits the platform.
 
   Args:
@@ -106,7 +106,7 @@ def run(plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> dict[
 
 
 def reason_against_kernel(
-  platform: str, plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]
+  platform: str, plan: LeafPlan, env: Mapping[int, Any], values: Mapping[int, Tile]
 ) -> str | None:
   """Why a parameter is not updated by the kernel of a platform; None if it is."""
   mode = _choice.setting()
@@ -120,7 +120,7 @@ def reason_against_kernel(
   return None
 
 
-def _tied(plan: Plan, values: Mapping[int, Tile]) -> dict[int, Tile]:
+def _tied(plan: LeafPlan, values: Mapping[int, Tile]) -> dict[int, Tile]:
   """`values`, the gradient not before the last moment's scales, of rules with several moments.
 
   It changes nothing but how XLA orders a training step, which is then as with optax. Left alone, it
@@ -136,7 +136,7 @@ def _tied(plan: Plan, values: Mapping[int, Tile]) -> dict[int, Tile]:
   return {**values, leaf: gradient, last: dataclasses.replace(values[last], scales=scales)}
 
 
-def _on(execute: Any, plan: Plan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> Any:
+def _on(execute: Any, plan: LeafPlan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> Any:
   step = plan.step(env)
   writes = [values[k] for k in step.writes]
   if not plan.in_place:
@@ -145,6 +145,6 @@ def _on(execute: Any, plan: Plan, env: Mapping[int, Any], values: Mapping[int, T
   return dict(zip((*plan.moving, plan.leaf), new, strict=True))
 
 
-def _kernel_arguments(plan: Plan, step: Any, values: Mapping[int, Tile]) -> tuple[Any, ...]:
+def _kernel_arguments(plan: LeafPlan, step: Any, values: Mapping[int, Tile]) -> tuple[Any, ...]:
   fresh = [] if plan.in_place else [plan.update]
   return step.fn, [values[k] for k in step.reads], [values[k] for k in step.writes], fresh

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._programs.plan import decoded
+from optax_lowmem._programs.leaf_plan import decoded
 from optax_lowmem._quantization.array import encode_finite, finite_or
 from optax_lowmem._quantization.scales import healed
 from optax_lowmem._state.gradients import check_gradients

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowmem._programs.plan import Plan
+from optax_lowmem._programs.leaf_plan import LeafPlan
 from optax_lowmem._programs.program import Program
 from optax_lowmem._quantization.array import encode
 from optax_lowmem._quantization.codebooks import get_codebook
@@ -90,7 +90,7 @@ def _steps(bits: int, platform: str, by_kernel: bool) -> list[jax.Array]:
 
   @jax.jit
   def step(*values):
-    plan = Plan(program, 0, [1, 2], dict(enumerate(values)), jnp.float32)
+    plan = LeafPlan(program, 0, [1, 2], dict(enumerate(values)), jnp.float32)
     fn, _, writes = plan.step(program.run_shared(values))
     arrays = [values[k] for k in writes]
     if by_kernel:

@@ -36,7 +36,7 @@ class Step(NamedTuple):
   writes: list[int]
 
 
-class Plan:
+class LeafPlan:
   """One parameter's update by a rule that was proved elementwise.
 
   Attributes:
