@@ -32,6 +32,7 @@ SECTIONS = {
   "torch": ("gpu_torch.py", 120),
   "qlora": ("gpu_qlora.py", 90),
   "offload": ("gpu_offload.py", 120),
+  "plan": ("gpu_plan.py", 120),
   "tiles": ("gpu_steps.py", 90),
 }
 

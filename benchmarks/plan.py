@@ -4,7 +4,8 @@
 
 QLoRA with rank 64 on all linear layers, one row, 8-bit AdamW, beside Figure 8 of the QLoRA paper
 (Dettmers et al. 2023); a 7B model at growing lengths on a card of 24 GB; all parameters of a 7B
-model by optimizer; and the state of a 70B model by optimizer. Nothing is run, no weight is made.
+model by optimizer; the state of a 70B model by optimizer; and how long such answers take. Nothing
+is run, no weight is made.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,8 +154,32 @@ def state(card: str) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
 
 
+# Questions to the command, and what they are an example of.
+ASKED = {
+  "it fits": "plan llama-2-7b --memory 24GB --rank 64",
+  "it does not; what would": "plan llama-2-7b --full --optim adamw --memory 80GB",
+  "nothing fits": "plan llama-2-13b --memory 8GB",
+  "compare": "compare llama-2-70b",
+  "recommend": "recommend llama-2-13b --memory 24GB",
+  "compiled, 7B": "plan llama-2-7b --card {card}",
+  "compiled, 405B": "plan llama-3.1-405b --card {card}",
+}
+
+
+def seconds(card: str) -> Iterator[dict[str, Any]]:
+  """How long the command takes as a process, imports included: the fastest of three."""
+  for what, line in ASKED.items():
+    command = [sys.executable, "-m", "optax_lowmem.qlora", *line.format(card=card).split()]
+    taken = []
+    for _ in range(3):
+      begun = time.perf_counter()
+      subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+      taken.append(time.perf_counter() - begun)
+    yield {"question": what, "command": f"lowmem {line.format(card=card)}", "seconds": min(taken)}
+
+
 SECTIONS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
-  f.__name__: f for f in (figure8, lengths, full, masters, devices, state)
+  f.__name__: f for f in (figure8, lengths, full, masters, devices, state, seconds)
 }
 
 

@@ -50,6 +50,19 @@ def test_paged_state_is_set_against_the_link(tmp_path):
   assert all(rows[f"does not fit, {place}"]["done"] for place in ("device", "host"))  # no cap here
 
 
+@pytest.mark.slow
+def test_plans_are_set_against_the_peak(tmp_path):
+  target = tmp_path / "gpu.json"
+  command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--json", str(target)]
+  command += ["--params", "131072", "--leaves", "2", "--only", "plan"]
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  rows = json.loads(target.read_text())["sections"]["plan"]["rows"]
+  assert len(rows) == 6 and not any("error" in row for row in rows), rows
+  assert all(row["plan MB"] > 0 for row in rows)
+
+
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path):
   target = tmp_path / "gpu.json"
   command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--json", str(target)]
