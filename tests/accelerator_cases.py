@@ -5,21 +5,25 @@ import json
 import jax
 from jax.sharding import AxisType
 
+import optax_lowmem as lowmem
 from compiled import compile_for, mesh_of
 from compiled.steps import CUTS, STACK, apply_step, cut_step
 from registry import REGISTRY
 
+CASES = {name: (REGISTRY[name].ours(1e-3), "float32") for name in ("adamw-8", "lion-4", "came-8")}
+CASES["masters"] = lowmem.master_weights(lowmem.adamw(1e-3)), "bfloat16"
+CASES["rounding"] = lowmem.stochastic_rounding(lowmem.adamw(1e-3), seed=0), "bfloat16"
+
 
 def main():
   found = {}
-  for name in ("adamw-8", "lion-4", "came-8"):
-    tx = REGISTRY[name].ours(1e-3)
-    one = compile_for(*apply_step(tx, {"w": jax.ShapeDtypeStruct(STACK, "float32")}))
+  for name, (tx, dtype) in CASES.items():
+    one = compile_for(*apply_step(tx, {"w": jax.ShapeDtypeStruct(STACK, dtype)}))
     for kind in (AxisType.Auto, AxisType.Explicit):
       for axes, (sizes, names, spec) in CUTS.items():
         mesh = mesh_of("h100", sizes, names, kind)
         with jax.set_mesh(mesh):
-          compiled = compile_for(*cut_step(tx, mesh, spec), count=8)
+          compiled = compile_for(*cut_step(tx, mesh, spec, dtype), count=8)
         found[f"{name} {kind.name} {axes}"] = {
           "collectives": compiled.traffic.collectives,
           "device_bytes": compiled.device_bytes,

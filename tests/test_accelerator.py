@@ -237,5 +237,15 @@ def test_eight_cards(eight, name, mesh, axes):
 
 @pytest.mark.parametrize("axes", ["rows", "columns", "both", "layers"])
 @pytest.mark.parametrize("mesh", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["masters", "rounding"])
+def test_eight_cards_in_bfloat16(eight, name, mesh, axes):
+  """Masters, and noise by position, are made where their shard is."""
+  found = eight[f"{name} {mesh} {axes}"]
+  assert not found["collectives"]
+  assert found["device_bytes"] <= 1.02 * found["one"] / 8
+
+
+@pytest.mark.parametrize("axes", ["rows", "columns", "both", "layers"])
+@pytest.mark.parametrize("mesh", ["Auto", "Explicit"])
 def test_eight_cards_reduce_norms_only(eight, mesh, axes):
   assert set(eight[f"came-8 {mesh} {axes}"]["collectives"]) == {"all-reduce"}

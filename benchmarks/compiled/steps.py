@@ -79,14 +79,14 @@ STACK = (8, 1024, 2048)
 
 
 def cut_step(
-  tx: optax.GradientTransformation, mesh: Mesh, spec: PartitionSpec
+  tx: optax.GradientTransformation, mesh: Mesh, spec: PartitionSpec, dtype: Any = jnp.float32
 ) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
-  """`apply_step` of a float32 array of the shape `STACK`, laid out on a mesh that is set.
+  """`apply_step` of an array of the shape `STACK`, laid out on a mesh that is set.
 
   The state lies as its parameter; what has another rank is on every device.
   """
   where = NamedSharding(mesh, spec)
-  params = {"w": jax.ShapeDtypeStruct(STACK, jnp.float32, sharding=where)}
+  params = {"w": jax.ShapeDtypeStruct(STACK, dtype, sharding=where)}
   step, (_, state, grads), donate = apply_step(tx, params)
 
   def laid_out(x):
