@@ -52,6 +52,8 @@ from optax_lowmem._state import serialization as _serialization
 from optax_lowmem._state.forms import convert_state, dequantized
 from optax_lowmem._state.leaves import is_stored
 from optax_lowmem._state.pickled_names import name_after
+from optax_lowmem._steps.loss_scaling import LossScalingState, loss_scaling, scale_loss
+from optax_lowmem._steps.multi_steps import has_updated, multi_steps
 from optax_lowmem._update.explain import Explained, Explanation, explain
 
 _serialization.register()
@@ -62,6 +64,7 @@ name_after(
   Dense,
   Explained,
   Explanation,
+  LossScalingState,
   MasterWeightsState,
   MemoryPlan,
   MemoryReport,
@@ -105,6 +108,12 @@ __all__ = [
   "master_weights",
   "stochastic_rounding",
   "with_master_params",
+  # Which gradients make a step.
+  "LossScalingState",
+  "has_updated",
+  "loss_scaling",
+  "multi_steps",
+  "scale_loss",
   # Where state is stored.
   "Paged",
   "offloaded",

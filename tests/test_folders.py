@@ -20,6 +20,7 @@ ORDER = [
   "_sharding",
   "_update",
   "_masters",
+  "_steps",
   "_paging",
   "_optimizers",
   "_plan",

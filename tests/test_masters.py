@@ -11,7 +11,7 @@ import pytest
 
 import optax_lowmem as lowmem
 from optax_lowmem._masters import bits
-from optax_lowmem._masters.position_noise import position_noise
+from optax_lowmem._programs.position_noise import position_noise
 from programs import temporaries_of
 
 OPTIMIZERS = {

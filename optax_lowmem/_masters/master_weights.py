@@ -11,9 +11,9 @@ import optax
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._masters.bits import bits_of, is_finite, reach, remainder_of, upper
-from optax_lowmem._masters.position_noise import position_noise
 from optax_lowmem._masters.remainders import DTYPES, joined, remainders, zeros
 from optax_lowmem._masters.wrapped import boxed_alike, check_parameters, check_update, in_float32
+from optax_lowmem._programs.position_noise import position_noise
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.extra_args import compiled_outside_jit
 

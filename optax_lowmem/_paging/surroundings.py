@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import optax
 
+from optax_lowmem._steps.loss_scaling import loss_scaling
+from optax_lowmem._steps.multi_steps import multi_steps
+
 
 def _never(step: Any, **extra_args: Any) -> Any:
   del step, extra_args
@@ -20,6 +23,8 @@ def _never(step: Any, **extra_args: Any) -> Any:
 # What chooses element by element, or by a condition. Of state in host memory, XLA's GPU backend
 # would do the first on the host ("very slow", it warns), and copy all of it for the second.
 _CHOOSES = {
+  "lowmem.loss_scaling": loss_scaling(optax.identity()),
+  "lowmem.multi_steps": multi_steps(optax.identity(), 1),
   "optax.MultiSteps": (optax.MultiSteps.init, optax.MultiSteps.update),
   "optax.apply_if_finite": optax.apply_if_finite(optax.identity(), 1),
   "optax.conditionally_mask": optax.conditionally_mask(optax.identity(), _never),

@@ -15,7 +15,7 @@ import numpy as np
 from optax_lowmem._arguments.spelling import did_you_mean
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.log_codebook import Log
-from optax_lowmem._quantization.power_codebook import Power
+from optax_lowmem._quantization.power_codebook import Power, Sum
 
 CodebookName = Literal[
   "dynamic",
@@ -31,6 +31,7 @@ CodebookName = Literal[
   "power4_unsigned",
   "power8",
   "power8_unsigned",
+  "sum8",
 ]
 
 
@@ -162,6 +163,8 @@ _CODEBOOKS: dict[str, Codebook] = {
     Power("power8_unsigned", 8, False, fourth=1.0),
     Power("power4", 4, True, fourth=0.0, still=0.25),
     Power("power4_unsigned", 4, False, fourth=0.75),
+    # Compared with others in benchmarks/accumulation.py: docs/mixed_precision.md.
+    Sum("sum8", 8, True, fourth=0.5),
     # Reach 9.9 octaves: |m| down to 1e-3 of its block's largest, then zero.
     Log("log8", 8, True, fine=32, octaves=2, coarse=8),
     # Reach 21.7 octaves of v: sqrt(v) down to 5e-4 of its block's largest.

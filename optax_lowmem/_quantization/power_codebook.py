@@ -1,4 +1,4 @@
-"""Codes that are a root of what they stand for: those of the optimizers' moments."""
+"""Codes that are a root of what they stand for: of the optimizers' moments, and of sums."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._quantization.codebook import GOLDEN, ONE, TINY, Arithmetic, fixed
+from optax_lowmem._quantization.codebook import GOLDEN, ONE, SIGN, TINY, Arithmetic, fixed
 
 # What a scale is divided by: with a power of two the quotient is the same however XLA divides; with
 # 1, that of the largest floats would be flushed to zero.
@@ -78,15 +78,27 @@ class Power(Arithmetic):
     k = below.astype(jnp.float32)
     low = value(k)
     gap = value(k + 1.0) - low
-    threshold = jnp.float32(0.5)
-    if old is not None:
-      still = jnp.abs(blocks - old) * unit < self.still * gap
-      threshold = jnp.where(still, _noise(x, scales), threshold)
+    moved = None if old is None else jnp.abs(blocks - old) * unit
+    threshold = self._threshold(moved, gap, x, scales)
     codes = below + (x - low > threshold * gap).astype(jnp.int32)
     codes = jnp.minimum(codes, self.top)
     if not self.signed:
       codes = jnp.maximum(codes, jnp.minimum(magnitude, 1))
     return self.with_sign(codes, blocks)
+
+  def _threshold(
+    self, moved: jax.Array | None, gap: jax.Array, x: jax.Array, scales: jax.Array
+  ) -> jax.Array:
+    """From which part of the way to the next code a value is rounded up.
+
+    Args:
+      moved: how far values have moved, None for new ones.
+      gap: between the two codes next to each.
+      x: their magnitudes, in the same unit.
+      scales: those of their blocks.
+    """
+    half = jnp.float32(0.5)
+    return half if moved is None else jnp.where(moved < self.still * gap, _noise(x, scales), half)
 
   def decode_blocks(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
     codes = codes.astype(jnp.int32)
@@ -96,6 +108,36 @@ class Power(Arithmetic):
     square = t * t
     value = square if self.fourth == 0 else square * ((1 - self.fourth) + self.fourth * square)
     return self.signed_product(codes, value, scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Power):
+  """Codes of a sum that is not yet complete: those of `Power`, rounded at random always.
+
+  What is added to a sum is lost for good where it is rounded to the nearest, and more so the longer
+  the sum; rounded with the probability that makes its mean right, errors cancel. The random number
+  is that of `Power`, a hash of the bits of the value and of its scale.
+
+  Code 0 with a sign stands for -0.0, and is that of no other value: negative values that are
+  rounded to zero have code 0. So -0.0 can mean something else, as it does in `multi_steps`.
+
+  Attributes:
+    dithered: whether to round at random.
+  """
+
+  dithered: bool = True
+
+  def _threshold(
+    self, moved: jax.Array | None, gap: jax.Array, x: jax.Array, scales: jax.Array
+  ) -> jax.Array:
+    del moved, gap
+    return _noise(x, scales) if self.dithered else jnp.float32(0.5)
+
+  def with_sign(self, magnitudes: jax.Array, blocks: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(blocks, jnp.int32)
+    signed = (magnitudes > 0) | (bits == SIGN)
+    sign = (bits >> (32 - self.bits)) & (self.top + 1)
+    return (magnitudes | jnp.where(signed, sign, 0)).astype(jnp.uint8)
 
 
 def _noise(x: jax.Array, scales: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._programs.position_noise import positions
 from optax_lowmem._quantization.array import QuantizedArray, has_halves
 from optax_lowmem._update.tile_views import Tile, cut_tile, paste_tile, restored, view
 
@@ -22,10 +23,11 @@ _SMALLEST = 1 << 15
 
 
 def map_tiles(
-  fn: Callable[[list[Any], list[Any]], Sequence[Any]],
+  fn: Callable[..., Sequence[Any]],
   reads: Sequence[Tile],
   writes: Sequence[Tile],
   tile: int | None = None,
+  indexed: bool = False,
 ) -> list[Any]:
   """Returns `fn(reads, writes)`, computed a tile at a time.
 
@@ -39,6 +41,8 @@ def map_tiles(
     reads: arrays that are only read; all arrays have one logical shape.
     writes: arrays that are read and replaced.
     tile: elements a tile; by default, what keeps the temporaries below 0.1 bytes an element.
+    indexed: whether to give `fn`, third, the positions of a tile's elements in row-major order,
+      uint32. Then all arrays are to be dense.
 
   Returns:
     The replaced `writes`.
@@ -50,7 +54,7 @@ def map_tiles(
   if tile is None:
     tile = _WHOLE if size <= _WHOLE else _tile_size(writes, size)
   if grid is None or not size:
-    return list(fn(list(reads), list(writes)))
+    return list(fn(list(reads), list(writes), *([positions(shape)] if indexed else [])))
   rows, columns, unit = grid
   sources = [view(a, rows, columns) for a in reads]
   state = [view(a, rows, columns) for a in writes]
@@ -63,9 +67,17 @@ def map_tiles(
   def paste(state, new, segment, i):
     return [paste_tile(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
 
+  def made_of(state, segment, i):
+    index = []
+    if indexed:
+      row, column = (jnp.asarray(x).astype(jnp.uint32) for x in segment.start(i))
+      here = positions((segment.extent[0], columns))[:, : segment.extent[1]]
+      index = [here + row * jnp.uint32(columns) + column]
+    return fn(cut(sources, segment, i), cut(state, segment, i), *index)
+
   if size <= tile:
     whole = _Segment(1, lambda _: (0, 0), (rows, columns))
-    state = paste(state, fn(cut(sources, whole, 0), cut(state, whole, 0)), whole, 0)
+    state = paste(state, made_of(state, whole, 0), whole, 0)
     return [restored(a, like) for a, like in zip(state, writes, strict=True)]
 
   # What a step makes is carried, and pasted by the next before it cuts, so that all that reads a
@@ -79,7 +91,7 @@ def map_tiles(
       state, made = carry
       state = paste(state, made, segment, jnp.maximum(i - 1, 0))
       i = _smaller(i, segment.tiles - 1)
-      return state, fn(cut(sources, segment, i), cut(state, segment, i))
+      return state, made_of(state, segment, i)
 
     carry = state, cut(state, segment, 0)
     state, _ = jax.lax.fori_loop(0, segment.tiles + 1, step, carry)
@@ -112,7 +124,7 @@ def _grid(shape: tuple[int, ...], arrays: Sequence[QuantizedArray]) -> tuple[int
   along. None if two arrays disagree about that.
   """
   size, ragged = math.prod(shape), set()
-  lengths = [1]
+  lengths = [1] if arrays else [64]  # rows of one element would be laid out anew
   for q in arrays:
     n, length = math.prod(q.extent), math.prod(q.block)
     pairs = q.codebook.bits == 4 and q.codebook.pairs_neighbours
