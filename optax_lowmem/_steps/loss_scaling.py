@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import operator
@@ -14,7 +13,7 @@ import optax
 
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
-from optax_lowmem._masters.bits import bits_of, is_finite
+from optax_lowmem._masters.bits import bits_of, float32_of
 from optax_lowmem._masters.wrapped import boxed_alike, in_float32
 from optax_lowmem._state.gradients import check_gradients
 from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
@@ -145,12 +144,13 @@ def loss_scaling(
   def checked(grads, state, params, extra_args):
     _check_floating(grads)
     check_gradients(grads, params)
+    factor = 1.0 / state.scale
+    good = jnp.asarray(True)
+    for g in jax.tree.leaves(grads):
+      good &= jnp.isfinite(_largest(g) * factor)
+
     # Of a power of two, the product is the quotient, exactly.
-    unscaled = jax.tree.map(lambda g: g * (1.0 / state.scale), in_float32(grads))
-    good = functools.reduce(
-      jnp.logical_and, map(_all_finite, jax.tree.leaves(unscaled)), jnp.asarray(True)
-    )
-    unscaled = jax.tree.map(lambda g: jnp.where(good, g, STILL), unscaled)
+    unscaled = jax.tree.map(lambda g: jnp.where(good, g * factor, STILL), in_float32(grads))
     updates, inner_state = update_if(good, inner, unscaled, state.inner_state, params, extra_args)
     scale, good_steps = state.scale, state.good_steps
     if interval is not None:
@@ -218,12 +218,14 @@ def _interval(growth_interval: Any) -> int | None:
   return interval
 
 
-def _all_finite(x: jax.Array) -> jax.Array:
-  """Whether all of a float32 array is, by its largest magnitude as bits.
+def _largest(g: jax.Array) -> jax.Array:
+  """The largest magnitude of an array as float32; if there is one, a NaN.
 
-  Of `jnp.isfinite(x).all()`, XLA's CPU backend writes the bools to memory, 1 B/param.
+  By its bits, and of the array as it is: of `jnp.isfinite(x).all()`, XLA's CPU backend writes the
+  bools to memory, 1 B/param, and of what is made of it the values, 4.
   """
-  return is_finite(jnp.max(bits_of(x) & 0x7FFFFFFF, initial=0))
+  bits = bits_of(g.astype(jnp.float32)) & 0x7FFFFFFF
+  return float32_of(jnp.max(bits, initial=0))
 
 
 def _check_floating(grads: Any) -> None:

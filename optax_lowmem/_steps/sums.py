@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._masters.bits import bits_of, float32_of, is_finite
-from optax_lowmem._programs.position_noise import noise_at, position_noise, positions
+from optax_lowmem._programs.position_noise import noise_at, position_noise
 from optax_lowmem._quantization.storage import Blockwise
 from optax_lowmem._sharding.shards import full_on_shards
 from optax_lowmem._state.moments import is_quantized
+from optax_lowmem._steps.in_place import in_place
 from optax_lowmem._steps.taken import STILL
 from optax_lowmem._update.engine import update_stored
-from optax_lowmem._update.tile_loop import map_tiles
 
 CODEBOOK = "sum8"
 
@@ -129,24 +129,14 @@ def _added_in_floats(
 ) -> Sequence[jax.Array]:
   """`_add` of a sum that is bfloat16 or float32."""
 
-  def add(_, arrays, index):
+  def add(arrays, index):
     g, total = arrays
     mean, new = _add(g.astype(jnp.float32), total.astype(jnp.float32), *scalars)
     if total.dtype == jnp.bfloat16:
       new = _rounded(new, noise_at(index, 16, *words))
     return [mean.astype(g.dtype), new]
 
-  def whole(g, total):
-    return add([], [g, total], positions(g.shape))
-
-  def tiles(g, total):
-    return map_tiles(add, [], [g, total], indexed=True)
-
-  # On GPUs one pass, which XLA lays out on a mesh. On a CPU it makes each result by itself, and
-  # keeps what both are made of: 10 B/param.
-  if jax.device_count() > 1:
-    return whole(g, total)
-  return jax.lax.platform_dependent(g, total, cpu=tiles, default=whole)
+  return in_place(add, [g, total])
 
 
 def _rule(

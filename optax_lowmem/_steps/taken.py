@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 
+from optax_lowmem._programs.parts import Parts
 from optax_lowmem._update.announced import is_heard
 
 # What is not to move gets this for an update: it leaves a negative zero as it is, and so the sign
 # of a master weight of which that is the upper half.
 STILL = -0.0
+# A loop whose trips are not known beforehand costs a GPU a word to the host. So there are not many
+# more than this of them; a gradient waits for what shares one with it, 1/32 of all, 0.1 B/param.
+_LOOPS = 32
 
 
 def update_if(
@@ -25,6 +30,9 @@ def update_if(
 ) -> tuple[Any, Any]:
   """`inner.update` where `holds`, and its state as it was elsewhere.
 
+  Where `inner` makes updates of some parameters without regard to others, they are made when their
+  gradients are there: the parts of its program are chosen one by one.
+
   Args:
     holds: a bool.
     inner: the transformation.
@@ -35,34 +43,60 @@ def update_if(
 
   Returns:
     Updates and state.
+
+  Raises:
+    ValueError: if `inner` changes the structure of its state or of the gradients.
   """
-  # Traced once: for the dtypes of the updates, and then as it is.
-  run = jax.jit(lambda g, s, p: inner.update(g, s, p, **extra_args))
   state = jax.tree.map(jnp.asarray, state)
-  shapes, new_state = jax.eval_shape(run, grads, state, params)
-  if jax.tree.structure(new_state) != jax.tree.structure(state):
+
+  def run(grads, state, params):
+    return inner.update(grads, state, params, **extra_args)
+
+  closed, shapes = jax.make_jaxpr(run, return_shape=True)(grads, state, params)
+  out_tree = jax.tree.structure((grads, state))
+  if jax.tree.structure(shapes) != out_tree:
     raise ValueError(
-      "`inner` returns a state of another structure than it was given, so that the two cannot be "
-      "chosen between."
+      "`inner` returns updates or a state of another structure than it was given, so that new and "
+      "old cannot be chosen between."
     )
-
-  def start(g, shape):
-    if g.shape == shape.shape and g.dtype == shape.dtype:
-      return g
-    return jnp.full_like(g, STILL, dtype=shape.dtype, shape=shape.shape)
-
-  begin = jax.tree.map(start, grads, shapes)
-
-  def taken(updates, state):
-    given = jax.tree.map(lambda u, g, b: u if b is g else g, updates, grads, begin)
-    new, moved = run(given, state, params)
-    return new, jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), moved, state)
-
+  args = jax.tree.leaves((grads, state, params))
+  updates = zip(args, jax.tree.leaves(shapes[0]), strict=False)
+  begin = [*(_start(x, like) for x, like in updates), *jax.tree.leaves(state)]
   if is_heard():
     # `offloaded` opens conditions: what chooses is then run where the state is.
-    return jax.lax.cond(holds, taken, lambda u, s: (u, s), begin, state)
-  # A loop of one trip or none. Of a condition XLA copies what its branches return: on an H100, 8
-  # B/param of temporaries around 8-bit AdamW and 12 around `optax.adamw`, where a loop, which
-  # changes its arrays in place, has none.
-  trips = holds.astype(jnp.int32)
-  return jax.lax.fori_loop(0, trips, lambda _, carry: taken(*carry), (begin, state))
+    whole = jax.extend.core.jaxpr_as_fun(closed)
+    new = jax.lax.cond(holds, lambda: _cast(whole(*args), begin), lambda: begin)
+    return out_tree.unflatten(new)
+  program = Parts(closed, _LOOPS)
+  results = list(begin)
+  others = _cast(program.run(program.others, args), [begin[k] for k in program.others])
+  for k, x in zip(program.others, others, strict=True):
+    results[k] = jnp.where(holds, x, begin[k])
+  for part in program.parts:
+
+    def taken(_, carry, part=part):
+      given = list(args)
+      for k, x in zip(part.results, carry, strict=True):
+        if begin[k] is args[k]:  # it is changed in place
+          given[k] = x
+      return _cast(program.run(part.results, given), carry)
+
+    # A loop of one trip or none. Of a condition XLA copies what its branches return: on an H100, 8
+    # B/param of temporaries around 8-bit AdamW and 12 around `optax.adamw`, where a loop, which
+    # changes its arrays in place, has none.
+    start = [begin[k] for k in part.results]
+    new = jax.lax.fori_loop(0, holds.astype(jnp.int32), taken, start)
+    for k, x in zip(part.results, new, strict=True):
+      results[k] = x
+  return out_tree.unflatten(results)
+
+
+def _start(x: jax.Array, like: Any) -> jax.Array:
+  """The gradient `x` itself, or, if its update is to have another form, what does not move."""
+  if x.dtype == like.dtype and x.shape == like.shape:
+    return x
+  return jnp.full_like(x, STILL, dtype=like.dtype, shape=like.shape)
+
+
+def _cast(new: Any, like: Any) -> list[jax.Array]:
+  return [jnp.asarray(x, old.dtype) for x, old in zip(new, like, strict=True)]
