@@ -22,6 +22,9 @@ import optax_lowmem as lowmem
 from programs import temporaries_of, times_compiled
 from registry import tree
 
+# Their states have fields that `optax`'s types do not know.
+loss_scaling: Any = lowmem.loss_scaling
+multi_steps: Any = lowmem.multi_steps
 FEW = {"big": (60, 128), "lora": (512, 16), "small": (7,)}
 few = functools.partial(tree, shapes=FEW)
 INNER = {
@@ -30,7 +33,7 @@ INNER = {
   "came": lambda: lowmem.came(1e-3),
   "masters": lambda: lowmem.master_weights(lowmem.adamw(1e-3)),
   "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(1e-3)),
-  "multi_steps": lambda: lowmem.multi_steps(lowmem.adamw(1e-3), 1, bits=8),
+  "multi_steps": lambda: multi_steps(lowmem.adamw(1e-3), 1, bits=8),
 }
 every_inner = pytest.mark.parametrize("inner", INNER)
 
@@ -51,7 +54,7 @@ def broken(g, value=np.nan):
 @every_inner
 def test_it_is_the_inner_transformation(inner):
   """Of powers of two, bit for bit, whatever the scale."""
-  tx, alone, params = lowmem.loss_scaling(INNER[inner]()), INNER[inner](), params_of(inner)
+  tx, alone, params = loss_scaling(INNER[inner]()), INNER[inner](), params_of(inner)
   a, b = tx.init(params), alone.init(params)
   chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), a)
   update = jax.jit(tx.update)
@@ -68,7 +71,7 @@ def test_it_is_the_inner_transformation(inner):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_is_skipped(inner, value):
   """State and parameters are as they were, bit for bit, and the scale is halved."""
-  tx, params = lowmem.loss_scaling(INNER[inner](), 64.0), params_of(inner)
+  tx, params = loss_scaling(INNER[inner](), 64.0), params_of(inner)
   update = jax.jit(tx.update)
   _, state = update(few(1), tx.init(params), params)
   updates, new = update(broken(few(2), value), state, params)
@@ -95,18 +98,18 @@ def scales(tx, pattern):
 
 
 def test_the_scale_grows_and_shrinks():
-  tx = lowmem.loss_scaling(optax.sgd(0.1), 8.0, growth_interval=2, max_scale=32.0, min_scale=4.0)
+  tx = loss_scaling(optax.sgd(0.1), 8.0, growth_interval=2, max_scale=32.0, min_scale=4.0)
   assert scales(tx, [1, 1, 1, 0, 1, 1]) == [8, 16, 16, 8, 8, 16]
   assert scales(tx, [1] * 7) == [8, 16, 16, 32, 32, 32, 32]
   assert scales(tx, [0, 0, 0]) == [4, 4, 4]
-  other = lowmem.loss_scaling(
+  other = loss_scaling(
     optax.sgd(0.1), 9.0, growth_interval=1, growth_factor=3, backoff_factor=1 / 3
   )
   np.testing.assert_allclose(scales(other, [1, 0, 0]), [27, 9, 3])
 
 
 def test_a_static_scale_skips_too():
-  tx = lowmem.loss_scaling(optax.sgd(0.1), 100.0, growth_interval=None)
+  tx = loss_scaling(optax.sgd(0.1), 100.0, growth_interval=None)
   assert scales(tx, [1, 0, 1]) == [100, 100, 100]
   params = jnp.ones(3)
   updates, state = tx.update(jnp.array([1.0, jnp.nan, 1.0]), tx.init(params), params)
@@ -123,7 +126,7 @@ def loss16(params, x):
 def test_float16_gradients_that_would_be_zero_are_there():
   params, x = jnp.ones(1000), jnp.ones(1000)
   assert not np.any(jax.grad(loss16)(params, x))
-  tx = lowmem.loss_scaling(optax.sgd(1.0), 2.0**15)
+  tx = loss_scaling(optax.sgd(1.0), 2.0**15)
   state = tx.init(params)
   g = jax.grad(lambda p: lowmem.scale_loss(loss16(p, x), state))(params)
   updates, _ = tx.update(g, state, params)
@@ -132,7 +135,7 @@ def test_float16_gradients_that_would_be_zero_are_there():
 
 def test_it_finds_a_scale_that_does_not_overflow():
   """From the largest one down, in one program, donated; then it trains."""
-  tx = lowmem.loss_scaling(lowmem.adamw(1e-2), 2.0**24, growth_interval=1000)
+  tx = loss_scaling(lowmem.adamw(1e-2), 2.0**24, growth_interval=1000)
   params, x = jnp.ones(4096), jnp.linspace(0.5, 1.5, 4096)
 
   def loss(p):
@@ -157,10 +160,10 @@ def test_it_finds_a_scale_that_does_not_overflow():
 def test_with_multi_steps(order, bits):
   """Around it, a bad micro-batch is left out; within it, its step is."""
   if order == "around":
-    tx = lowmem.loss_scaling(lowmem.multi_steps(optax.sgd(1.0), 2, bits=bits), 64.0)
+    tx = loss_scaling(multi_steps(optax.sgd(1.0), 2, bits=bits), 64.0)
   else:
-    inner = lowmem.loss_scaling(optax.sgd(1.0), 64.0)
-    tx = lowmem.multi_steps(inner, 2, bits=bits)
+    inner = loss_scaling(optax.sgd(1.0), 64.0)
+    tx = multi_steps(inner, 2, bits=bits)
   if order == "within" and bits == 32:
     pytest.skip("optax keeps what is not finite for ever")
   params, update = few(0), jax.jit(tx.update)
@@ -181,12 +184,12 @@ def test_with_multi_steps(order, bits):
 
 def test_the_state_is_found_wherever_it_is():
   params = few(0)
-  base = lowmem.loss_scaling(lowmem.adamw(1e-3), 64.0)
+  base = loss_scaling(lowmem.adamw(1e-3), 64.0)
   for tx in (
     base,
     optax.chain(optax.identity(), base),
     optax.masked(base, {"big": True, "lora": True, "small": False}),
-    lowmem.multi_steps(base, 2),
+    multi_steps(base, 2),
     optax.apply_if_finite(base, 3),
   ):
     assert float(lowmem.scale_loss(0.5, tx.init(params))) == 32.0
@@ -199,7 +202,7 @@ def test_the_state_is_found_wherever_it_is():
 
 def test_trains_an_nnx_model_in_float16():
   model = nnx.Linear(64, 128, dtype=jnp.float16, rngs=nnx.Rngs(0))
-  tx = lowmem.loss_scaling(lowmem.adamw(1e-2), 2.0**24)
+  tx = loss_scaling(lowmem.adamw(1e-2), 2.0**24)
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
   x = jnp.ones((4, 64))
 
@@ -222,9 +225,10 @@ def test_trains_an_nnx_model_in_float16():
 
 def test_composes_and_is_resumed():
   params = few(0)
-  tx = lowmem.offloaded(lowmem.loss_scaling(lowmem.adamw(1e-3), 64.0), min_bytes=64)
-  plain = lowmem.loss_scaling(lowmem.adamw(1e-3), 64.0)
-  a, b = tx.init(params), plain.init(params)
+  tx = lowmem.offloaded(loss_scaling(lowmem.adamw(1e-3), 64.0), min_bytes=64)
+  plain = loss_scaling(lowmem.adamw(1e-3), 64.0)
+  a: Any = tx.init(params)
+  b: Any = plain.init(params)
   for t in range(3):
     g = broken(few(t)) if t == 1 else few(t)
     x, a = jax.jit(tx.update)(g, a, params)
@@ -234,13 +238,13 @@ def test_composes_and_is_resumed():
   assert type(b) is lowmem.LossScalingState
   assert int(a.skipped_steps) == int(b.skipped_steps) == 1
   with pytest.raises(ValueError, match=r"Swap them: `offloaded\(lowmem.loss_scaling"):
-    lowmem.loss_scaling(lowmem.offloaded(lowmem.adamw(1e-3), min_bytes=64)).init(params)
+    loss_scaling(lowmem.offloaded(lowmem.adamw(1e-3), min_bytes=64)).init(params)
 
 
 @pytest.mark.xfail(strict=True, reason="4.0 B/param: a loop of a CPU copies what it did not make")
 def test_no_array_of_float32_beside_gradient_and_update():
   """On a CPU; compiled for an H100 there is none: `tests/test_accelerator_steps.py`."""
-  tx, side = lowmem.loss_scaling(lowmem.adamw(1e-3)), 2048
+  tx, side = loss_scaling(lowmem.adamw(1e-3)), 2048
   params = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
   state = jax.eval_shape(tx.init, params)
   update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params)
@@ -264,15 +268,15 @@ REFUSED = {
 def test_refuses(case):
   arguments, error, message = REFUSED[case]
   with pytest.raises(error, match=message):
-    lowmem.loss_scaling(optax.sgd(0.1), **arguments)
+    loss_scaling(optax.sgd(0.1), **arguments)
 
 
 def test_refuses_what_is_no_gradient():
-  tx = lowmem.loss_scaling(optax.sgd(0.1))
+  tx = loss_scaling(optax.sgd(0.1))
   with pytest.raises(TypeError, match="takes floating ones"):
     tx.update(jnp.arange(3), tx.init(jnp.ones(3)), jnp.ones(3))
   with pytest.raises(TypeError, match="`inner` must be an optax transformation"):
-    lowmem.loss_scaling(optax.sgd)
+    loss_scaling(optax.sgd)
 
 
 # Sharded ------------------------------------------------------------------------------------------
@@ -283,12 +287,12 @@ def check_sharded(kind):
   mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
   where = {k: NamedSharding(mesh, P("a") if k != "small" else P()) for k in ("lora", "small")}
   params = {k: few(0)[k] for k in where}
-  tx = lowmem.loss_scaling(lowmem.adamw(1e-3), 64.0)
+  tx = loss_scaling(lowmem.adamw(1e-3), 64.0)
   update = jax.jit(tx.update)
   ends = []
   for sharded in (False, True):
     lay = (lambda t: jax.device_put(t, where)) if sharded else (lambda t: t)
-    state = tx.init(lay(params))
+    state, updates = tx.init(lay(params)), None
     for t in range(3):
       g = broken(few(t)) if t == 1 else few(t)
       updates, state = update(lay({k: g[k] for k in where}), state, lay(params))

@@ -25,7 +25,10 @@ from optax_lowmem._state.moments import is_quantized
 from programs import temporaries_of, times_compiled
 from registry import SHAPES, small_tiles, trained_linen, trained_nnx, tree
 
-EVERY = 4
+# Their states have fields that `optax`'s types do not know.
+loss_scaling: Any = lowmem.loss_scaling
+multi_steps: Any = lowmem.multi_steps
+
 FEW = {"big": (60, 128), "lora": (512, 16), "small": (7,)}
 every = pytest.mark.parametrize("bits", [8, 16])
 few = functools.partial(tree, shapes=FEW)
@@ -48,7 +51,7 @@ def accumulate(bits, dtype=jnp.float32):
 
   @functools.partial(jax.jit, static_argnums=1)
   def run(stack, count, first):
-    tx = lowmem.multi_steps(identity(), count, bits=bits)
+    tx = multi_steps(identity(), count, bits=bits)
     state = tx.init(stack[0])._replace(gradient_step=first)
 
     def body(state, g):
@@ -193,7 +196,7 @@ def test_32_bits_are_optax():
   """Bit for bit, of a schedule, a sum and a function that skips."""
   schedule = lambda step: jnp.where(step < 2, 2, 3)  # noqa: E731
   options = {"use_grad_mean": False, "should_skip_update_fn": optax.skip_not_finite}
-  ours = lowmem.multi_steps(optax.adamw(1e-3), schedule, bits=32, **options)
+  ours = multi_steps(optax.adamw(1e-3), schedule, bits=32, **options)
   theirs = optax.MultiSteps(optax.adamw(1e-3), schedule, **options)
   params = few(0)
   a, b = ours.init(params), theirs.init(params)
@@ -210,7 +213,7 @@ def test_32_bits_are_optax():
 def test_bytes(bits, most):
   """Every array of at least `min_size` elements; others in float32."""
   params = tree(0)
-  state = lowmem.multi_steps(identity(), 4, bits=bits).init(params)
+  state = multi_steps(identity(), 4, bits=bits).init(params)
   for name, held in state.acc_grads.items():
     size, shape = lowmem.state_bytes(held)["device"], params[name].shape
     large = math.prod(shape) >= 4096
@@ -223,14 +226,14 @@ def test_bytes(bits, most):
 @pytest.mark.parametrize("inner", INNER)
 def test_state_keeps_its_form(bits, inner):
   """By `eval_shape`, `jit` and eagerly; between steps and after one; and it is compiled once."""
-  tx, params = lowmem.multi_steps(INNER[inner](), 2, bits=bits), few(0)
+  tx, params = multi_steps(INNER[inner](), 2, bits=bits), few(0)
   if inner == "masters":
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
   state = tx.init(params)
   chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), state)
   chex.assert_trees_all_equal(jax.jit(tx.init)(params), state)
   update = jax.jit(tx.update)
-  now = state
+  now, updates = state, None
   for t in range(2):
     updates, new = update(few(t), now, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
@@ -251,8 +254,8 @@ def test_state_keeps_its_form(bits, inner):
 def test_a_step_is_that_of_the_mean(bits, inner):
   """Of means that are read off, `inner` makes what it makes alone."""
   params = few(0)
-  means = lowmem.multi_steps(identity(), 2, bits=bits)
-  tx, alone = lowmem.multi_steps(INNER[inner](), 2, bits=bits), INNER[inner]()
+  means = multi_steps(identity(), 2, bits=bits)
+  tx, alone = multi_steps(INNER[inner](), 2, bits=bits), INNER[inner]()
   a, b, c = means.init(params), tx.init(params), alone.init(params)
   for t in range(6):
     mean, a = jax.jit(means.update)(few(t), a)
@@ -264,7 +267,7 @@ def test_a_step_is_that_of_the_mean(bits, inner):
 
 def test_tiles_give_what_the_whole_array_gives():
   params = tree(0)
-  tx = lowmem.multi_steps(identity(), 3, bits=8)
+  tx = multi_steps(identity(), 3, bits=8)
   ends = []
   for tiles in (False, True):
 
@@ -274,7 +277,7 @@ def test_tiles_give_what_the_whole_array_gives():
       with small_tiles():
         return tx.update(g, state)
 
-    state, step = tx.init(params), jax.jit(update)
+    state, step, updates = tx.init(params), jax.jit(update), {}
     for t in range(3):
       updates, state = step(tree(100 + t), state)
     ends.append(updates)
@@ -307,7 +310,7 @@ CPU = {
 def test_no_array_of_float32_beside_gradient_and_update(bits, inner):
   """On a CPU; compiled for an H100: `tests/test_accelerator_steps.py`."""
   rule = identity() if inner == "identity" else INNER[inner]()
-  tx = lowmem.multi_steps(rule, 4, bits=bits)
+  tx = multi_steps(rule, 4, bits=bits)
   params = {"w": jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32)}
   state = jax.eval_shape(tx.init, params)
   update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params)
@@ -337,14 +340,14 @@ AROUND = {
   ),
   "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
   "offloaded": lambda tx: lowmem.offloaded(tx, min_bytes=64),
-  "loss_scaling": lambda tx: lowmem.loss_scaling(tx, 1.0, growth_interval=None),
+  "loss_scaling": lambda tx: loss_scaling(tx, 1.0, growth_interval=None),
 }
 
 
 @every
 @pytest.mark.parametrize("around", AROUND)
 def test_composes(bits, around):
-  build = lambda: lowmem.multi_steps(lowmem.adamw(1e-3), 2, bits=bits)  # noqa: E731
+  build = lambda: multi_steps(lowmem.adamw(1e-3), 2, bits=bits)  # noqa: E731
   params, state = trained(AROUND[around](build()), few(0), 4)
   expected, _ = trained(build(), few(0), 4)
   if around == "offloaded":
@@ -363,9 +366,9 @@ def test_master_weights(bits, order):
   narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), few(0))
   rule = optax.sgd(1e-3)
   if order == "around":
-    tx = lowmem.multi_steps(lowmem.master_weights(rule), 2, bits=bits)
+    tx = multi_steps(lowmem.master_weights(rule), 2, bits=bits)
   else:
-    tx = lowmem.master_weights(lowmem.multi_steps(rule, 2, bits=bits))
+    tx = lowmem.master_weights(multi_steps(rule, 2, bits=bits))
   start = lowmem.master_params(narrow, tx.init(narrow))
   params, state = trained(tx, narrow, 1)
   chex.assert_trees_all_equal(lowmem.master_params(params, state), start)
@@ -380,12 +383,11 @@ def test_master_weights(bits, order):
 def test_a_schedule_and_what_is_skipped(bits):
   """As many gradients as it says; those that are left out count for nothing."""
   schedule = lambda step: jnp.where(step == 0, 2, 3)  # noqa: E731
-  tx = lowmem.multi_steps(
-    optax.sgd(1.0), schedule, bits=bits, should_skip_update_fn=optax.skip_not_finite
-  )
+  tx = multi_steps(optax.sgd(1.0), schedule, bits=bits, should_skip_update_fn=optax.skip_not_finite)
   like = optax.MultiSteps(optax.sgd(1.0), schedule, should_skip_update_fn=optax.skip_not_finite)
   params, update = few(0), jax.jit(tx.update)
-  ours, theirs = tx.init(params), like.init(params)
+  ours, theirs, before = tx.init(params), like.init(params), None
+  expected: Any
   chex.assert_trees_all_equal_shapes_and_dtypes(ours.skip_state, theirs.skip_state)
   for t in range(9):
     g = few(100 + t)
@@ -407,8 +409,8 @@ def test_a_schedule_and_what_is_skipped(bits):
 @every
 def test_a_sum_instead_of_the_mean(bits):
   params = few(0)
-  tx = lowmem.multi_steps(identity(), 2, bits=bits, use_grad_mean=False)
-  state: Any = tx.init(params)
+  tx = multi_steps(identity(), 2, bits=bits, use_grad_mean=False)
+  state, updates = tx.init(params), {}
   for t in range(2):
     updates, state = tx.update(few(t), state)
   np.testing.assert_allclose(updates["small"], few(0)["small"] + few(1)["small"], rtol=1e-6)
@@ -417,7 +419,7 @@ def test_a_sum_instead_of_the_mean(bits):
 @every
 def test_hyperparameters_are_injected(bits):
   """Within it, and around it with what is no array told."""
-  within = lowmem.multi_steps(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5), 1, bits=bits)
+  within = multi_steps(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5), 1, bits=bits)
   params = few(0)
   state: Any = within.init(params)
   update = jax.jit(within.update)
@@ -426,14 +428,15 @@ def test_hyperparameters_are_injected(bits):
   assert not np.any(update(few(1), state, params)[0]["big"])
   assert times_compiled(update) == 1
   around = optax.inject_hyperparams(
-    lambda lr, bits: lowmem.multi_steps(optax.sgd(lr), 1, bits=bits), static_args=("bits",)
+    lambda lr, bits: multi_steps(optax.sgd(lr), 1, bits=bits), static_args=("bits",)
   )(lr=0.5, bits=bits)
+  updates: Any
   updates, _ = around.update(few(1), around.init(params), params)
   np.testing.assert_allclose(updates["small"], -0.5 * few(1)["small"], rtol=1e-6)
   with pytest.raises(TypeError, match="static_args="):
-    optax.inject_hyperparams(lambda bits: lowmem.multi_steps(identity(), 2, bits=bits))(
-      bits=8
-    ).init(params)
+    optax.inject_hyperparams(lambda bits: multi_steps(identity(), 2, bits=bits))(bits=8).init(
+      params
+    )
 
 
 @every
@@ -443,8 +446,8 @@ def test_extra_arguments_reach_the_inner_transformation(bits):
     factor = value if flag else 0.0
     return jax.tree.map(lambda g: -factor * g, updates), state
 
-  inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-  tx = lowmem.multi_steps(inner, 1, bits=bits)
+  inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  tx = multi_steps(inner, 1, bits=bits)
   params = few(0)
   updates: Any
   updates, _ = tx.update(few(1), tx.init(params), params, value=0.5, flag=True)
@@ -453,13 +456,13 @@ def test_extra_arguments_reach_the_inner_transformation(bits):
 
 @every
 def test_vmap_and_a_donated_scan(bits):
-  tx = lowmem.multi_steps(lowmem.adamw(1e-3, min_size=256), 2, bits=bits, min_size=256)
+  tx = multi_steps(lowmem.adamw(1e-3, min_size=256), 2, bits=bits, min_size=256)
   params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((2, 20, 64)), jnp.float32)}
   state, batched = jax.vmap(tx.init)(params), params
   for _ in range(2):
     batched, state = jax.jit(jax.vmap(tx.update))(params, state, params)
   layer = {"w": params["w"][1]}
-  alone: Any = tx.init(layer)
+  alone, updates = tx.init(layer), {}
   for _ in range(2):
     updates, alone = jax.jit(tx.update)(layer, alone, layer)
   np.testing.assert_allclose(batched["w"][1], updates["w"], rtol=1e-5, atol=1e-9)
@@ -476,7 +479,7 @@ def test_vmap_and_a_donated_scan(bits):
 
 @every
 def test_tree_utilities_see_the_state(bits):
-  params, tx = few(0), lowmem.multi_steps(lowmem.adamw(1e-3), 2, bits=bits)
+  params, tx = few(0), multi_steps(lowmem.adamw(1e-3), 2, bits=bits)
   state: Any = trained(tx, params, 1)[1]
   same = optax.tree.map_params(tx, lambda x: x, state, is_leaf=lowmem.is_stored)
   chex.assert_trees_all_equal(same, state)
@@ -500,7 +503,7 @@ WAYS = {"orbax": orbax, "pickle": lambda state, *_: pickle.loads(pickle.dumps(st
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_is_resumed_is_the_same(bits, way, tmp_path):
   """In the middle of a step, too."""
-  tx = lowmem.multi_steps(lowmem.adamw(1e-3), 2, bits=bits)
+  tx = multi_steps(lowmem.adamw(1e-3), 2, bits=bits)
   params, state = trained(tx, few(0), 3)
   restored = WAYS[way]((params, state), (few(0), tx.init(few(0))), tmp_path)
   chex.assert_trees_all_equal(restored, (params, state))
@@ -511,7 +514,7 @@ def test_a_run_that_is_resumed_is_the_same(bits, way, tmp_path):
 @every
 def test_trains_flax_models(bits):
   def tx():
-    return lowmem.multi_steps(lowmem.adamw(3e-2), 2, bits=bits)
+    return multi_steps(lowmem.adamw(3e-2), 2, bits=bits)
 
   losses, _ = trained_nnx(tx())
   assert losses[0] == losses[1]
@@ -526,22 +529,22 @@ def test_trains_flax_models(bits):
 # Refused ------------------------------------------------------------------------------------------
 
 REFUSED = {
-  "bits": (lambda: lowmem.multi_steps(identity(), 2, bits=4), ValueError, "`bits` must be one of"),
-  "none": (lambda: lowmem.multi_steps(identity(), 0), ValueError, "`every_k` must be at least 1"),
-  "half": (lambda: lowmem.multi_steps(identity(), 1.5), TypeError, "must be an integer, or a func"),
-  "class": (lambda: lowmem.multi_steps(optax.adam, 2), TypeError, "`inner` must be an optax"),
+  "bits": (lambda: multi_steps(identity(), 2, bits=4), ValueError, "`bits` must be one of"),
+  "none": (lambda: multi_steps(identity(), 0), ValueError, "`every_k` must be at least 1"),
+  "half": (lambda: multi_steps(identity(), 1.5), TypeError, "must be an integer, or a func"),
+  "class": (lambda: multi_steps(optax.adam, 2), TypeError, "`inner` must be an optax"),
   "block": (
-    lambda: lowmem.multi_steps(identity(), 2, block_size=64),
+    lambda: multi_steps(identity(), 2, block_size=64),
     ValueError,
     "`block_size` is of `bits=8` alone",
   ),
   "odd": (
-    lambda: lowmem.multi_steps(identity(), 2, bits=8, block_size=3),
+    lambda: multi_steps(identity(), 2, bits=8, block_size=3),
     ValueError,
     "`block_size` must be a positive multiple of 2",
   ),
   "whole": (
-    lambda: lowmem.multi_steps(identity(), 2).init(jnp.arange(3)),
+    lambda: multi_steps(identity(), 2).init(jnp.arange(3)),
     TypeError,
     "accumulated of floating arrays",
   ),
@@ -559,17 +562,17 @@ def test_refuses(case):
 @every
 def test_refuses_sums_that_are_held_otherwise(bits):
   params, other = few(0), 24 - bits
-  state = lowmem.multi_steps(identity(), 2, bits=other).init(params)
+  state = multi_steps(identity(), 2, bits=other).init(params)
   with pytest.raises(ValueError, match="made with other `bits`"):
-    lowmem.multi_steps(identity(), 2, bits=bits).update(params, state)
-  state = lowmem.multi_steps(identity(), 2, bits=bits).init({"big": params["big"]})
+    multi_steps(identity(), 2, bits=bits).update(params, state)
+  state = multi_steps(identity(), 2, bits=bits).init({"big": params["big"]})
   with pytest.raises(ValueError, match="sums of 1 parameters"):
-    lowmem.multi_steps(identity(), 2, bits=bits).update(params, state)
+    multi_steps(identity(), 2, bits=bits).update(params, state)
 
 
 @every
 def test_refuses_what_pages_its_state_within(bits):
-  tx = lowmem.multi_steps(lowmem.offloaded(lowmem.adamw(1e-3), min_bytes=64), 2, bits=bits)
+  tx = multi_steps(lowmem.offloaded(lowmem.adamw(1e-3), min_bytes=64), 2, bits=bits)
   swap = re.escape("Swap them: `offloaded(lowmem.multi_steps(tx, …))`")
   with pytest.raises(ValueError, match=swap):
     tx.init(few(0))
@@ -585,7 +588,7 @@ def check_sharded(kind):
   where = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
   for bits in (8, 16):
     for inner in ("optax.adamw", "adamw"):
-      tx, ends = lowmem.multi_steps(INNER[inner](), 2, bits=bits), []
+      tx, ends = multi_steps(INNER[inner](), 2, bits=bits), []
       for sharded in (False, True):
         params = jax.device_put(few(0), where) if sharded else few(0)
         state = tx.init(params)

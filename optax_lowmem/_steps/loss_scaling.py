@@ -166,11 +166,11 @@ def loss_scaling(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_loss(loss: jax.Array, state: Any) -> jax.Array:
+def scale_loss(loss: jax.typing.ArrayLike, state: Any) -> jax.Array:
   """The loss, times the scale of `loss_scaling`; to be differentiated.
 
   Args:
-    loss: a floating array.
+    loss: a number or a floating array.
     state: the optimizer's state, as the next `update` will be given it; the `LossScalingState` may
       be within it.
 
