@@ -12,6 +12,7 @@ from registry import REGISTRY
 
 CASES = {name: (REGISTRY[name].ours(1e-3), "float32") for name in ("adamw-8", "lion-4", "came-8")}
 CASES["masters"] = lowmem.master_weights(lowmem.adamw(1e-3)), "bfloat16"
+CASES["sums"] = lowmem.multi_steps(lowmem.adamw(1e-3), 4, bits=8), "float32"
 CASES["rounding"] = lowmem.stochastic_rounding(lowmem.adamw(1e-3), seed=0), "bfloat16"
 
 

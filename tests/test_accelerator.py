@@ -237,6 +237,16 @@ def test_eight_cards(eight, name, mesh, axes):
 
 @pytest.mark.parametrize("axes", ["rows", "columns", "both", "layers"])
 @pytest.mark.parametrize("mesh", ["Auto", "Explicit"])
+def test_eight_cards_accumulate(eight, mesh, axes):
+  """Sums in codes, and the update in a loop of one trip or none."""
+  found = eight[f"sums {mesh} {axes}"]
+  assert not found["collectives"]
+  assert found["device_bytes"] <= 1.02 * found["one"] / 8
+  assert found["kernels"] <= 20
+
+
+@pytest.mark.parametrize("axes", ["rows", "columns", "both", "layers"])
+@pytest.mark.parametrize("mesh", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", ["masters", "rounding"])
 def test_eight_cards_in_bfloat16(eight, name, mesh, axes):
   """Masters, and noise by position, are made where their shard is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.sharding import AxisType
 
 from optax_lowmem._programs.position_noise import positions
 from optax_lowmem._update.tile_loop import map_tiles
@@ -30,6 +31,8 @@ def in_place(
   def tiles(*arrays):
     return map_tiles(lambda _, tiles, index: fn(tiles, index), [], arrays, indexed=True)
 
-  if jax.device_count() > 1:
+  meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+  explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+  if explicit or jax.device_count() > 1:  # a flat view of what is sharded would gather it
     return whole(*arrays)
   return jax.lax.platform_dependent(*arrays, cpu=tiles, default=whole)
