@@ -87,9 +87,9 @@ def multi_steps(
     QuantizedArray(float32[64,64], codebook='sum8', block=64)
     >>> for gradient in (1.0, 3.0):
     ...   updates, state = tx.update(jnp.full_like(params, gradient), state, params)
-    ...   print(updates[0, 0], lowmem.has_updated(state))
-    -0.0 False
-    -2.0 True
+    ...   print(f"{updates[0, 0]:.3f}", lowmem.has_updated(state))
+    -0.000 False
+    -2.000 True
 
   References:
     Gupta et al, `Deep Learning with Limited Numerical Precision
