@@ -8,10 +8,7 @@ its text says so too. A block that cannot run here begins with a line
 from __future__ import annotations
 
 import contextlib
-import decimal
-import importlib
 import io
-import json
 import re
 import tomllib
 
@@ -128,18 +125,6 @@ def test_few_blocks_are_not_run():
   assert len(skipped) <= 4, skipped
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_names_are_there(page):
-  """Each `lowmem.x`, `nn.x` and `linen.x` that is said of this library exists."""
-  modules = {"lowmem": "optax_lowmem", "lowmem_nn": "optax_lowmem.nn"}
-  text = read(page)
-  for name, attribute in re.findall(r"\b(lowmem|lowmem_nn)\.([A-Za-z_]\w*)", text):
-    module = importlib.import_module(modules[name])
-    assert hasattr(module, attribute), f"{page}: {name}.{attribute}"
-  for path in re.findall(r"`((?:tests|benchmarks|examples|optax_lowmem)/[\w./*-]+)", text):
-    assert list(ROOT.glob(path.rstrip("."))), f"{page}: {path}"
-
-
 def options_of(words):
   """What a command understands, as text."""
   from optax_lowmem.qlora import cli
@@ -187,81 +172,3 @@ def test_the_command_says_what_the_page_says(capsys):
     with contextlib.suppress(SystemExit):
       assert cli.main(command.split()) != 0
     assert said.strip() in capsys.readouterr().err, command
-
-
-def slug(heading):
-  """A heading's anchor, as GitHub and the site make it."""
-  return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", re.sub(r"[`*]", "", heading).strip().lower()))
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_from_the_root_lead_somewhere(page):
-  """Those between the pages of the site are held by `mkdocs build --strict`."""
-  for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
-    if target.startswith("http"):
-      continue
-    path, _, anchor = target.partition("#")
-    assert (ROOT / path).exists(), target
-    if anchor:
-      headings = re.findall(r"^#+ (.*)$", read(path), re.M)
-      assert anchor in map(slug, headings), target
-
-
-def test_the_api_pages_hold_every_public_name_once():
-  said = re.findall(r"^::: ([\w.]+)$", "\n".join(read(p) for p in PAGES if "/api/" in p), re.M)
-  public = []
-  for name in ("optax_lowmem", "optax_lowmem.nn", "optax_lowmem.linen"):
-    public += [f"{name}.{x}" for x in importlib.import_module(name).__all__]
-  assert sorted(said) == sorted(public)
-
-
-def test_pictures_are_what_the_script_draws(tmp_path):
-  """By the hash of what they were drawn from, as another matplotlib places text otherwise."""
-  import figures
-
-  for name in figures.FIGURES:
-    fresh = figures.draw(name, tmp_path)
-    committed = figures.OUT / fresh.name
-    assert figures.digest(name) in committed.read_text(), (
-      f"run python benchmarks/figures.py: {name}"
-    )
-    assert fresh.stat().st_size < 60_000
-  assert {p.name for p in figures.OUT.iterdir()} == {f"{name}.svg" for name in figures.FIGURES}
-
-
-def test_the_table_of_the_readme_is_the_results():
-  """Each number of it, from the files that the commands beside it write."""
-  step, train = result("step-cpu.json")["rows"], result("train-cpu.json")["held_out_loss"]
-  on_card = {
-    r["rule"]: r for r in result("accelerator-h100.json")["step"] if r["dtype"] == "float32"
-  }
-  for name in ("optax.adamw", "adamw, 8 bits", "adamw, 4 bits"):
-    (row,) = re.findall(rf"^\| {name} \| (.*) \|$", read("README.md"), re.M)
-    card = on_card[name]
-    last = [np.array(train[x])[:, -1] for x in (name, "optax.adamw")]
-    loss = 100 * (last[0] / last[1] - 1).mean()
-    want = [
-      decimals(step[name]["state"], 3),
-      decimals(card["device_bytes"] / 2**20, 0),
-      decimals(card["hbm"], 1),
-      decimals(card["kernels"], 1),
-      decimals(step[name]["ratio"], 2),
-      f"+{decimals(loss, 2)} %" if loss else "0",
-    ]
-    assert row.split(" | ") == want
-
-
-def decimals(value, count):
-  """As one rounds by hand: 30.25 is 30.3."""
-  step = decimal.Decimal(1).scaleb(-count)
-  return str(decimal.Decimal(value).quantize(step, decimal.ROUND_HALF_UP))
-
-
-def result(name):
-  return json.loads(read(f"benchmarks/results/{name}"))
-
-
-def test_every_page_is_in_the_navigation():
-  menu = read("mkdocs.yml")
-  for page in PAGES[1:]:
-    assert page.removeprefix("docs/") in menu, page
