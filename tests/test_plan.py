@@ -223,7 +223,7 @@ def test_the_update_alone_is_compiled_for_a_cpu_where_no_compiler_is(paged, monk
   assert (planned.host_bytes > 0) == paged
   assert planned.state_bytes == lowmem.plan(params, tx).state_bytes
   assert planned.method == "compiled" and planned.compiler == "cpu"
-  assert "upper bound" in planned.note and "optax_lowmem[plan]" in planned.note
+  assert "other temporaries" in planned.note and "optax_lowmem[plan]" in planned.note
   assert planned.device_bytes >= planned.of("weights") * 2 + planned.of("state")
   monkeypatch.setattr(jax, "device_count", lambda: 8)
   with pytest.raises(ValueError, match="To plan for 8 cards, install its compiler"):

@@ -43,7 +43,7 @@ class MemoryPlan:
       not, gradients among them, so that the parts add up to what the compiler says.
     method: ``"shapes"``: weights, state and gradients alone, exact, without activations;
       ``"estimate"``: the same, and temporaries by a formula; ``"compiled"``: by a compiler.
-    compiler: whose: a card's name, or ``"cpu"``, whose answer is an upper bound for a GPU.
+    compiler: whose: a card's name, or ``"cpu"``, whose answer is near that of a GPU, no bound.
     devices: over how many the run is spread.
     seconds: to compile.
     note: what is to be known beside the numbers.
@@ -118,8 +118,8 @@ class MemoryPlan:
 
 
 _BY_CPU = (
-  "The card's own compiler is not installed (`pip install 'optax_lowmem[plan]'`): for a GPU this "
-  "is an upper bound."
+  "The card's own compiler is not installed (`pip install 'optax_lowmem[plan]'`), and that of a "
+  "GPU gives other temporaries: mostly less, but more where a kernel needs copies."
 )
 _SAID = {
   "shapes": "Exact, from shapes; activations and other temporaries are not counted.",
