@@ -157,7 +157,6 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_llama_attention.py::test_a_model_with_long_rows": (),
   "test_masters_composition.py::test_composes": ("chain-16 bits", "offloaded-stochastic"),
   "test_masters_composition.py::test_vmap_and_scan_over_layers": ("16 bits",),
-  "test_masters_composition.py::test_one_bad_element_stays_one": ("16 bits",),
   "test_masters_composition.py::test_a_run_that_is_resumed_is_the_same": (
     "orbax-16 bits",
     "pickle-stochastic",

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import AxisType
 
-from optax_lowmem._programs.position_noise import positions
+from optax_lowmem._quantization.positions import Positions, indices
 from optax_lowmem._update.tile_loop import map_tiles
+
+# Elements that one position is held for. Rows of one element would be laid out anew.
+_ROW = 64
 
 
 def in_place(
@@ -20,16 +23,20 @@ def in_place(
   and keep what they are made of: 10 B/param of two arrays. So there it is a loop over tiles.
 
   Args:
-    fn: an elementwise function of arrays and the positions of their elements, which are not made
+    fn: an elementwise function of arrays and the `indices` of their elements, which are not made
       where it has no need of them. It returns an array in the place and dtype of each.
     arrays: of one shape.
   """
 
   def whole(*arrays):
-    return fn(arrays, positions(arrays[0].shape))
+    return fn(arrays, indices(arrays[0].shape))
 
   def tiles(*arrays):
-    return map_tiles(lambda _, tiles, index: fn(tiles, index), [], arrays, indexed=True)
+    shape, size = arrays[0].shape, (arrays[0].size,)
+    index = Positions(indices(size, (_ROW,)), (_ROW,), size, size)
+    flat = [x.reshape(-1) for x in arrays]
+    new = map_tiles(lambda reads, tiles: fn(tiles, reads[0].decode()), [index], flat)
+    return [x.reshape(shape) for x in new]
 
   meshes = [jax.typeof(x).sharding.mesh for x in arrays]
   explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._masters.bits import bits_of, float32_of, is_finite
-from optax_lowmem._programs.position_noise import noise_at, position_noise
+from optax_lowmem._masters.position_noise import position_noise
 from optax_lowmem._quantization.storage import Blockwise
 from optax_lowmem._sharding.shards import full_on_shards
 from optax_lowmem._state.moments import is_quantized
@@ -112,7 +112,7 @@ def added(
     # One pass, by a kernel on GPUs and TPUs and by tiles on CPUs. Codes are rounded by a hash of
     # the value, which would be the same for the same gradients. So the value is another one in each
     # step, by 1.5e-5 of it at most; of each 1e-6, the hash is another one.
-    shake = 1.0 + (position_noise((), 5, *words).astype(jnp.float32) - 15.5) * 2.0**-20
+    shake = 1.0 + (position_noise(jnp.int32(0), 5, *words).astype(jnp.float32) - 15.5) * 2.0**-20
     rule = functools.partial(_rule, list(map(is_quantized, held)))
     mean, state = update_stored(rule, grads, _Sums(*scalars, shake, sums), None, {})
     return mean, state.sums
@@ -133,7 +133,7 @@ def _added_in_floats(
     g, total = arrays
     mean, new = _add(g.astype(jnp.float32), total.astype(jnp.float32), *scalars)
     if total.dtype == jnp.bfloat16:
-      new = _rounded(new, noise_at(index, 16, *words))
+      new = _rounded(new, position_noise(index, 16, *words))
     return [mean.astype(g.dtype), new]
 
   return in_place(add, [g, total])

@@ -9,8 +9,10 @@ import jax.extend.core
 import jax.numpy as jnp
 import optax
 
+from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._programs.parts import Parts
 from optax_lowmem._update.announced import is_heard
+from optax_lowmem._update.decoded_state import is_decoded
 
 # What is not to move gets this for an update: it leaves a negative zero as it is, and so the sign
 # of a master weight of which that is the upper half.
@@ -46,7 +48,10 @@ def update_if(
 
   Raises:
     ValueError: if `inner` changes the structure of its state or of the gradients.
+    NotElementwise: where `master_weights` asks whether all that is within it is so.
   """
+  if is_decoded():
+    raise NotElementwise("an update is taken or not")
   state = jax.tree.map(jnp.asarray, state)
 
   def run(grads, state, params):

@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._programs.position_noise import positions
 from optax_lowmem._quantization.array import QuantizedArray, has_halves
-from optax_lowmem._update.tile_views import Tile, cut_tile, paste_tile, restored, view
+from optax_lowmem._quantization.positions import Positions
+from optax_lowmem._update.tile_views import (
+  Tile,
+  bits_in_step,
+  bits_view,
+  cut_tile,
+  paste_tile,
+  restored,
+  view,
+)
 
 # An array of more elements than this is walked in tiles. Below it, the temporaries of a whole array
 # are a few hundred KiB, and a loop for each of 300 leaves would take longer to compile.
@@ -23,11 +31,10 @@ _SMALLEST = 1 << 15
 
 
 def map_tiles(
-  fn: Callable[..., Sequence[Any]],
+  fn: Callable[[list[Any], list[Any]], Sequence[Any]],
   reads: Sequence[Tile],
   writes: Sequence[Tile],
   tile: int | None = None,
-  indexed: bool = False,
 ) -> list[Any]:
   """Returns `fn(reads, writes)`, computed a tile at a time.
 
@@ -41,43 +48,36 @@ def map_tiles(
     reads: arrays that are only read; all arrays have one logical shape.
     writes: arrays that are read and replaced.
     tile: elements a tile; by default, what keeps the temporaries below 0.1 bytes an element.
-    indexed: whether to give `fn`, third, the positions of a tile's elements in row-major order,
-      uint32. Then all arrays are to be dense.
 
   Returns:
     The replaced `writes`.
   """
   arrays = [*reads, *writes]
   shape = arrays[0].shape
-  grid = _grid(shape, [a for a in arrays if isinstance(a, QuantizedArray)])
+  grid = _grid(shape, [a for a in arrays if isinstance(a, QuantizedArray | Positions)])
   size = math.prod(shape)
   if tile is None:
     tile = _WHOLE if size <= _WHOLE else _tile_size(writes, size)
   if grid is None or not size:
-    return list(fn(list(reads), list(writes), *([positions(shape)] if indexed else [])))
+    return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
   sources = [view(a, rows, columns) for a in reads]
-  state = [view(a, rows, columns) for a in writes]
+  state = [bits_view(a, rows, columns) for a in writes]
 
   halved = any(isinstance(a, QuantizedArray) and has_halves(a) for a in sources + state)
 
   def cut(arrays, segment, i):
     return [cut_tile(a, segment.start(i), segment.extent, halved) for a in arrays]
 
+  def cut_sources(segment, i):
+    return cut([bits_in_step(a, i) for a in sources], segment, i)
+
   def paste(state, new, segment, i):
     return [paste_tile(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
 
-  def made_of(state, segment, i):
-    index = []
-    if indexed:
-      row, column = (jnp.asarray(x).astype(jnp.uint32) for x in segment.start(i))
-      here = positions((segment.extent[0], columns))[:, : segment.extent[1]]
-      index = [here + row * jnp.uint32(columns) + column]
-    return fn(cut(sources, segment, i), cut(state, segment, i), *index)
-
   if size <= tile:
     whole = _Segment(1, lambda _: (0, 0), (rows, columns))
-    state = paste(state, made_of(state, whole, 0), whole, 0)
+    state = paste(state, fn(cut_sources(whole, 0), cut(state, whole, 0)), whole, 0)
     return [restored(a, like) for a, like in zip(state, writes, strict=True)]
 
   # What a step makes is carried, and pasted by the next before it cuts, so that all that reads a
@@ -91,7 +91,7 @@ def map_tiles(
       state, made = carry
       state = paste(state, made, segment, jnp.maximum(i - 1, 0))
       i = _smaller(i, segment.tiles - 1)
-      return state, made_of(state, segment, i)
+      return state, fn(cut_sources(segment, i), cut(state, segment, i))
 
     carry = state, cut(state, segment, 0)
     state, _ = jax.lax.fori_loop(0, segment.tiles + 1, step, carry)
@@ -116,7 +116,9 @@ def _tile_size(writes: Sequence[Tile], size: int) -> int:
   return max(_SMALLEST, size >> max(0, math.ceil(math.log2(held / _BUDGET))))
 
 
-def _grid(shape: tuple[int, ...], arrays: Sequence[QuantizedArray]) -> tuple[int, int, int] | None:
+def _grid(
+  shape: tuple[int, ...], arrays: Sequence[QuantizedArray | Positions]
+) -> tuple[int, int, int] | None:
   """How to see the arrays as matrices: rows, columns, and the column step that splits no block.
 
   Blocks are contiguous, so where they fill what they run along, a block is a row: XLA then emits
@@ -124,10 +126,10 @@ def _grid(shape: tuple[int, ...], arrays: Sequence[QuantizedArray]) -> tuple[int
   along. None if two arrays disagree about that.
   """
   size, ragged = math.prod(shape), set()
-  lengths = [1] if arrays else [64]  # rows of one element would be laid out anew
+  lengths = [1]
   for q in arrays:
     n, length = math.prod(q.extent), math.prod(q.block)
-    pairs = q.codebook.bits == 4 and q.codebook.pairs_neighbours
+    pairs = isinstance(q, QuantizedArray) and q.codebook.bits == 4 and q.codebook.pairs_neighbours
     lengths.append(math.lcm(length, 2) if pairs else length)
     if n % lengths[-1]:
       ragged.add(n)
