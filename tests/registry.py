@@ -45,8 +45,8 @@ class Entry:
       of it is held, until the moment is made of that; in a chain also what came before.
     factored: how many rows and columns of float32 there are besides, and below two axes a float32
       moment.
-    wrapper: the key in `WRAPPERS` of what is around it, of optax's rule too; parameters are then
-      bfloat16.
+    wrapper: the key in `WRAPPERS` of what is around it, of optax's rule too. Parameters are
+      bfloat16 then, but where it accumulates gradients.
   """
 
   rule: str
@@ -67,13 +67,18 @@ class Entry:
   @property
   def dtype(self) -> Any:
     """Of parameters."""
-    return jnp.float32 if self.wrapper is None else jnp.bfloat16
+    return jnp.float32 if self.wrapper is None or self.accumulates else jnp.bfloat16
+
+  @property
+  def accumulates(self) -> bool:
+    """Whether each second gradient makes a step. A sum in codes is counted as a moment."""
+    return self.wrapper in SUMS
 
   def bytes(self, shape: tuple[int, ...]) -> float:
     """Most bytes a parameter: codes, and a scale of 4 bytes for 64 elements or more."""
     quantized = self.moments * (self.bits / 8 + 4 / 64)
     if self.wrapper is not None:
-      quantized += REMAINDERS[self.wrapper] + 4 / math.prod(shape)  # and a step taken
+      quantized += BESIDE[self.wrapper] + 4 / math.prod(shape)  # and a step taken
     if not self.factored:
       return quantized
     if len(shape) < 2:  # and a number in the place of each row and column
@@ -87,6 +92,8 @@ class Entry:
   @property
   def theirs(self) -> Callable[..., optax.GradientTransformation]:
     """Optax's; of what optax does not have, our own with float32 state."""
+    if self.accumulates:
+      return lambda *args, **kwargs: lowmem.multi_steps(self._theirs(*args, **kwargs), 2, bits=32)
     return self._wrapped(self._theirs)
 
   @property
@@ -121,8 +128,12 @@ WRAPPERS = {
   "masters": lambda tx: lowmem.master_weights(tx),
   "masters8": lambda tx: lowmem.master_weights(tx, bits=8),
   "rounding": lambda tx: lowmem.stochastic_rounding(tx, seed=3),
+  "sums8": lambda tx: lowmem.multi_steps(tx, 2, bits=8),
+  "sums16": lambda tx: lowmem.multi_steps(tx, 2, bits=16),
 }
-REMAINDERS = {"masters": 2, "masters8": 1, "rounding": 0}  # bytes a parameter
+SUMS = ("sums8", "sums16")
+# Bytes a parameter that are not in codes: of remainders, or sums.
+BESIDE = {"masters": 2, "masters8": 1, "rounding": 0, "sums8": 0, "sums16": 2}
 FACTORED = {"momentum": 0.9, "min_dim_size_to_factor": 3}
 
 # rule, bits, moments with a sign, without one, error
@@ -172,13 +183,23 @@ WRAPPED = {
     ("rounding", "adamw-4"),
   ]
 }
+# On a CPU, sums of 16 bits are copied: tests/test_multi_steps.py.
+WRAPPED["sums8-adamw-8"] = dataclasses.replace(
+  REGISTRY["adamw-8"], wrapper="sums8", first=2, error=0.012
+)
+WRAPPED["sums16-adamw-8"] = dataclasses.replace(
+  REGISTRY["adamw-8"], wrapper="sums16", error=0.0082, peak=2.1
+)
 LAWFUL = REGISTRY | WRAPPED
 lawful = pytest.mark.parametrize("name", LAWFUL)
 every = pytest.mark.parametrize("name", REGISTRY)
 every_rule = pytest.mark.parametrize(
   "name", {e.rule: n for n, e in REGISTRY.items() if e.is_optax}.values()
 )
-every_local = pytest.mark.parametrize("name", [n for n, e in LAWFUL.items() if not e.norms])
+# What one bad element does to a sum, and to the step that it ends, is in test_multi_steps.py: of
+# `optax.MultiSteps`, which they are compared with, updates are NaN between steps as well.
+LOCAL = [n for n, e in LAWFUL.items() if not e.norms and not e.accumulates]
+every_local = pytest.mark.parametrize("name", LOCAL)
 # Some of each kind, for what is compiled once more: the laws of updates in phases.
 PHASED = ["adamw-8", "amsgrad-8", "lion-4", "came-8", "lamb-8", "lars-8", "adafactor-8"]
 # And one for each kind of state: where a law is asked of every wrapper, and in runs with `--few`.

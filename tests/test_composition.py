@@ -71,6 +71,7 @@ def test_tree_utilities_see_the_state(name):
   _, state = run(name, 1)
   chex.assert_trees_all_equal(optax.tree.map_params(make(name), lambda x: x, state), state)
   fields = ("mu", "nu", "trace", "sum_of_squares", "m1", "m2", "nu_max", "m", "v", "n", "g", "ema")
+  fields = (*fields, "acc_grads")
   found = [optax.tree.get_all_with_path(state, field) for field in fields]
   assert len(quantized_leaves(found)) == len(STORED) * LAWFUL[name].moments
 

@@ -21,6 +21,7 @@ from programs import statistics_of, temporaries_of
 from registry import (
   BY_PHASES,
   LAWFUL,
+  LOCAL,
   LR,
   REGISTRY,
   REPRESENTATIVES,
@@ -238,7 +239,7 @@ def bad_step(name, how, bad, good, names=MATRICES):
   )
 
 
-@by_method([name for name, e in LAWFUL.items() if not e.norms])
+@by_method(LOCAL)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_element_stays_one_bad_element(name, how, bad):
   """Its update shows it where optax's does, its moments are kept, its neighbours see nothing."""
@@ -272,9 +273,9 @@ def test_one_bad_element_stays_in_its_array(name, how, bad):
   ("name", "how"),
   [
     (name, how)
-    for name, e in LAWFUL.items()
+    for name in LOCAL
     for how in ("whole", "phases")
-    if e.second and not e.norms and (how == "whole" or name in BY_PHASES)
+    if LAWFUL[name].second and (how == "whole" or name in BY_PHASES)
   ],
 )
 def test_an_element_whose_square_overflows_is_not_stored_in_part(name, how):
@@ -296,7 +297,7 @@ def test_an_element_whose_square_overflows_is_not_stored_in_part(name, how):
     assert abs(float(updates[k][1, 3])) <= 10 * largest
 
 
-@by_method(LAWFUL)
+@by_method([name for name, e in LAWFUL.items() if not e.accumulates])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_damaged_scale_starts_its_block_again(name, how, bad):
   """As from a checkpoint that was tampered with; of all moments, or the updates would explode."""

@@ -213,7 +213,7 @@ def _check_floating(params: Any) -> None:
   for path, p in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]:
     if is_quantized(p) or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
       raise TypeError(
-        f"parameter {jax.tree_util.keystr(path) or '()'} is {getattr(p, 'dtype', type(p))}, and "
-        "gradients are accumulated of floating arrays. Leave it out with `optax.masked` or "
+        f"parameter {jax.tree_util.keystr(path) or '()'} has dtype {getattr(p, 'dtype', type(p))}, "
+        "and gradients are accumulated of floating arrays. Leave it out with `optax.masked` or "
         "`optax.partition`."
       )
