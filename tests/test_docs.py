@@ -25,6 +25,7 @@ import optax_lowmem as lowmem
 from doc_pages import NOT_RUN, PAGES, ROOT, blocks, commands, read, run
 from optax_lowmem import nn
 from test_adapter_kinds import LoHa
+from test_mixed_precision_docs import given as for_mixed_precision
 
 TOKENS = jnp.arange(8).reshape(2, 4)
 
@@ -73,6 +74,7 @@ GIVEN = {
   "docs/lora.md": for_lora,
   "docs/lora_foreign.md": lambda _: {"model": Net(), "tokens": TOKENS},
   "docs/lora_linen.md": for_linen,
+  "docs/mixed_precision.md": lambda _: for_mixed_precision(),
 }
 
 

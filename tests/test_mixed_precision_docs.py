@@ -1,7 +1,5 @@
 """The recipes of docs/mixed_precision.md run, and train."""
 
-import pathlib
-import re
 from typing import Any
 
 import jax
@@ -11,9 +9,10 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
+from doc_pages import blocks
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "mixed_precision.md"
-RECIPES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+PAGE = "docs/mixed_precision.md"
+RECIPES = [block.text for block in blocks(PAGE, "python")]
 DTYPES = {"bf16 activations": "float32", "bf16 parameters": "bfloat16", "fp16": "float32"}
 NAMES = [*DTYPES, "micro-batches"]
 
@@ -23,7 +22,8 @@ def apply(params, x):
   return hidden @ params["down"]
 
 
-def names() -> dict[str, Any]:
+def given() -> dict[str, Any]:
+  """What the page takes as given."""
   normal = np.random.default_rng(0).standard_normal
   params = {
     "up": jnp.asarray(0.2 * normal((64, 128)), jnp.float32),
@@ -35,8 +35,8 @@ def names() -> dict[str, Any]:
 
 
 def run(recipe):
-  found = names()
-  exec(compile(RECIPES[recipe], PAGE.name, "exec"), found)
+  found = given()
+  exec(compile(RECIPES[recipe], PAGE, "exec"), found)
   return found
 
 
