@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)  # before `-m` is heeded
 def pytest_collection_modifyitems(config, items):
   """Laws over all transformations are asked of a few; of the others by `-m thorough` and `slow`."""
-  from registry import ALWAYS, REGISTRY, REPRESENTATIVES
+  from registry import ALWAYS, LAWFUL, REPRESENTATIVES, WRAPPED
 
   few = config.getoption("--few")
   lost = {} if any("::" in argument for argument in config.args) else dict(ALWAYS_ASKED)
@@ -51,14 +51,14 @@ def pytest_collection_modifyitems(config, items):
     name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
     on_cards = item.path.stem.startswith("test_accelerator")
     asked_of_all = (on_cards and not few) or item.get_closest_marker("cheap")
-    if name in REGISTRY and name not in REPRESENTATIVES and not asked_of_all:
+    if name in LAWFUL and name not in (*REPRESENTATIVES, *WRAPPED) and not asked_of_all:
       item.add_marker(pytest.mark.slow)
     if item.get_closest_marker("slow") or on_cards:
       continue
     if kept is not None:
       rare = not any(part in f"[{case}" for part in kept)
     else:
-      rare = name in REGISTRY and name not in ALWAYS and not asked_of_all
+      rare = name in LAWFUL and name not in ALWAYS and not asked_of_all
     if rare:
       item.add_marker(pytest.mark.thorough)
   files = {item.path.name for item in items}

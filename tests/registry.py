@@ -45,6 +45,8 @@ class Entry:
       of it is held, until the moment is made of that; in a chain also what came before.
     factored: how many rows and columns of float32 there are besides, and below two axes a float32
       moment.
+    wrapper: the key in `WRAPPERS` of what is around it, of optax's rule too; parameters are then
+      bfloat16.
   """
 
   rule: str
@@ -56,14 +58,22 @@ class Entry:
   norms: bool = False
   peak: float = 0.1
   factored: int = 0
+  wrapper: str | None = None
 
   @property
   def moments(self) -> int:
     return self.first + self.second
 
+  @property
+  def dtype(self) -> Any:
+    """Of parameters."""
+    return jnp.float32 if self.wrapper is None else jnp.bfloat16
+
   def bytes(self, shape: tuple[int, ...]) -> float:
     """Most bytes a parameter: codes, and a scale of 4 bytes for 64 elements or more."""
     quantized = self.moments * (self.bits / 8 + 4 / 64)
+    if self.wrapper is not None:
+      quantized += REMAINDERS[self.wrapper] + 4 / math.prod(shape)  # and a step taken
     if not self.factored:
       return quantized
     if len(shape) < 2:  # and a number in the place of each row and column
@@ -77,22 +87,42 @@ class Entry:
   @property
   def theirs(self) -> Callable[..., optax.GradientTransformation]:
     """Optax's; of what optax does not have, our own with float32 state."""
+    return self._wrapped(self._theirs)
+
+  @property
+  def ours(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    return self._wrapped(self._ours)
+
+  def _wrapped(self, rule):
+    if self.wrapper is None:
+      return rule
+    wrapper = WRAPPERS[self.wrapper]
+    return lambda *args, **kwargs: wrapper(rule(*args, **kwargs))
+
+  @property
+  def _theirs(self) -> Callable[..., optax.GradientTransformation]:
     if not self.is_optax:
       return functools.partial(getattr(lowmem, self.rule), bits=32, **self.arguments)
     rule = getattr(optax, self.rule, None) or getattr(contrib, self.rule)
     return functools.partial(rule, **self.arguments)
 
   @property
-  def ours(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
+  def _ours(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
     if hasattr(lowmem, self.rule):
       return functools.partial(getattr(lowmem, self.rule), bits=self.bits, **self.arguments)
 
     def hold(lr: Any, bits: Any = self.bits, **storage: Any) -> Any:
-      return lowmem.quantized(self.theirs(lr), bits, **storage)
+      return lowmem.quantized(self._theirs(lr), bits, **storage)
 
     return hold
 
 
+WRAPPERS = {
+  "masters": lambda tx: lowmem.master_weights(tx),
+  "masters8": lambda tx: lowmem.master_weights(tx, bits=8),
+  "rounding": lambda tx: lowmem.stochastic_rounding(tx, seed=3),
+}
+REMAINDERS = {"masters": 2, "masters8": 1, "rounding": 0}  # bytes a parameter
 FACTORED = {"momentum": 0.9, "min_dim_size_to_factor": 3}
 
 # rule, bits, moments with a sign, without one, error
@@ -122,24 +152,47 @@ ENTRIES = [
   Entry("came", 4, 1, 0, 0.206, norms=True, peak=4.1, factored=2),
 ]
 REGISTRY = {f"{e.rule}-{e.bits}": e for e in ENTRIES}
+# Wrappers of bfloat16 parameters around representatives, for the laws that are asked of all of
+# `LAWFUL`. An update from one rounded master to the next has the errors of both. What is around a
+# rule that takes norms has a parameter in float32, and noise for it, before and after.
+WRAPPED = {
+  f"{wrapper}-{name}": dataclasses.replace(
+    REGISTRY[name],
+    wrapper=wrapper,
+    error=REGISTRY[name].error * (1 if wrapper == "rounding" else 2.5),
+    peak=8.1 if wrapper == "masters8" and REGISTRY[name].norms else REGISTRY[name].peak,
+  )
+  for wrapper, name in [
+    ("masters", "adamw-8"),
+    ("masters8", "adamw-8"),
+    ("rounding", "adamw-8"),
+    ("masters", "lion-4"),
+    ("masters", "came-8"),
+    ("masters8", "came-8"),
+    ("rounding", "adamw-4"),
+  ]
+}
+LAWFUL = REGISTRY | WRAPPED
+lawful = pytest.mark.parametrize("name", LAWFUL)
 every = pytest.mark.parametrize("name", REGISTRY)
 every_rule = pytest.mark.parametrize(
   "name", {e.rule: n for n, e in REGISTRY.items() if e.is_optax}.values()
 )
-every_local = pytest.mark.parametrize("name", [n for n, e in REGISTRY.items() if not e.norms])
+every_local = pytest.mark.parametrize("name", [n for n, e in LAWFUL.items() if not e.norms])
 # Some of each kind, for what is compiled once more: the laws of updates in phases.
 PHASED = ["adamw-8", "amsgrad-8", "lion-4", "came-8", "lamb-8", "lars-8", "adafactor-8"]
 # And one for each kind of state: where a law is asked of every wrapper, and in runs with `--few`.
 REPRESENTATIVES = [*PHASED, "adamw-4"]
+BY_PHASES = [*PHASED, "masters-adamw-8", "rounding-adamw-8"]
 # Of these, those of which every run asks all laws; of the others, `-m thorough` does.
-ALWAYS = ["adamw-8", "lion-4", "came-8"]
+ALWAYS = ["adamw-8", "lion-4", "came-8", "masters-adamw-8"]
 
 
 def by_method(names):
   """Every entry as a whole and by tiles, and some in phases; by tiles, most are slow tests."""
   cases = [(name, "whole") for name in names]
   cases += [(name, "tiles") for name in names]
-  cases += [(name, "phases") for name in names if name in PHASED]
+  cases += [(name, "phases") for name in names if name in BY_PHASES]
   return pytest.mark.parametrize(("name", "how"), cases)
 
 
@@ -161,11 +214,11 @@ STORED = ("big", "lora", "ragged", "kernel")
 
 
 def make(name, lr=LR, **kwargs):
-  return REGISTRY[name].ours(lr, **kwargs)
+  return LAWFUL[name].ours(lr, **kwargs)
 
 
 def reference(name, lr=LR):
-  return REGISTRY[name].theirs(lr)
+  return LAWFUL[name].theirs(lr)
 
 
 def tree(seed, scale=1.0, dtype=jnp.float32, shapes=SHAPES):
@@ -227,7 +280,7 @@ def update_of(name, how):
 @functools.cache
 def start(name, how):
   """Parameters, and the state that an entry makes of them."""
-  params = tree(0)
+  params = tree(0, dtype=LAWFUL[name].dtype)
   return params, (reference(name) if how == "optax" else make(name)).init(params)
 
 

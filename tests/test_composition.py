@@ -14,13 +14,16 @@ from optax import contrib
 import optax_lowmem as lowmem
 from programs import times_compiled
 from registry import (
+  LAWFUL,
   LR,
   REGISTRY,
   REPRESENTATIVES,
   STORED,
   TRACES,
+  WRAPPED,
   adamw,
   every,
+  lawful,
   make,
   quantized_leaves,
   reference,
@@ -37,7 +40,7 @@ FEW = {"w": (48, 96), "lora": (512, 16), "b": (5,)}
 # State --------------------------------------------------------------------------------------------
 
 
-@every
+@lawful
 def test_state_keeps_structure_shapes_dtypes_and_weak_types(name):
   _, new = run(name, 2)
   state = start(name, "whole")[1]
@@ -47,14 +50,14 @@ def test_state_keeps_structure_shapes_dtypes_and_weak_types(name):
   ]
 
 
-@every
+@lawful
 def test_compiles_once(name):
   """However many steps, from `init`'s state or from one that came out."""
   run(name, 3)
   assert TRACES[name, "whole"] == 1
 
 
-@every
+@lawful
 def test_init_is_the_same_without_data(name):
   params, state = start(name, "whole")
   shaped = jax.eval_shape(make(name).init, params)
@@ -63,18 +66,18 @@ def test_init_is_the_same_without_data(name):
   chex.assert_trees_all_equal(jax.jit(make(name).init)(params), state)
 
 
-@every
+@lawful
 def test_tree_utilities_see_the_state(name):
   _, state = run(name, 1)
   chex.assert_trees_all_equal(optax.tree.map_params(make(name), lambda x: x, state), state)
   fields = ("mu", "nu", "trace", "sum_of_squares", "m1", "m2", "nu_max", "m", "v", "n", "g", "ema")
   found = [optax.tree.get_all_with_path(state, field) for field in fields]
-  assert len(quantized_leaves(found)) == len(STORED) * REGISTRY[name].moments
+  assert len(quantized_leaves(found)) == len(STORED) * LAWFUL[name].moments
 
 
-@pytest.mark.parametrize("name", ["adamw-8", "adamw-4", "sgd-8", "rmsprop-8", "came-8"])
+@pytest.mark.parametrize("name", ["adamw-8", "adamw-4", "sgd-8", "rmsprop-8", "came-8", *WRAPPED])
 def test_donation_reuses_the_state(name):
-  tx, params = make(name), tree(0, shapes=FEW)
+  tx, params = make(name), tree(0, dtype=LAWFUL[name].dtype, shapes=FEW)
   state = tx.init(params)
   update = jax.jit(tx.update, donate_argnums=1)
   before = [q.codes.unsafe_buffer_pointer() for q in quantized_leaves(state)]

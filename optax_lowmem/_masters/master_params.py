@@ -114,7 +114,8 @@ def _halves(w: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
     pattern = jnp.where(jnp.isfinite(w), rounded, pattern)
   high = upper(pattern)
   low = remainder_of(pattern, high)
-  p = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
+  bits = (high >> 16).astype(jnp.uint16)
+  p = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
   return p, (low >> 8 if dtype == jnp.int8 else low).astype(dtype)
 
 

@@ -10,10 +10,24 @@ import optax
 
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
-from optax_lowmem._masters.bits import bits_of, is_finite, reach, remainder_of, upper
+from optax_lowmem._masters.bits import (
+  bits_of,
+  float32_of,
+  is_finite,
+  landing,
+  remainder_of,
+  upper,
+)
 from optax_lowmem._masters.position_noise import position_noise
-from optax_lowmem._masters.remainders import DTYPES, joined, remainders, zeros
-from optax_lowmem._masters.wrapped import boxed_alike, check_parameters, check_update, in_float32
+from optax_lowmem._masters.remainders import DTYPES, aligned, joined, remainders, zeros
+from optax_lowmem._masters.wrapped import (
+  boxed_alike,
+  check_parameters,
+  check_update,
+  in_float32,
+  update_narrow,
+)
+from optax_lowmem._programs.program import rounding_point
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
@@ -69,6 +83,10 @@ def master_weights(
 
   Parameters in float32 (norms, often) are given to `inner` as they are, and so are their updates.
 
+  If `inner` is elementwise, which is proved from its jaxpr, masters are joined and split in the
+  pass that updates the moments, by a kernel or in tiles, and none of their arrays is ever float32.
+  Of one that clips by a global norm, moments and masters are updated apart: put the clip first.
+
   One master may be moved: where a weight becomes more than 2^15 times smaller in one step, there
   may be no float32 update that leads to it. The master is then what is nearest to where
   `apply_updates` lands, at most 2^-24 of the weight's old value away. A NaN stays a NaN.
@@ -121,29 +139,29 @@ def master_weights(
   @boxed_alike
   def checked(grads, state, params, extra_args):
     check_update("master_weights", grads, params)
-    lows = remainders(state, params, DTYPES[bits])
+    remainders(state, params, DTYPES[bits])
+    return update_narrow(split, grads, state, params, extra_args, indexed=bits == 8)
+
+  def split(grads, state, params, index, **extra_args):
+    """The bfloat16 at which each parameter is to be, in float32; of others, the update."""
+    lows = aligned(state, params)
     masters = joined(params, lows)
-    args = in_float32(grads), state.inner_state, masters
-    changes, inner_state = inner.update(*args, **extra_args)
-    leaves, treedef = jax.tree.flatten(params)
-    updates, new = jax.tree.leaves(changes), []
-    flat = zip(leaves, lows, jax.tree.leaves(masters), strict=True)
+    changes, inner_state = inner.update(grads, state.inner_state, masters, **extra_args)
+    targets, treedef = jax.tree.flatten(changes)
+    new: list[Any] = [optax.MaskedNode()] * len(lows)
+    flat = zip(jax.tree.leaves(params), lows, jax.tree.leaves(masters), strict=True)
     for k, (p, low, master) in enumerate(flat):
       if low is not None:
-        updates[k], low = _split(p, master + updates[k], (k, state.step))
-      new.append(optax.MaskedNode() if low is None else low)
+        pattern = bits_of(master + rounding_point(targets[k]))
+        if bits == 8:
+          rounded = (pattern + position_noise(index[k], 8, k, state.step)) & ~0xFF
+          pattern = jnp.where(is_finite(pattern), rounded, pattern)
+        targets[k] = float32_of(upper(pattern))
+        low = remainder_of(pattern, landing(p, targets[k]))
+        new[k] = (low if bits == 16 else low >> 8).astype(DTYPES[bits])
     step = optax.safe_increment(state.step)
     state = MasterWeightsState(step, treedef.unflatten(new), inner_state)
-    return treedef.unflatten(updates), state
-
-  def _split(p, master, words):
-    pattern = bits_of(master)
-    if bits == 8:
-      rounded = (pattern + position_noise(p.shape, 8, *words)) & ~0xFF
-      pattern = jnp.where(is_finite(pattern), rounded, pattern)
-    change, landed = reach(p, upper(pattern))
-    low = remainder_of(pattern, landed)
-    return change, (low if bits == 16 else low >> 8).astype(DTYPES[bits])
+    return treedef.unflatten(targets), state
 
   run = compiled_outside_jit(checked)
   return optax.GradientTransformationExtraArgs(init, update)

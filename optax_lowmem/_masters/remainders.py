@@ -66,6 +66,15 @@ def remainders(state: Any, params: Any, dtype: Any = None) -> list[jax.Array | N
   return [None if _is_none(low) else low for _, _, low in pairs]
 
 
+def aligned(state: Any, params: Any) -> list[jax.Array | None]:
+  """`remainders` of a state that is known to fit; parameters may be given in float32."""
+  found = jax.tree.leaves(state.remainder, is_leaf=_is_none)
+  # What a mask leaves out is among both.
+  leaves = jax.tree.leaves(params, is_leaf=_is_none)
+  pairs = zip(leaves, found, strict=True)
+  return [None if _is_none(low) else low for p, low in pairs if not _is_none(p)]
+
+
 def joined(params: Any, lows: list[jax.Array | None]) -> Any:
   """The float32 weights that parameters and their remainders stand for."""
   leaves, treedef = jax.tree.flatten(params)

@@ -11,15 +11,16 @@ import optax
 
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
-from optax_lowmem._masters.bits import bits_of, is_finite, reach, upper
+from optax_lowmem._masters.bits import bits_of, float32_of, is_finite, upper
 from optax_lowmem._masters.position_noise import position_noise
 from optax_lowmem._masters.wrapped import (
   boxed_alike,
   check_parameters,
   check_update,
   in_float32,
-  is_narrow,
+  update_narrow,
 )
+from optax_lowmem._programs.program import rounding_point
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
@@ -111,23 +112,21 @@ def stochastic_rounding(
   @boxed_alike
   def checked(grads, state, params, extra_args):
     check_update("stochastic_rounding", grads, params)
-    args = in_float32(grads), state.inner_state, in_float32(params)
-    changes, inner_state = inner.update(*args, **extra_args)
-    leaves, treedef = jax.tree.flatten(params)
-    updates = jax.tree.leaves(changes)
-    for k, p in enumerate(leaves):
-      if is_narrow(p):
-        updates[k] = _rounded(p, p.astype(jnp.float32) + updates[k], (key, k, state.step))
+    return update_narrow(rounded, grads, state, params, extra_args, indexed=True)
+
+  def rounded(grads, state, params, index, **extra_args):
+    """The bfloat16 at which each parameter is to be, in float32; of others, the update."""
+    weights = in_float32(params)
+    changes, inner_state = inner.update(grads, state.inner_state, weights, **extra_args)
+    targets, treedef = jax.tree.flatten(changes)
+    leaves = jax.tree.leaves(weights)
+    for k in index:
+      pattern = bits_of(leaves[k] + rounding_point(targets[k]))
+      # Within one sign and exponent, bits are linear in what they stand for: so is the probability.
+      drawn = (pattern + position_noise(index[k], 16, key, k, state.step)) & ~0xFFFF
+      targets[k] = float32_of(jnp.where(is_finite(pattern), drawn, upper(pattern)))
     new = StochasticRoundingState(optax.safe_increment(state.step), inner_state)
-    return treedef.unflatten(updates), new
+    return treedef.unflatten(targets), new
 
   run = compiled_outside_jit(checked)
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _rounded(p: jax.Array, weight: jax.Array, words: tuple[Any, ...]) -> jax.Array:
-  """The update that takes `p` to `weight`, rounded at random."""
-  pattern = bits_of(weight)
-  # Within one sign and exponent, bits are linear in what they stand for: so is the probability.
-  drawn = jax.lax.shift_right_logical(pattern + position_noise(p.shape, 16, *words), 16)
-  return reach(p, jnp.where(is_finite(pattern), drawn, upper(pattern)))[0]

@@ -8,8 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._host_memory.pages import is_paged
+from optax_lowmem._masters.bits import reach
+from optax_lowmem._programs.elementwise import NotElementwise
+from optax_lowmem._quantization.positions import indices
 from optax_lowmem._state.gradients import check_gradients
+from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._state.nnx_variables import unbox
+from optax_lowmem._update.engine import in_phases_on_gpus, update_elementwise
 
 
 def check_parameters(wrapper: str, params: Any) -> None:
@@ -66,6 +72,58 @@ def in_float32(tree: Any) -> Any:
 def is_narrow(p: Any) -> bool:
   """Whether a parameter is bfloat16."""
   return jnp.result_type(p) == jnp.bfloat16
+
+
+def update_narrow(
+  rule: Callable[..., tuple[Any, Any]],
+  grads: Any,
+  state: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+  indexed: bool,
+) -> tuple[Any, Any]:
+  """The updates that take parameters in bfloat16 to where `rule` wants them, and the new state.
+
+  If the whole of `rule` is elementwise, what is within it too, all of it is done in the pass that
+  updates the moments: a kernel, or tiles. If GPUs compute a part of it in phases, they so compute
+  all of it. Else its parts are updated, and one parameter at a time is in float32 in between.
+
+  Args:
+    rule: of gradients and parameters in float32, a state with its moments decoded, and indices by
+      number of the parameter; it returns for each parameter in bfloat16 a float32 that one equals,
+      for others the update, and the new state. It may also be given the state and the parameters
+      as they are.
+    grads, state, params, extra_args: its arguments.
+    indexed: whether it needs indices.
+  """
+
+  def in_parts(grads, state, params, extra_args):
+    leaves, treedef = jax.tree.flatten(params)
+    narrow = [k for k, p in enumerate(leaves) if is_narrow(p)]
+    index = {k: indices(leaves[k].shape) for k in narrow} if indexed else {}
+    targets, state = rule(in_float32(grads), state, params, index, **extra_args)
+    updates = jax.tree.leaves(targets)
+    for k in narrow:
+      updates[k] = reach(leaves[k], updates[k])
+    return treedef.unflatten(updates), state
+
+  if not any(map(_stays_as_it_is, jax.tree.leaves(state, is_leaf=_is_held))):
+    try:
+      return update_elementwise(rule, grads, state, params, extra_args, reach, indexed)
+    except NotElementwise as reason:
+      if reason.by_phases:
+        return in_phases_on_gpus(in_parts, grads, state, params, extra_args)
+  return in_parts(grads, state, params, extra_args)
+
+
+def _is_held(x: Any) -> bool:
+  return is_paged(x) or is_quantized(x)
+
+
+def _stays_as_it_is(x: Any) -> bool:
+  """Whether the engine would not give the rule what it gave: pages, and 16 bits of its own."""
+  narrow = not _is_held(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+  return is_paged(x) or narrow
 
 
 def boxed_alike(run: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

@@ -13,6 +13,7 @@ from optax_lowmem._arguments.checks import check_block_size, check_min_size, che
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._arguments.masks import broadcast_mask, check_mask
 from optax_lowmem._optimizers.initial_state import initial
+from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.codebooks import CodebookName
 from optax_lowmem._quantization.storage import Blockwise, Storage, by_field
@@ -20,6 +21,7 @@ from optax_lowmem._state.forms import check_forms
 from optax_lowmem._state.inner import check_dense, check_dtypes, check_fields, warn_if_unknown
 from optax_lowmem._state.moments import Kind, field_of, kind_of, places
 from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
+from optax_lowmem._update.decoded_state import held, is_decoded
 from optax_lowmem._update.engine import update_stored
 from optax_lowmem._update.extra_args import compiled_outside_jit
 from optax_lowmem._update.whole_arrays import update_dense
@@ -165,7 +167,12 @@ def quantized(
     return run(updates, state, params, extra_args)
 
   def checked(updates, state, params, extra_args):
-    check_forms(unbox(state), unbox(updates), storage_of, masked=quantize_mask is not None)
+    stored = held(state) if is_decoded() else unbox(state)
+    if stored is None:
+      raise NotElementwise("its state is changed before `quantized` is given it")
+    check_forms(stored, unbox(updates), storage_of, masked=quantize_mask is not None)
+    if is_decoded():
+      return update_dense(inner.update, updates, state, params, extra_args)
     execute = update_dense if bits == 32 and not storage else update_stored
     return execute(inner.update, updates, state, params, extra_args)
 

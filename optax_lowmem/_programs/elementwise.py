@@ -22,7 +22,13 @@ from optax_lowmem._programs.primitives import ELEMENTWISE
 
 
 class NotElementwise(Exception):
-  """The rule cannot be run tile by tile; the message says which part of it refuses."""
+  """The rule cannot be run tile by tile; the message says which part of it refuses.
+
+  Attributes:
+    by_phases: whether a part of it is one that GPUs compute in phases.
+  """
+
+  by_phases = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Proof:
     if len(leaves) > 1:
       raise NotElementwise(f"{name!r} mixes two leaves")
     owner = leaves.pop() if leaves else None
-    elementwise = name in ELEMENTWISE
+    elementwise = name in ELEMENTWISE or _keeps_width(operation)
     if name == "broadcast_in_dim":
       (operand, *_), aval = operands, operation.outputs[0].aval
       if operand.uniform or (owner is not None and operand.aval.shape == aval.shape):
@@ -117,3 +123,11 @@ class Proof:
     op = Op(operation.primitive, operation.params, tuple(operands), outputs, on_scalars)
     self.ops.setdefault(owner, []).append(op)
     return list(outputs)
+
+
+def _keeps_width(operation: Operation) -> bool:
+  """Whether it only reads the bits of elements as another type of the same width."""
+  if operation.primitive.name != "bitcast_convert_type":
+    return False
+  widths = {value.aval.dtype.itemsize for value in (*operation.inputs, *operation.outputs)}
+  return len(widths) == 1

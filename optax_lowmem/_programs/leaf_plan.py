@@ -6,6 +6,7 @@ A plan is pure. Tiles, a kernel, whole arrays and paging execute it, each in its
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +16,15 @@ import jax.numpy as jnp
 from optax_lowmem._programs.program import Program
 from optax_lowmem._quantization.array import decode_halves, encode_finite, encode_halves, is_finite
 from optax_lowmem._quantization.lane_tiles import VectorTile
+from optax_lowmem._quantization.positions import Positions
 from optax_lowmem._quantization.scales import healed
 from optax_lowmem._state.moments import is_quantized
 
 Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales, or VectorTile
+
+
+# Of a parameter and of what a rule gives in its update's place: the update. Elementwise.
+Emission = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Step(NamedTuple):
@@ -29,11 +35,13 @@ class Step(NamedTuple):
       not among them, that of the update. Of what else stands in `writes` it takes no notice.
     reads: positions of arrays that are only read.
     writes: positions of arrays that are replaced.
+    fresh: form of the update, if it cannot take its gradient's place.
   """
 
   fn: Callable[[Sequence[Tile], Sequence[Tile]], list[Tile]]
   reads: list[int]
   writes: list[int]
+  fresh: list[jax.ShapeDtypeStruct]
 
 
 class LeafPlan:
@@ -44,7 +52,6 @@ class LeafPlan:
     kept: positions of state that the rule leaves as it is.
     moving: positions of state that it replaces.
     update: form of the update.
-    in_place: whether the update can take its gradient's place.
     scalars: where in what the rule's shared part gave the numbers are that it needs.
   """
 
@@ -55,6 +62,7 @@ class LeafPlan:
     states: Sequence[int],
     values: Mapping[int, Tile],
     dtype: Any,
+    emit: Emission | None = None,
   ):
     """Makes a plan.
 
@@ -64,16 +72,23 @@ class LeafPlan:
       states: positions of its arrays in the state.
       values: by position: the gradient, `states`, and the parameter if the rule was given it.
       dtype: dtype of the update.
+      emit: what makes the update of the parameter and of what the rule gives in the update's place,
+        numbers of the parameter's dtype; None if that is the update.
     """
     self._program = program
     self.leaf = leaf
     self.kept = [k for k in states if program.returns_argument(k) == k]
     self.moving = [k for k in states if k not in self.kept]
     self.update = jax.ShapeDtypeStruct(values[leaf].shape, dtype)
-    self.in_place = values[leaf].dtype == dtype
+    self._gradient = values[leaf].dtype
+    self._emit = emit
     self.scalars = program.outline(sorted(values), [leaf, *states])[1]
-    self._params = [k for k in values if k not in (leaf, *states)]
-    self._direction = program.before_parameters(leaf, [leaf, *states])
+    known = (leaf, *states)
+    self._params = [k for k, x in values.items() if k not in known and not isinstance(x, Positions)]
+    if emit is None:
+      self._direction, self._unfinished = program.before_parameters(leaf, [leaf, *states]), dtype
+    else:
+      self._direction, self._unfinished = leaf, values[self._params[0]].dtype
 
   def step(self, env: Mapping[int, Any], finished: bool = True) -> Step:
     """What is made of tiles.
@@ -84,7 +99,12 @@ class LeafPlan:
     """
     made = [*self.moving, self.leaf if finished else self._direction]
     needed = self._program.arguments_of(self.leaf, made, ()) | set(self.moving)
-    writes = [*self.moving, *([self.leaf] if self.in_place else [])]
+    emit = self._emit if finished else None
+    if emit is not None:
+      needed |= {self._params[0]}
+    dtype = self.update.dtype if finished else self._unfinished
+    fresh = [] if self._gradient == dtype else [jax.ShapeDtypeStruct(self.update.shape, dtype)]
+    writes = [*self.moving, *([] if fresh else [self.leaf])]
     reads = sorted(needed - set(writes))
 
     def fn(read, write):
@@ -92,11 +112,18 @@ class LeafPlan:
       tiles |= dict(zip(writes, write, strict=False))
       tiles |= zip(self.moving, healed([tiles[k] for k in self.moving]), strict=True)
       old = _parts(tiles)
-      new = [self._program.run_leaf(self.leaf, dict(env), part, made) for part in old]
-      update = _cast([part[made[-1]] for part in new], self.update.dtype)
-      return [*self._stored(tiles, new, old), update]
+      # Of a tile, or of halves, the rule alone would store its update before it is added.
+      part = next(iter(old[0].values())).size < math.prod(self.update.shape)
+      rounded = finished and part
+      run = functools.partial(self._program.run_leaf, self.leaf, dict(env), rounded=rounded)
+      new = [run(part, made) for part in old]
+      updates = [part[made[-1]] for part in new]
+      if emit is not None:
+        pairs = zip(old, updates, strict=True)
+        updates = [emit(part[self._params[0]], update) for part, update in pairs]
+      return [*self._stored(tiles, new, old), _cast(updates, dtype)]
 
-    return Step(fn, reads, writes)
+    return Step(fn, reads, writes, fresh)
 
   def finish(self, env: Mapping[int, Any], values: Mapping[int, Tile], update: Any) -> jax.Array:
     """The update, where `step` was not to make it: weight decay and the like are applied.
@@ -104,6 +131,8 @@ class LeafPlan:
     XLA fuses this with `apply_updates`, which reads the parameters anyway. Read in a kernel too,
     they would cost 4 B/param of traffic.
     """
+    if self._emit is not None:
+      return self._emit(values[self._params[0]], update).astype(self.update.dtype)
     if self._direction == self.leaf:
       return update
     params = {k: values[k].astype(jnp.float32) for k in self._params}
@@ -122,8 +151,10 @@ class LeafPlan:
       return []
     parts: list[dict[int, jax.Array]] = []
     for values, olds in zip(new, old, strict=True):
-      finite = functools.reduce(jnp.logical_and, [is_finite(values[k]) for k in self.moving])
-      parts.append({k: jnp.where(finite, values[k], olds[k]) for k in self.moving})
+      floats = [k for k in self.moving if not is_integer(values[k])]
+      finite = functools.reduce(jnp.logical_and, [is_finite(values[k]) for k in floats], True)
+      kept = {k: jnp.where(finite, values[k], olds[k]) for k in floats}
+      parts.append({k: kept.get(k, values[k]) for k in self.moving})
     return [
       _encode(tiles[k], [part[k] for part in parts], [part[k] for part in old]) for k in self.moving
     ]
@@ -136,6 +167,8 @@ def _parts(tiles: Mapping[int, Tile]) -> list[dict[int, jax.Array]]:
   def parts(x):
     if not pairs:
       return [decoded(x)]
+    if isinstance(x, Positions):
+      return x.decode_halves()
     if is_quantized(x):
       return decode_halves(x)
     return [decoded(half) for half in x]
@@ -145,10 +178,16 @@ def _parts(tiles: Mapping[int, Tile]) -> list[dict[int, jax.Array]]:
 
 
 def decoded(stored: Tile) -> jax.Array:
-  """`stored` in float32."""
-  if isinstance(stored, VectorTile):
+  """`stored` in float32; integers as they are."""
+  if isinstance(stored, VectorTile | Positions):
     return stored.decode()
+  if not is_quantized(stored) and is_integer(stored):
+    return stored
   return stored.dequantize(jnp.float32) if is_quantized(stored) else stored.astype(jnp.float32)
+
+
+def is_integer(x: Any) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _cast(parts: Sequence[jax.Array], dtype: Any) -> Tile:

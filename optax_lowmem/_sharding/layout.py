@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.positions import Positions
 
 Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales
 
@@ -59,10 +60,12 @@ def laid_out(
 
 def units_of(tile: Tile) -> tuple[int, ...]:
   """For each axis, the number of pieces it may be cut into so that each holds whole blocks."""
-  if not isinstance(tile, QuantizedArray):
+  if not isinstance(tile, QuantizedArray | Positions):
     return tile.shape
   n, block = tile.extent[0], tile.block[0]
-  if tile.codebook.bits == 4 and tile.codebook.pairs_neighbours and math.prod(tile.block) % 2:
+  if isinstance(tile, Positions):
+    pass
+  elif tile.codebook.bits == 4 and tile.codebook.pairs_neighbours and math.prod(tile.block) % 2:
     block *= 2  # a byte holds codes of two blocks
   lead = tile.shape[: -len(tile.block)]
   return (*lead, n // block if n % block == 0 else 1, *(1 for _ in tile.block[1:]))
@@ -79,8 +82,9 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
 
 def shard_of(tile: Tile) -> Tile:
   """`tile`, its static extent corrected if its arrays are shards."""
-  if not isinstance(tile, QuantizedArray):
+  if not isinstance(tile, QuantizedArray | Positions):
     return tile
   blocks = -(-tile.extent[0] // tile.block[0])
-  shards = blocks // tile.scales.shape[tile.codes.ndim - len(tile.block)]
+  here = tile.scales if isinstance(tile, QuantizedArray) else tile.starts
+  shards = blocks // here.shape[here.ndim - len(tile.block)]
   return dataclasses.replace(tile, extent=(tile.extent[0] // shards, *tile.extent[1:]))

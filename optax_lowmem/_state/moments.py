@@ -62,6 +62,10 @@ _KINDS: dict[str, dict[str, Kind]] = {
 }
 
 
+# What a bfloat16 parameter lacks of its float32: integers of which each belongs to an element.
+REMAINDERS = (jnp.dtype(jnp.int16), jnp.dtype(jnp.int8))
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
   """Where one array of a tree belongs.
@@ -90,7 +94,7 @@ def places(tree: Any, params: Any) -> list[Place]:
   }
 
   def place(path, leaf):
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
+    if jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype in REMAINDERS:
       for split in range(len(path) + 1):
         index, shape = known.get(path[split:], (None, None))
         if index is not None and shape == leaf.shape:

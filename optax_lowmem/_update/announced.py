@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from optax_lowmem._quantization.positions import Positions
 from optax_lowmem._sharding.layout import Tile, shard_of
 from optax_lowmem._state.moments import is_quantized
 
@@ -92,6 +93,10 @@ class Announced:
 
 def _form(tile: Tile) -> Tile:
   """`tile`, its static form corrected if its arrays are some rows, or some blocks of flat ones."""
+  if isinstance(tile, Positions):
+    block = math.prod(tile.block)
+    flat = Positions(tile.starts, (block,), (tile.starts.size * block,))
+    return flat if tile.starts.ndim == 1 else shard_of(tile)
   if not is_quantized(tile) or tile.scales.ndim > 1:
     return shard_of(tile)
   block = math.prod(tile.block)

@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optax_lowmem._programs.elementwise import NotElementwise
-from optax_lowmem._programs.leaf_plan import LeafPlan, decoded
+from optax_lowmem._programs.leaf_plan import Emission, LeafPlan, decoded, is_integer
 from optax_lowmem._programs.phases import in_a_phase, in_phases
 from optax_lowmem._programs.program import Program
+from optax_lowmem._quantization.positions import positions_of
 from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem._sharding.shards import on_shards, with_automatic_sharding
 from optax_lowmem._state.gradients import check_gradients, check_moments
 from optax_lowmem._state.moments import is_quantized, places
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.announced import Announced, announce_phases, announced, is_heard
+from optax_lowmem._update.decoded_state import decoded_state, is_decoded, note_phases
 from optax_lowmem._update.extra_args import split
 from optax_lowmem._update.journal import asked_for, note
 from optax_lowmem._update.methods import reason_against_kernel, run
@@ -35,7 +37,7 @@ def update_stored(
   args = grads, state, params, extra_args
   check_gradients(grads, params)
   try:
-    new = _by_parameters(update, *args)
+    new = update_elementwise(update, *args)
   except NotElementwise as reason:
     for path, _ in jax.tree_util.tree_flatten_with_path(args[0])[0]:
       note(path, "whole", f"the rule is not elementwise: {reason}")
@@ -75,7 +77,8 @@ def in_phases_on_gpus(update: Callable[..., Any], *args: Any) -> Any:
       return with_automatic_sharding(run, arrays, like=arrays[:2])
 
   traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays))
-  if not traced or in_a_phase():
+  note_phases()
+  if not traced or in_a_phase() or is_decoded():
     return plain(*arrays)
   if is_heard():
     announce_phases()
@@ -83,19 +86,50 @@ def in_phases_on_gpus(update: Callable[..., Any], *args: Any) -> Any:
   return jax.lax.platform_dependent(*arrays, cpu=plain, tpu=plain, default=phased)
 
 
-def _by_parameters(update, grads, state, params, extra_args):
-  """Updates each parameter by itself, in parts; raises NotElementwise if that were wrong."""
+def update_elementwise(
+  update: Callable[..., Any],
+  grads: Any,
+  state: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+  emit: Emission | None = None,
+  indexed: bool = False,
+) -> tuple[Any, Any]:
+  """Updates each parameter by itself, in parts.
+
+  Args:
+    update: the rule; it is given gradients, parameters and moments in float32.
+    grads, state, params, extra_args: its arguments; what is quantized in `state` is stored again.
+    emit: for parameters in bfloat16, what makes the update of the parameter and of what `update`
+      returns in the update's place. With it, `update` is given a dictionary of indices after the
+      parameters, and the transformations in it a state that is decoded.
+    indexed: whether the indices of the elements of each such parameter are in it, by its number.
+
+  Raises:
+    NotElementwise: if that were wrong.
+  """
+  leaves: list[Any]
   leaves, treedef = jax.tree.flatten((grads, state, params), is_leaf=is_quantized)
   owners = [place.owner for place in places((grads, state, params), grads)]
   check_moments(leaves, owners)
   dense = [
-    jax.ShapeDtypeStruct(x.shape, x.dtype if owner is None else jnp.float32)
+    jax.ShapeDtypeStruct(x.shape, x.dtype if owner is None or is_integer(x) else jnp.float32)
     for x, owner in zip(leaves, owners, strict=True)
   ]
 
+  narrow = [k for k, p in enumerate(jax.tree.leaves(params)) if p.dtype == jnp.bfloat16]
+  if indexed:
+    of = [[x for x, owner in zip(leaves, owners, strict=True) if owner == k] for k in narrow]
+    leaves, owners = leaves + list(map(positions_of, of)), owners + narrow
+    dense += map(_shape, leaves[len(dense) :])
+
   def flat_update(*flat):
-    grads, state, params = treedef.unflatten(flat)
-    return update(grads, state, params, **extra_args)
+    count = treedef.num_leaves
+    trees, index = treedef.unflatten(flat[:count]), dict(zip(narrow, flat[count:], strict=False))
+    if emit is None:
+      return update(*trees, **extra_args)
+    with decoded_state(flat, leaves):
+      return update(*trees, index, **extra_args)
 
   program = Program(flat_update, dense, owners)
   out_tree = jax.tree.structure((grads, state), is_leaf=is_quantized)
@@ -112,6 +146,9 @@ def _by_parameters(update, grads, state, params, extra_args):
   compiled: dict[Any, Any] = {}
   paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]]
   for leaf, dtype in enumerate(update_dtypes(grads, params)):
+    emitted = emit if leaf in narrow else None
+    if emitted:
+      dtype = jnp.float32
     members = [k for k, owner in enumerate(owners) if owner == leaf]
     made = [k for k in members if k < count]
     # Leaves of which the rule makes the same are traced once for each shape: of 160 leaves, in an
@@ -121,18 +158,26 @@ def _by_parameters(update, grads, state, params, extra_args):
     flat, structure = jax.tree.flatten(tiles)
     key = key, dtype, structure, *((x.shape, x.dtype) for x in flat)
     if key not in compiled:
-      compiled[key] = jax.jit(_leaf_update(program, env, members, made, scalars, dtype, tiles))
+      compiled[key] = jax.jit(
+        _leaf_update(program, env, members, made, scalars, dtype, tiles, emitted)
+      )
     new = compiled[key]([leaves[k] for k in members], [env[i] for i in scalars])
     for k, value in zip(made, new, strict=True):
       results[k] = value
     if asked_for():
       values = {k: leaves[k] for k in members}
-      note(paths[leaf], *_method_of(program, env, leaf, made[1:], values, dtype))
+      note(paths[leaf], *_method_of(program, env, leaf, made[1:], values, dtype, emitted))
   return out_tree.unflatten(results)
 
 
 def _method_of(
-  program: Program, env: Any, leaf: int, states: Sequence[int], values: dict[int, Any], dtype: Any
+  program: Program,
+  env: Any,
+  leaf: int,
+  states: Sequence[int],
+  values: dict[int, Any],
+  dtype: Any,
+  emit: Emission | None,
 ) -> tuple[str, str]:
   """By what a parameter is updated, and why; of `_update_leaf`'s arguments."""
   if not any(is_quantized(values[k]) for k in states):
@@ -141,7 +186,7 @@ def _method_of(
     return "elementwise", "it is part of a rule that takes norms or means of whole arrays"
   if (platform := asked_for()) not in ("cuda", "tpu"):
     return "elementwise", f"there is no kernel for {platform}"
-  plan = LeafPlan(program, leaf, states, values, dtype)
+  plan = LeafPlan(program, leaf, states, values, dtype, emit)
   return "elementwise", reason_against_kernel(platform, plan, env, values) or ""
 
 
@@ -153,12 +198,13 @@ def _leaf_update(
   scalars: Sequence[int],
   dtype: Any,
   tiles: Sequence[Any],
+  emit: Emission | None,
 ) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
   """`_update_leaf` as a function of its arrays and scalars alone, by each device for its shard."""
   leaf, states = made[0], made[1:]
 
   def update(values, shared):
-    return _update_leaf(program, env | shared, leaf, states, values, dtype)
+    return _update_leaf(program, env | shared, leaf, states, values, dtype, emit)
 
   def on_arrays(arrays, shared):
     values = dict(zip(members, arrays, strict=True))
@@ -178,7 +224,13 @@ def _leaf_update(
 
 
 def _update_leaf(
-  program: Program, env: Any, leaf: int, states: Sequence[int], values: dict[int, Any], dtype: Any
+  program: Program,
+  env: Any,
+  leaf: int,
+  states: Sequence[int],
+  values: dict[int, Any],
+  dtype: Any,
+  emit: Emission | None,
 ) -> dict[int, Any]:
   """One parameter's update, at position `leaf`, and the new values of its `states`, by position.
 
@@ -189,12 +241,16 @@ def _update_leaf(
     states: positions of its arrays in the state.
     values: by position: the gradient, `states`, and the parameter if the rule was given it.
     dtype: dtype of the update.
+    emit: what makes it of what the rule gives, if that is something else.
   """
   if not any(is_quantized(values[k]) for k in states):
     dense = {k: decoded(x) for k, x in values.items()}
     new = program.run_leaf(leaf, env, dense, [leaf, *states])
+    if emit is not None:
+      param = min(values.keys() - {leaf, *states})  # indices come after it
+      new[leaf] = emit(dense[param], new[leaf])
     return {k: x.astype(dtype if k == leaf else values[k].dtype) for k, x in new.items()}
-  plan = LeafPlan(program, leaf, states, values, dtype)
+  plan = LeafPlan(program, leaf, states, values, dtype, emit)
   return {k: values[k] for k in plan.kept} | run(plan, env, values)
 
 

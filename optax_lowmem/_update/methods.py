@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optax_lowmem._programs.fences import fence
-from optax_lowmem._programs.leaf_plan import LeafPlan, Tile
+from optax_lowmem._programs.leaf_plan import LeafPlan, Tile, is_integer
 from optax_lowmem._programs.phases import in_a_phase, in_phases
-from optax_lowmem._quantization.block_rows import map_rows
 from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem._quantization.tangents import derivative
 from optax_lowmem._state.moments import is_quantized
+from optax_lowmem._update.block_rows import map_rows
 from optax_lowmem._update.tile_loop import map_tiles
 from optax_lowmem.kernels import _choice, _guard
 
@@ -129,7 +129,7 @@ def _tied(plan: LeafPlan, values: Mapping[int, Tile]) -> dict[int, Tile]:
   2048 x 2048, 256 rows, H100); now 0.03 and 0.06.
   """
   quantized = [k for k in plan.moving if is_quantized(values[k])]
-  if len(plan.moving) < 2:
+  if sum(not is_integer(values[k]) for k in plan.moving) < 2:
     return dict(values)
   last, leaf = quantized[-1], plan.leaf
   gradient, scales = fence((values[leaf], values[last].scales))
@@ -139,12 +139,11 @@ def _tied(plan: LeafPlan, values: Mapping[int, Tile]) -> dict[int, Tile]:
 def _on(execute: Any, plan: LeafPlan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> Any:
   step = plan.step(env)
   writes = [values[k] for k in step.writes]
-  if not plan.in_place:
-    writes.append(jnp.zeros(plan.update.shape, plan.update.dtype))
+  writes += [jnp.zeros(x.shape, x.dtype) for x in step.fresh]
   new = execute(step.fn, [values[k] for k in step.reads], writes)
   return dict(zip((*plan.moving, plan.leaf), new, strict=True))
 
 
 def _kernel_arguments(plan: LeafPlan, step: Any, values: Mapping[int, Tile]) -> tuple[Any, ...]:
-  fresh = [] if plan.in_place else [plan.update]
-  return step.fn, [values[k] for k in step.reads], [values[k] for k in step.writes], fresh
+  reads, writes = ([values[k] for k in keys] for keys in (step.reads, step.writes))
+  return step.fn, reads, writes, step.fresh

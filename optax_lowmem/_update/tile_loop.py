@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem._quantization.array import QuantizedArray, has_halves
-from optax_lowmem._update.tile_views import Tile, cut_tile, paste_tile, restored, view
+from optax_lowmem._update.tile_views import (
+  Tile,
+  bits_in_step,
+  bits_view,
+  cut_tile,
+  paste_tile,
+  restored,
+  view,
+)
 
 # An array of more elements than this is walked in tiles. Below it, the temporaries of a whole array
 # are a few hundred KiB, and a loop for each of 300 leaves would take longer to compile.
@@ -53,19 +61,22 @@ def map_tiles(
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
   sources = [view(a, rows, columns) for a in reads]
-  state = [view(a, rows, columns) for a in writes]
+  state = [bits_view(a, rows, columns) for a in writes]
 
   halved = any(isinstance(a, QuantizedArray) and has_halves(a) for a in sources + state)
 
   def cut(arrays, segment, i):
     return [cut_tile(a, segment.start(i), segment.extent, halved) for a in arrays]
 
+  def cut_sources(segment, i):
+    return cut([bits_in_step(a, i) for a in sources], segment, i)
+
   def paste(state, new, segment, i):
     return [paste_tile(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
 
   if size <= tile:
     whole = _Segment(1, lambda _: (0, 0), (rows, columns))
-    state = paste(state, fn(cut(sources, whole, 0), cut(state, whole, 0)), whole, 0)
+    state = paste(state, fn(cut_sources(whole, 0), cut(state, whole, 0)), whole, 0)
     return [restored(a, like) for a, like in zip(state, writes, strict=True)]
 
   # What a step makes is carried, and pasted by the next before it cuts, so that all that reads a
@@ -79,7 +90,7 @@ def map_tiles(
       state, made = carry
       state = paste(state, made, segment, jnp.maximum(i - 1, 0))
       i = _smaller(i, segment.tiles - 1)
-      return state, fn(cut(sources, segment, i), cut(state, segment, i))
+      return state, fn(cut_sources(segment, i), cut(state, segment, i))
 
     carry = state, cut(state, segment, 0)
     state, _ = jax.lax.fori_loop(0, segment.tiles + 1, step, carry)

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._programs.fences import fence
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.positions import Positions
 
 # A position in an array of more elements does not fit the int32 of an index.
 _FLAT = (1 << 31) - 1
@@ -23,8 +25,11 @@ def view(a: Tile, rows: int, columns: int) -> Tile:
   XLA would copy a matrix of one column to lay it out, and it copies runs of a vector five times
   faster than rows of a matrix.
   """
+  if isinstance(a, Positions):
+    whole = (rows, columns) if a.of == a.shape else ()
+    return Positions(a.starts.reshape(-1), (math.prod(a.block),), (columns,), whole)
   if not isinstance(a, QuantizedArray):
-    return _to_bits(a).reshape(rows, columns)
+    return a.reshape(rows, columns)
   return dataclasses.replace(
     a,
     codes=a.codes.reshape(-1 if a.codes.size <= _FLAT else (rows, -1)),
@@ -32,6 +37,18 @@ def view(a: Tile, rows: int, columns: int) -> Tile:
     block=(math.prod(a.block),),
     extent=(columns,),
   )
+
+
+def bits_view(a: Tile, rows: int, columns: int) -> Tile:
+  """`view` of an array that tiles are pasted into."""
+  return view(a if isinstance(a, QuantizedArray) else _to_bits(a), rows, columns)
+
+
+def bits_in_step(a: Tile, i: Any) -> Tile:
+  """A view that is only read, as step `i` of a loop is to cut it."""
+  if isinstance(a, QuantizedArray | Positions) or a.dtype != jnp.bfloat16:
+    return a
+  return _to_bits(fence((a, i))[0])
 
 
 def restored(a: Tile, like: Tile) -> Tile:
@@ -63,6 +80,8 @@ def _parts(q: QuantizedArray, columns: Any) -> tuple[Any, Any]:
 def cut_tile(a: Tile, at: tuple[Any, Any], extent: tuple[int, int], halved: bool) -> Tile:
   """The tile of a view at a row and a column; a dense one in two halves if `halved`."""
   height, width = extent
+  if isinstance(a, Positions):
+    return _cut_positions(a, at, extent)
   if not isinstance(a, QuantizedArray):
     if not halved:
       return _from_bits(jax.lax.dynamic_slice(a, at, extent))
@@ -80,6 +99,19 @@ def cut_tile(a: Tile, at: tuple[Any, Any], extent: tuple[int, int], halved: bool
     scales=scales_.reshape(height, scales),
     extent=(width,),
   )
+
+
+def _cut_positions(a: Positions, at: tuple[Any, Any], extent: tuple[int, int]) -> Positions:
+  (height, width), (length,), (columns,) = extent, a.block, a.extent
+  count = -(-width // length)
+  if a.of:  # counted, not read: `starts` of a whole array would be 0.06 B/param of temporaries
+    row = jax.lax.broadcasted_iota(jnp.int32, (height, count), 0) + at[0]
+    block = jax.lax.broadcasted_iota(jnp.int32, (height, count), 1)
+    starts = row * columns + (at[1] + block * length)
+  else:
+    start = at[0] * -(-columns // length) + at[1] // length
+    starts = jax.lax.dynamic_slice(a.starts, (start,), (height * count,)).reshape(height, count)
+  return Positions(starts, a.block, (width,))
 
 
 def paste_tile(a: Tile, tile: Tile, at: tuple[Any, Any]) -> Tile:
@@ -106,7 +138,8 @@ def _places(q: QuantizedArray, at: tuple[Any, Any]) -> tuple[tuple[Any, ...], tu
   return code_at, (row * scales + scale,)
 
 
-# XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop.
+# XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop. Made
+# integers before the loop, or in a step that this can be taken out of, the array is copied.
 # docs/xla_notes.md#bf16
 
 

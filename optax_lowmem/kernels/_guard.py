@@ -91,7 +91,7 @@ def _steps(bits: int, platform: str, by_kernel: bool) -> list[jax.Array]:
   @jax.jit
   def step(*values):
     plan = LeafPlan(program, 0, [1, 2], dict(enumerate(values)), jnp.float32)
-    fn, _, writes = plan.step(program.run_shared(values))
+    fn, _, writes, _ = plan.step(program.run_shared(values))
     arrays = [values[k] for k in writes]
     if by_kernel:
       return _choice.map_blocks(fn, [], arrays, [], platform=platform)

@@ -17,6 +17,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.positions import Positions
 from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem.kernels._bodies import Body, as_argument, as_constant, traced, unknown
 
@@ -40,7 +41,9 @@ _LONGEST_BLOCK = 4096  # a block is never cut, so it is the least a tile can be
 # past the end of the array.
 _MOST = 2**31 - 1 - _LONGEST_BLOCK
 
-_DTYPES = frozenset(jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
+_DTYPES = frozenset(
+  jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int16, jnp.int8)
+)
 # What Triton's lowering knows on jax 0.10.2, 0.11.2 and 0.12.0: of the elementwise primitives all
 # but copy, digamma, erf, erfc, lgamma, reduce_precision and round, and what decode and encode use.
 _LOWERED = frozenset(
@@ -81,7 +84,7 @@ def supports(
     if reason := _unsupported(q):
       return reason
   for a in arrays:
-    if not isinstance(a, QuantizedArray) and a.dtype not in _DTYPES:
+    if not isinstance(a, QuantizedArray | Positions) and a.dtype not in _DTYPES:
       return f"an array has dtype {a.dtype}"
   return None if fn is None else unknown(_trace(fn, reads, writes, fresh), _LOWERED, "Triton")
 
@@ -178,9 +181,11 @@ def _trace(fn: Body, reads: Sequence[Tile], writes: Sequence[Tile], fresh: Seque
 
 def _cut(a: Any, tile: int) -> Any:
   """The form of a tile of `a`, seen as one flat run of elements."""
-  if not isinstance(a, QuantizedArray):
+  if not isinstance(a, QuantizedArray | Positions):
     return jax.ShapeDtypeStruct((tile,), a.dtype)
   length = math.prod(a.block)
+  if isinstance(a, Positions):
+    return Positions(jax.ShapeDtypeStruct((tile // length,), jnp.int32), (length,), (tile,))
   return dataclasses.replace(
     a,
     codes=jax.ShapeDtypeStruct((tile * a.codebook.bits // 8,), jnp.uint8),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from optax_lowmem._quantization.array import QuantizedArray
+from optax_lowmem._quantization.positions import Positions
 
 Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales
 
@@ -44,6 +45,8 @@ def map_rows(
   lead = shape[: -len(block)] if jax.device_count() > 1 else ()
 
   def view(a):
+    if isinstance(a, Positions):
+      return Positions(a.starts.reshape(*lead, -1, 1), (length,), (length,))
     if not isinstance(a, QuantizedArray):
       return a.reshape(*lead, -1, length)
     return dataclasses.replace(
