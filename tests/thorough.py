@@ -158,4 +158,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_qlora_talk.py::test_a_name_of_the_hub_is_fetched": (),
   "test_qlora_talk.py::test_what_a_run_says": (),
   "test_qlora_packing.py::test_packed_rows_give_the_loss_and_gradient_of_padded_ones": (),
+  "test_update_in_backward.py::test_it_is_the_ordinary_step": ("adamw", "came"),
+  "test_update_in_backward.py::test_quantized_state_is_the_ordinary_one": ("adamw-8", "lion-4"),
+  "test_update_in_backward.py::test_bfloat16_is_the_ordinary_one": ("masters 8", "rounding"),
 }
