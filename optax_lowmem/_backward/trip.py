@@ -9,6 +9,7 @@ waits for it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from optax_lowmem._programs.fences import fence
 from optax_lowmem._programs.inlined_calls import opened
 from optax_lowmem._programs.outputs import inputs_of, subprogram
 from optax_lowmem._programs.primitives import is_var
+from optax_lowmem._update.announced import listening
 
 # Parameters of a smaller part of a layer, such as norms, are updated together, after all others.
 _SMALL = 64
@@ -49,16 +51,33 @@ def trip(
     The new stacks, and the results.
   """
   arrays = jax.eval_shape(lambda stacks: [take(a, 0) for a in stacks], list(stacks))
-  closed, shapes = jax.make_jaxpr(fn, return_shape=True)(arrays, rest)
-  everything = set(range(len(closed.jaxpr.invars)))
-  closed = opened(closed, everything, lambda eqn: eqn.primitive.name == "cond")
-  grads, outputs = closed.jaxpr.outvars[:count], closed.jaxpr.outvars[count:]
-  new, results = outputs[: len(stacks)], outputs[len(stacks) :]
-  run = _Run(closed, stacks, jax.tree.leaves(rest), k, outputs)
-  for turn in _turns(grads, run.maker, [*range(count), *owners]):
-    run.replace({i: new[i] for i in turn})
-  run.finish()
-  return run.stacks, jax.tree.unflatten(jax.tree.structure(shapes[2]), run.values(results))
+
+  def cut(fn, stacks, rest, k):
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(arrays, rest)
+    everything = set(range(len(closed.jaxpr.invars)))
+    closed = opened(closed, everything, lambda eqn: eqn.primitive.name == "cond")
+    grads, outputs = closed.jaxpr.outvars[:count], closed.jaxpr.outvars[count:]
+    new, results = outputs[: len(stacks)], outputs[len(stacks) :]
+    run = _Run(closed, stacks, jax.tree.leaves(rest), k, outputs)
+    for turn in _turns(grads, run.maker, [*range(count), *owners]):
+      run.replace({i: new[i] for i in turn})
+    run.finish()
+    return run.stacks, jax.tree.unflatten(jax.tree.structure(shapes[2]), run.values(results))
+
+  with listening() as heard:
+    jax.eval_shape(fn, arrays, rest)
+
+  def as_a_gpu_computes(arrays, rest):
+    with listening():
+      return fn(arrays, rest)
+
+  args = list(stacks), rest, k
+  plain = functools.partial(cut, fn)
+  if not heard.phases:
+    return plain(*args)
+  # Rules that take norms are computed otherwise on a GPU: of all parameters, as one equation.
+  phased = functools.partial(cut, as_a_gpu_computes)
+  return jax.lax.platform_dependent(*args, cpu=plain, tpu=plain, default=phased)
 
 
 def _turns(
