@@ -8,6 +8,7 @@ flax and are imported by themselves.
 """
 
 from optax_lowmem import kernels
+from optax_lowmem._backward.update_in_backward import BackwardTraining, update_in_backward
 from optax_lowmem._host_memory.paged_state import paged, unpaged
 from optax_lowmem._host_memory.pages import Paged
 from optax_lowmem._host_memory.state_bytes import state_bytes
@@ -105,6 +106,9 @@ __all__ = [
   "master_weights",
   "stochastic_rounding",
   "with_master_params",
+  # The update within the backward pass.
+  "BackwardTraining",
+  "update_in_backward",
   # Where state is stored.
   "Paged",
   "offloaded",

@@ -21,6 +21,7 @@ ORDER = [
   "_update",
   "_masters",
   "_paging",
+  "_backward",
   "_optimizers",
   "_plan",
   "",  # what `import optax_lowmem` gives
