@@ -48,9 +48,9 @@ from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
 from optax_lowmem._quantization.quantize import quantize
 from optax_lowmem._quantization.storage import Blockwise, Dense, Storage
+from optax_lowmem._sharding.convert_state import convert_state, dequantized
 from optax_lowmem._sharding.state_shardings import state_shardings
 from optax_lowmem._state import serialization as _serialization
-from optax_lowmem._state.forms import convert_state, dequantized
 from optax_lowmem._state.leaves import is_stored
 from optax_lowmem._state.pickled_names import name_after
 from optax_lowmem._update.explain import Explained, Explanation, explain

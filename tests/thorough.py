@@ -61,6 +61,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_rank_promotion.py::test_quantize": ("[power8-double", "nf4-"),
   "test_storage.py::test_storing_is_idempotent": (),
   "test_sharding.py::test_on_eight_devices": ("quick",),
+  "test_several_processes.py::test_every_rule": (),
   "test_state_shardings.py::test_on_eight_devices": (),
   "test_stream.py::test_tiles_give_what_the_whole_array_gives": ("shape0", "shape1", "shape8"),
   "test_golden.py::test_in_their_format_and_our_blocks_it_drifts_as_they_do": (
@@ -162,6 +163,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_examples.py::test_full_finetune_by_another_rule_with_its_state_on_the_host": (),
   "test_examples.py::test_full_finetune_goes_on_where_it_stopped": (),
   "test_examples.py::test_minimal_qlora": (),
+  "test_examples.py::test_two_processes_are_one_and_go_on_as_one": (),
   "test_finetune.py::test_a_resumed_run_is_not_changed_unnoticed": (),
   "test_plan_cli.py::test_several_changes_together_where_none_is_enough": (),
   "test_plan_cli.py::test_without_the_cards_compiler_the_answer_is_the_cpus": (),
