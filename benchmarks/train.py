@@ -19,7 +19,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def text() -> tuple[np.ndarray, np.ndarray]:
   return data[:cut], data[cut:]
 
 
-def init(key: jax.Array) -> dict[str, jax.Array]:
+def init(key: jax.Array, width: int = WIDTH, layers: int = LAYERS) -> dict[str, jax.Array]:
   """The transformer's parameters, its layers stacked."""
   keys = iter(jax.random.split(key, 8))
 
@@ -131,14 +131,14 @@ def init(key: jax.Array) -> dict[str, jax.Array]:
     return jax.random.normal(next(keys), shape) / np.sqrt(shape[-2])
 
   return {
-    "embed": 0.02 * jax.random.normal(next(keys), (256, WIDTH)),
-    "position": 0.02 * jax.random.normal(next(keys), (CONTEXT, WIDTH)),
-    "qkv": matrix(LAYERS, WIDTH, 3 * WIDTH),
-    "out": matrix(LAYERS, WIDTH, WIDTH),
-    "up": matrix(LAYERS, WIDTH, 4 * WIDTH),
-    "down": matrix(LAYERS, 4 * WIDTH, WIDTH),
-    "norms": jnp.ones((LAYERS, 2, WIDTH)),
-    "head": matrix(WIDTH, 256),
+    "embed": 0.02 * jax.random.normal(next(keys), (256, width)),
+    "position": 0.02 * jax.random.normal(next(keys), (CONTEXT, width)),
+    "qkv": matrix(layers, width, 3 * width),
+    "out": matrix(layers, width, width),
+    "up": matrix(layers, width, 4 * width),
+    "down": matrix(layers, 4 * width, width),
+    "norms": jnp.ones((layers, 2, width)),
+    "head": matrix(width, 256),
   }
 
 
@@ -150,7 +150,7 @@ def loss_of(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
 
   def layer(x, p):
     q, k, v = jnp.split(norm(x, p["norms"][0]) @ p["qkv"], 3, -1)
-    heads = (*x.shape[:-1], HEADS, WIDTH // HEADS)
+    heads = (*x.shape[:-1], HEADS, x.shape[-1] // HEADS)
     q, k, v = (a.reshape(heads) for a in (q, k, v))
     attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     x = x + attended.reshape(x.shape) @ p["out"]
@@ -169,12 +169,29 @@ def batches(data: np.ndarray, count: int, seed: int) -> np.ndarray:
   return data[starts[..., None] + np.arange(CONTEXT + 1)].astype(np.int32)
 
 
-def train(tx: optax.GradientTransformation, params, tokens, held, every: int):
-  """Trains over (steps, batch, context + 1) tokens.
+class Fitted(NamedTuple):
+  """What training ends with.
 
-  Returns:
-    The held-out loss after every `every` steps, and the last state.
+  Attributes:
+    params: the parameters.
+    state: the optimizer's.
+    curve: the held-out loss along the way.
   """
+
+  params: Any
+  state: Any
+  curve: list[float]
+
+
+def fit(
+  tx: optax.GradientTransformation,
+  params: Any,
+  tokens: Any,
+  held: Any,
+  every: int,
+  loss_of: Callable[[Any, Any], jax.Array] = loss_of,
+) -> Fitted:
+  """Trains over batches that are stacked; measures on stacked `held` after every `every` steps."""
 
   def step(carry, batch):
     params, state = carry
@@ -183,16 +200,27 @@ def train(tx: optax.GradientTransformation, params, tokens, held, every: int):
     return (optax.apply_updates(params, updates), state), None
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def stretch(carry, tokens):
+  def stretch(carry, tokens, held):
     carry, _ = jax.lax.scan(step, carry, tokens)
     weights: Any = carry[0]
     return carry, jax.lax.map(functools.partial(loss_of, weights), held).mean()
 
   carry, curve = (params, tx.init(params)), []
-  for start in range(0, len(tokens), every):
-    carry, loss = stretch(carry, tokens[start : start + every])
+  for start in range(0, len(jax.tree.leaves(tokens)[0]), every):
+    part = jax.tree.map(lambda x, start=start: x[start : start + every], tokens)
+    carry, loss = stretch(carry, part, held)
     curve.append(float(loss))
-  return curve, carry[1]
+  return Fitted(carry[0], carry[1], curve)
+
+
+def train(tx: optax.GradientTransformation, params, tokens, held, every: int):
+  """Trains the transformer over (steps, batch, context + 1) tokens.
+
+  Returns:
+    The held-out loss after every `every` steps, and the last state.
+  """
+  done = fit(tx, params, tokens, held, every)
+  return done.curve, done.state
 
 
 def run(

@@ -8,6 +8,7 @@ flax and are imported by themselves.
 """
 
 from optax_lowmem import kernels
+from optax_lowmem._backward.update_in_backward import BackwardTraining, update_in_backward
 from optax_lowmem._host_memory.paged_state import paged, unpaged
 from optax_lowmem._host_memory.pages import Paged
 from optax_lowmem._host_memory.state_bytes import state_bytes
@@ -47,9 +48,9 @@ from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
 from optax_lowmem._quantization.quantize import quantize
 from optax_lowmem._quantization.storage import Blockwise, Dense, Storage
+from optax_lowmem._sharding.convert_state import convert_state, dequantized
 from optax_lowmem._sharding.state_shardings import state_shardings
 from optax_lowmem._state import serialization as _serialization
-from optax_lowmem._state.forms import convert_state, dequantized
 from optax_lowmem._state.leaves import is_stored
 from optax_lowmem._state.pickled_names import name_after
 from optax_lowmem._steps.loss_scaling import LossScalingState, loss_scaling, scale_loss
@@ -114,6 +115,9 @@ __all__ = [
   "loss_scaling",
   "multi_steps",
   "scale_loss",
+  # The update within the backward pass.
+  "BackwardTraining",
+  "update_in_backward",
   # Where state is stored.
   "Paged",
   "offloaded",

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-READ = ["tiny_gpt.py", "minimal_qlora.py", "full_finetune.py"]
+READ = ["tiny_gpt.py", "minimal_qlora.py", "full_finetune.py", "several_hosts.py"]
 PUBLIC = {"optax_lowmem", "flax", "jax", "numpy", "optax", "orbax", "tiny_gpt"}
 
 
@@ -89,3 +89,12 @@ def test_full_finetune_by_another_rule_with_its_state_on_the_host(tmp_path):
   (state,) = numbers(r"([\d.]+) MB in host memory", printed)
   (usual,) = numbers(r"With optax.adamw: +([\d.]+) MB", printed)
   assert 0.1 * usual < state < 0.14 * usual
+
+
+def test_two_processes_are_one_and_go_on_as_one(tmp_path):
+  two = run("several_hosts.py", "--steps", 4, "--out", tmp_path / "two")
+  one = run("several_hosts.py", "--steps", 4, "--out", tmp_path / "one", "--processes", 1)
+  losses = [numbers(r"step 4: loss ([\d.]+)", printed) for printed in (two, one)]
+  assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+  on = run("several_hosts.py", "--steps", 6, "--out", tmp_path / "two", "--processes", 1)
+  assert "after step 4" in on and numbers(r"step 6: loss ([\d.]+)", on)[0] < losses[0][0]

@@ -302,3 +302,20 @@ def test_refuses_at_construction(argument, match):
     lowmem.adafactor(1e-2, **argument)
   with pytest.raises(ValueError, match="largest"):
     lowmem.relative_step_size(largest=0.0)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_state_of_nnx_may_hold_a_long_vector(momentum):
+  """Its second moment is quantized and has no box, as those beside it have: `update` raised."""
+  nnx = pytest.importorskip("flax.nnx")
+  plain = {"w": jnp.ones((64, 128)), "norm": jnp.ones(4096)}
+  boxed = nnx.State({k: nnx.Param(x) for k, x in plain.items()})
+  tx = lowmem.adafactor(1e-2, momentum=momentum, min_dim_size_to_factor=32)
+  found = []
+  for params in (plain, boxed):
+    state = tx.init(params)
+    updates, new = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    found.append(jax.tree.leaves(updates))
+  for x, y in zip(found[0], jax.tree.leaves(found[1]), strict=True):
+    np.testing.assert_array_equal(x, y)

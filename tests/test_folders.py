@@ -22,6 +22,7 @@ ORDER = [
   "_masters",
   "_steps",
   "_paging",
+  "_backward",
   "_optimizers",
   "_plan",
   "",  # what `import optax_lowmem` gives

@@ -14,10 +14,12 @@ from optax_lowmem._masters import bits
 from optax_lowmem._masters.position_noise import position_noise
 from optax_lowmem._quantization.positions import indices
 from programs import temporaries_of
+from registry import small_tiles
 
 OPTIMIZERS = {
   "optax.adamw": lambda: optax.adamw(1e-3, weight_decay=0.1),
   "optax.lion": lambda: optax.lion(1e-3),
+  "optax.adam, mu in bfloat16": lambda: optax.adam(1e-3, mu_dtype=jnp.bfloat16),
   "optax.sgd": lambda: optax.sgd(1e-2, momentum=0.9),
   "optax.adafactor": lambda: optax.adafactor(1e-3),
   "adamw": lambda: lowmem.adamw(1e-3, weight_decay=0.1),
@@ -217,6 +219,18 @@ def test_a_thousand_steps_are_those_of_float32(name):
     np.testing.assert_array_equal(np.asarray(params[k]), rounded(weights[k]))
   equal = jax.tree.map(np.array_equal, state.inner_state, inner_state)
   assert all(jax.tree.leaves(equal))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw, 4 bits", "lion"])
+def test_steps_by_tiles_are_those_of_float32(name):
+  """As large arrays are updated: the update that is added is rounded, as one that was stored."""
+  trained_in_float32.cache_clear()
+  with small_tiles():
+    weights, _ = trained_in_float32(name, 5)
+    ours = lowmem.master_params(*trained(name, 5, 16))
+  trained_in_float32.cache_clear()
+  for k in weights:
+    np.testing.assert_array_equal(bits_of(ours[k]), bits_of(weights[k]))
 
 
 @pytest.mark.parametrize("name", ["optax.adamw", "optax.sgd"])

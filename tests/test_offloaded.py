@@ -578,10 +578,14 @@ class _Bare:
   platform = "bare"
 
   class _Memory:
-    kind = "device"
+    def __init__(self, kind):
+      self.kind = kind
+
+  def __init__(self, process_index=0, kinds=("device",)):
+    self.process_index, self._kinds = process_index, kinds
 
   def addressable_memories(self):
-    return [self._Memory()]
+    return [self._Memory(kind) for kind in self._kinds]
 
   def __str__(self):
     return "bare:0"
@@ -591,6 +595,13 @@ def test_a_backend_without_host_memory_is_refused_unless_asked_for():
   with pytest.raises(ValueError, match=r'bare:0 has only device.*fallback="device"'):
     _host.has_host_memory([_Bare()], None)
   assert not _host.has_host_memory([_Bare()], "device")
+
+
+def test_each_process_asks_a_device_of_its_own_for_host_memory(monkeypatch):
+  """XLA gives memories to a process' own GPUs only: every process but the first was refused."""
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  another, own = _Bare(0, ()), _Bare(1, ("device", "pinned_host"))
+  assert _host.has_host_memory([another, own], None)
 
 
 def test_paged_names():

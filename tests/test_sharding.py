@@ -375,6 +375,23 @@ def check_offloaded(kind):
     assert jax.tree.structure(shaped) == jax.tree.structure(tx.init(x))
 
 
+def check_conversions(kind):
+  """Of a factor whose blocks are of several rows: JAX reshapes no such array on explicit axes."""
+  params, grads = arrays("", (512, 16), "float32")
+  new, rules = RULES["adamw_4bit"], (RULES["adamw"], RULES["adamw_4bit"])
+  for spec in (P("a"), P(None, "a")):
+    sharded = jax.device_put((params, grads), NamedSharding(mesh_of(ONE, kind), spec))
+    for old in rules:
+      found = []
+      for p, g in ((params, grads), sharded):
+        state = jax.jit(old.update)(g, old.init(p), p)[1]
+        converted = lowmem.convert_state(state, old, new, p)
+        found.append((lowmem.dequantized(state), converted))
+      assert_same_bits(*found)
+      for x, y in zip(jax.tree.leaves(converted), jax.tree.leaves(new.init(p)), strict=True):
+        assert x.ndim == 0 or x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
 def check_checkpoints(kind):
   """Saved on one mesh, restored to another one, from device or host memory."""
   for name in ("adamw", "adamw_4bit", "came", "lamb"):
@@ -406,6 +423,7 @@ if __name__ == "__main__":
   _stream._WHOLE, _stream._SMALLEST = 1 << 12, 1 << 11  # small arrays are to be walked in tiles
   check_cases(kind, every)
   check_offloaded(kind)
+  check_conversions(kind)
   if whole:
     check_transformations(kind)
     check_phases(kind)

@@ -61,6 +61,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_rank_promotion.py::test_quantize": ("[power8-double", "nf4-"),
   "test_storage.py::test_storing_is_idempotent": (),
   "test_sharding.py::test_on_eight_devices": ("quick",),
+  "test_several_processes.py::test_every_rule": (),
   "test_state_shardings.py::test_on_eight_devices": (),
   "test_stream.py::test_tiles_give_what_the_whole_array_gives": ("shape0", "shape1", "shape8"),
   "test_golden.py::test_in_their_format_and_our_blocks_it_drifts_as_they_do": (
@@ -115,6 +116,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   ),
   "test_memory_spike.py::test_both_runs_end_with_the_same_loss": (),
   "test_masters.py::test_a_thousand_steps_are_those_of_float32": ("[optax.adamw",),
+  "test_masters.py::test_steps_by_tiles_are_those_of_float32": ("4 bits",),
   "test_masters.py::test_8_bits_stay_near_float32_for_a_thousand_steps": ("sgd",),
   "test_masters_composition.py::test_state_keeps_its_form": ("[adamw-16", "offloaded-stochastic"),
   "test_masters_composition.py::test_on_eight_devices": (),
@@ -177,6 +179,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_examples.py::test_full_finetune_by_another_rule_with_its_state_on_the_host": (),
   "test_examples.py::test_full_finetune_goes_on_where_it_stopped": (),
   "test_examples.py::test_minimal_qlora": (),
+  "test_examples.py::test_two_processes_are_one_and_go_on_as_one": (),
   "test_finetune.py::test_a_resumed_run_is_not_changed_unnoticed": (),
   "test_plan_cli.py::test_several_changes_together_where_none_is_enough": (),
   "test_plan_cli.py::test_without_the_cards_compiler_the_answer_is_the_cpus": (),
@@ -201,4 +204,13 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_qlora_talk.py::test_a_name_of_the_hub_is_fetched": (),
   "test_qlora_talk.py::test_what_a_run_says": (),
   "test_qlora_packing.py::test_packed_rows_give_the_loss_and_gradient_of_padded_ones": (),
+  "test_update_in_backward.py::test_it_is_the_ordinary_step": ("adamw", "came"),
+  "test_update_in_backward.py::test_quantized_state_is_the_ordinary_one": ("adamw-8", "lion-4"),
+  "test_update_in_backward.py::test_bfloat16_is_the_ordinary_one": ("masters 8", "rounding"),
+  "test_accelerator_backward.py::test_bytes_of_all_training_state": ("16 bits", "[8 bits]"),
+  "test_accelerator_backward.py::test_temporaries_are_two_gradients_of_a_layer": (
+    "16 bits",
+    "[8 bits]",
+  ),
+  "test_accelerator_backward.py::test_the_norm_of_all_gradients_costs_time_and_not_memory": (),
 }

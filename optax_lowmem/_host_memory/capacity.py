@@ -26,13 +26,20 @@ def devices_of(params: Any) -> list[Any]:
 
 
 def has_host_memory(devices: list[Any], fallback: str | None) -> bool:
-  kinds = {m.kind for m in devices[0].addressable_memories()}
+  """Whether the devices have host memory.
+
+  Of several processes, each must ask a device of its own: GPUs of others list no memories, so that
+  with `devices[0]` all processes but the first would refuse.
+  """
+  own = (d for d in devices if d.process_index == jax.process_index())
+  device = next(own, devices[0])
+  kinds = {m.kind for m in device.addressable_memories()}
   if PINNED_HOST.kind in kinds:
     return True
   if fallback == DEVICE.kind:
     return False
   raise ValueError(
-    f"`offloaded` needs pinned host memory, and {devices[0]} has only {', '.join(sorted(kinds))}. "
+    f"`offloaded` needs pinned host memory, and {device} has only {', '.join(sorted(kinds))}. "
     'Pass `fallback="device"` to leave the state on the device.'
   )
 

@@ -18,7 +18,7 @@ from optax_lowmem._masters.bits import (
   remainder_of,
   upper,
 )
-from optax_lowmem._masters.position_noise import position_noise
+from optax_lowmem._masters.position_noise import number_of, position_noise
 from optax_lowmem._masters.remainders import DTYPES, aligned, joined, remainders, zeros
 from optax_lowmem._masters.wrapped import (
   boxed_alike,
@@ -27,6 +27,7 @@ from optax_lowmem._masters.wrapped import (
   in_float32,
   update_narrow,
 )
+from optax_lowmem._programs.program import rounding_point
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
@@ -139,9 +140,11 @@ def master_weights(
   def checked(grads, state, params, extra_args):
     check_update("master_weights", grads, params)
     remainders(state, params, DTYPES[bits])
+    # A layer of a stack has other noise than the others (`numbered_from`).
+    extra_args = {"first": number_of(0), **extra_args}
     return update_narrow(split, grads, state, params, extra_args, indexed=bits == 8)
 
-  def split(grads, state, params, index, **extra_args):
+  def split(grads, state, params, index, first, **extra_args):
     """The bfloat16 at which each parameter is to be, in float32; of others, the update."""
     lows = aligned(state, params)
     masters = joined(params, lows)
@@ -151,9 +154,9 @@ def master_weights(
     flat = zip(jax.tree.leaves(params), lows, jax.tree.leaves(masters), strict=True)
     for k, (p, low, master) in enumerate(flat):
       if low is not None:
-        pattern = bits_of(master + targets[k])
+        pattern = bits_of(master + rounding_point(targets[k]))
         if bits == 8:
-          rounded = (pattern + position_noise(index[k], 8, k, state.step)) & ~0xFF
+          rounded = (pattern + position_noise(index[k], 8, first + k, state.step)) & ~0xFF
           pattern = jnp.where(is_finite(pattern), rounded, pattern)
         targets[k] = float32_of(upper(pattern))
         low = remainder_of(pattern, landing(p, targets[k]))

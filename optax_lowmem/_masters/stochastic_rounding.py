@@ -12,7 +12,7 @@ import optax
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._masters.bits import bits_of, float32_of, is_finite, upper
-from optax_lowmem._masters.position_noise import position_noise
+from optax_lowmem._masters.position_noise import number_of, position_noise
 from optax_lowmem._masters.wrapped import (
   boxed_alike,
   check_parameters,
@@ -20,6 +20,7 @@ from optax_lowmem._masters.wrapped import (
   in_float32,
   update_narrow,
 )
+from optax_lowmem._programs.program import rounding_point
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
@@ -111,18 +112,20 @@ def stochastic_rounding(
   @boxed_alike
   def checked(grads, state, params, extra_args):
     check_update("stochastic_rounding", grads, params)
+    # A layer of a stack has other noise than the others (`numbered_from`).
+    extra_args = {"first": number_of(0), **extra_args}
     return update_narrow(rounded, grads, state, params, extra_args, indexed=True)
 
-  def rounded(grads, state, params, index, **extra_args):
+  def rounded(grads, state, params, index, first, **extra_args):
     """The bfloat16 at which each parameter is to be, in float32; of others, the update."""
     weights = in_float32(params)
     changes, inner_state = inner.update(grads, state.inner_state, weights, **extra_args)
     targets, treedef = jax.tree.flatten(changes)
     leaves = jax.tree.leaves(weights)
     for k in index:
-      pattern = bits_of(leaves[k] + targets[k])
+      pattern = bits_of(leaves[k] + rounding_point(targets[k]))
       # Within one sign and exponent, bits are linear in what they stand for: so is the probability.
-      drawn = (pattern + position_noise(index[k], 16, key, k, state.step)) & ~0xFFFF
+      drawn = (pattern + position_noise(index[k], 16, key, first + k, state.step)) & ~0xFFFF
       targets[k] = float32_of(jnp.where(is_finite(pattern), drawn, upper(pattern)))
     new = StochasticRoundingState(optax.safe_increment(state.step), inner_state)
     return treedef.unflatten(targets), new

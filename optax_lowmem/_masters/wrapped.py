@@ -13,6 +13,7 @@ from optax_lowmem._masters.bits import reach
 from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._quantization.positions import indices
 from optax_lowmem._state.gradients import check_gradients
+from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.engine import in_phases_on_gpus, update_elementwise
 
@@ -106,13 +107,23 @@ def update_narrow(
       updates[k] = reach(leaves[k], updates[k])
     return treedef.unflatten(updates), state
 
-  if not any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged))):
+  if not any(map(_stays_as_it_is, jax.tree.leaves(state, is_leaf=_is_held))):
     try:
       return update_elementwise(rule, grads, state, params, extra_args, reach, indexed)
     except NotElementwise as reason:
       if reason.by_phases:
         return in_phases_on_gpus(in_parts, grads, state, params, extra_args)
   return in_parts(grads, state, params, extra_args)
+
+
+def _is_held(x: Any) -> bool:
+  return is_paged(x) or is_quantized(x)
+
+
+def _stays_as_it_is(x: Any) -> bool:
+  """Whether the engine would not give the rule what it gave: pages, and 16 bits of its own."""
+  narrow = not _is_held(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+  return is_paged(x) or narrow
 
 
 def boxed_alike(run: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

@@ -16,6 +16,7 @@ from optax_lowmem._optimizers.factored import by_layer, unzipped, zeros_as
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._quantization.array import finite_or
 from optax_lowmem._state.moments import is_quantized
+from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.float32 import chain
 
 
@@ -220,6 +221,9 @@ def _in_groups(
     del extra_args
     if params is None:
       return rms.update(updates, state, params)  # raises, and says why
+    # Of an `nnx.State`, boxes are around arrays, and none is around what is quantized.
+    boxed = jax.tree.structure((updates, state), is_leaf=is_quantized)
+    updates, state, params = unbox((updates, state, params))
     grads, treedef = jax.tree.flatten(updates)
     arrays = [grads, *map(treedef.flatten_up_to, (*state[1:], params))]
     is_factored = [g.shape != v.shape for g, v in zip(grads, arrays[3], strict=True)]
@@ -234,6 +238,7 @@ def _in_groups(
       for i, *result in zip(members, u, *kept, strict=True):
         results[i] = result
     u, *stats = unzipped(treedef, results, 4)
-    return u, optax.FactoredState(count, *stats)
+    new = (u, optax.FactoredState(count, *stats))
+    return boxed.unflatten(jax.tree.leaves(new, is_leaf=is_quantized))
 
   return optax.GradientTransformationExtraArgs(init, update)

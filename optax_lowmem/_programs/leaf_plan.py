@@ -6,6 +6,7 @@ A plan is pure. Tiles, a kernel, whole arrays and paging execute it, each in its
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,7 +112,11 @@ class LeafPlan:
       tiles |= dict(zip(writes, write, strict=False))
       tiles |= zip(self.moving, healed([tiles[k] for k in self.moving]), strict=True)
       old = _parts(tiles)
-      new = [self._program.run_leaf(self.leaf, dict(env), part, made) for part in old]
+      # Of a tile, or of halves, the rule alone would store its update before it is added.
+      part = next(iter(old[0].values())).size < math.prod(self.update.shape)
+      rounded = finished and part
+      run = functools.partial(self._program.run_leaf, self.leaf, dict(env), rounded=rounded)
+      new = [run(part, made) for part in old]
       updates = [part[made[-1]] for part in new]
       if emit is not None:
         pairs = zip(old, updates, strict=True)

@@ -13,6 +13,9 @@ from jax.sharding import AxisType
 
 from optax_lowmem._programs.elementwise import Op, Proof, Ref
 
+_FLOAT32 = (8, 23)  # bits of exponent and mantissa
+_NAN = 0x7FC00000
+
 
 class Program:
   """A function that was proved elementwise, ready to be run leaf by leaf.
@@ -60,6 +63,7 @@ class Program:
     args: Mapping[int, jax.Array],
     results: Iterable[int],
     given: Mapping[int, jax.Array] | None = None,
+    rounded: bool = False,
   ) -> dict[int, jax.Array]:
     """Computes results of one leaf, on all of it or on a tile of any shape.
 
@@ -70,6 +74,8 @@ class Program:
       results: positions of the wanted flat results; they belong to the leaf or are uniform.
       given: by position, results that are taken as they are instead of being computed, also where
         other results are made of them.
+      rounded: whether what passes a `rounding_point` is rounded there; XLA may else make one
+        operation of a product before it and a sum behind it.
 
     Returns:
       The results by position.
@@ -80,7 +86,11 @@ class Program:
     like = next(iter(args.values()))
     form = like.shape, _explicit_sharding(like)
     for op in self._needed(leaf, wanted, given or {})[0]:
-      _bind(op, env, form)
+      if _is_rounding_point(op):
+        value = env[op.inputs[0].index]
+        env[op.outputs[0].index] = _rounded(value) if rounded else value
+      else:
+        _bind(op, env, form)
     refs = ((k, self._outputs[k]) for k in wanted)
     return {k: _full(r, env[r.index], *form) if r.uniform else env[r.index] for k, r in refs}
 
@@ -195,6 +205,25 @@ class Program:
     """The scalar that fills a uniform result."""
     ref = self._outputs[position]
     return _full(ref, env[ref.index], ())
+
+
+def rounding_point(x: jax.Array) -> jax.Array:
+  """`x`, a float32, as a result would be that is stored there: rounded. Elsewhere than in a
+  `Program` it does nothing.
+  """
+  return jax.lax.reduce_precision(x, *_FLOAT32)
+
+
+def _is_rounding_point(op: Op) -> bool:
+  precision = op.params.get("exponent_bits"), op.params.get("mantissa_bits")
+  return op.primitive.name == "reduce_precision" and precision == _FLOAT32
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+  """`x`, by a minimum that only the patterns of NaNs exceed."""
+  pattern = jax.lax.bitcast_convert_type(x, jnp.int32)
+  magnitude = jnp.minimum(pattern & 0x7FFFFFFF, _NAN)
+  return jax.lax.bitcast_convert_type(magnitude | (pattern & -0x80000000), jnp.float32)
 
 
 def _full(ref: Ref, value: Any, shape: tuple[int, ...], sharding: Any = None) -> jax.Array:

@@ -42,6 +42,8 @@ def temporaries(
   if s.quantize != "none" and not full:
     found += _UNPACKED * sum(matrices) * size
   found += (_GRADIENTS if not full else 0) * gradients
+  if full and s.fsdp and devices > 1:  # the weights of the layer that is computed, of all devices
+    found += sum(matrices) * size
   if full:  # the update comes after the backward pass, whose memory it takes over
     largest = max(*(n * config.num_hidden_layers for n in matrices), config.vocab_size * width)
     shard = devices if s.fsdp else 1

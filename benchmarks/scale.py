@@ -1,0 +1,212 @@
+"""Memory and traffic of each GPU, for 7B to 405B parameters trained whole on 8 to 4,096 of them.
+
+    python benchmarks/scale.py [--only memory traffic check] [--json results/scale-h100.json]
+
+Everything is in parts (FSDP): weights, gradients and state; each device has one row of 2,048 tokens
+in bfloat16, and each layer is computed once more in the backward pass. `memory` is of the planner:
+weights, gradients and state exactly, from shapes, and activations by its formula. `traffic` is
+computed: what an update moves through device memory, by its programs compiled for an H100; what
+goes over the network, and over the link to the host. `check` compiles the step for eight H100s and
+compares. Nothing is run, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+if __name__ == "__main__":
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)  # updates are cut only where there are several
+
+import optax_lowmem as lowmem
+from _measure import write
+from optax_lowmem._plan.memory_plan import MemoryPlan, Part
+from optax_lowmem.qlora.planning.estimate import temporaries
+from optax_lowmem.qlora.planning.model_source import config_of
+from optax_lowmem.qlora.planning.steps import Step, step_of
+from optax_lowmem.qlora.run.settings import Settings
+
+GB = 10**9
+MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3.1-405b")
+DEVICES = (8, 16, 64, 256, 1024, 4096)
+TOKENS = 2048
+CARD_GB = 80.0  # of which half a GiB is the driver's
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """An optimizer, the dtype of the weights, and what an update moves.
+
+  Attributes:
+    make: the optimizer.
+    optim: its name for the planner's formula.
+    dtype: of the weights and gradients.
+    hbm: the row and the dtype in `benchmarks/results/accelerator-h100.json` that says what an
+      update moves through device memory; None where there is none.
+  """
+
+  make: Callable[[], Any]
+  optim: str
+  dtype: str = "bfloat16"
+  hbm: tuple[str, str] | None = None
+
+
+def _adamw(bits: Any) -> Any:
+  return lowmem.adamw(1e-4, bits=bits)
+
+
+RECIPES: dict[str, Recipe] = {
+  "adamw, 32 bits, float32 weights": Recipe(
+    lambda: _adamw(32), "adamw", "float32", ("optax.adamw", "float32")
+  ),
+  "adamw, 32 bits": Recipe(lambda: _adamw(32), "adamw"),
+  "adamw, 8 bits": Recipe(lambda: _adamw(8), "adamw_8bit", hbm=("adamw, 8 bits", "bfloat16")),
+  "adamw, 4 bits": Recipe(lambda: _adamw(4), "adamw_4bit", hbm=("adamw, 4 bits", "bfloat16")),
+  "came, 8 bits": Recipe(lambda: lowmem.came(1e-4), "came", hbm=("came, 8 bits", "bfloat16")),
+  "adafactor, no momentum": Recipe(lambda: lowmem.adafactor(1e-4), "adafactor"),
+  "master_weights(adamw, 8 bits)": Recipe(lambda: lowmem.master_weights(_adamw(8)), "adamw_8bit"),
+  "offloaded(adamw, 32 bits)": Recipe(lambda: lowmem.offloaded(_adamw(32)), "paged_adamw"),
+  "offloaded(adamw, 8 bits)": Recipe(lambda: lowmem.offloaded(_adamw(8)), "paged_adamw_8bit"),
+  "offloaded(master_weights(adamw, 8 bits))": Recipe(
+    lambda: lowmem.offloaded(lowmem.master_weights(_adamw(8))), "paged_adamw_8bit"
+  ),
+}
+CHECKED = (
+  ("llama-2-7b", "adamw, 8 bits"),
+  ("llama-2-70b", "adamw, 8 bits"),
+  ("llama-2-7b", "came, 8 bits"),
+  ("llama-2-7b", "master_weights(adamw, 8 bits)"),
+  ("llama-2-7b", "offloaded(adamw, 8 bits)"),
+  ("llama-2-7b", "adamw, 32 bits, float32 weights"),
+  ("llama-2-7b", "adamw, 32 bits"),
+  ("llama-2-7b", "adamw, 4 bits"),
+  ("llama-2-7b", "adafactor, no momentum"),
+  ("llama-2-70b", "came, 8 bits"),
+)
+
+
+def step(model: str, recipe: Recipe, devices: int) -> tuple[Step, MemoryPlan]:
+  """The step of so many devices, and what the planner says of it."""
+  settings = Settings(
+    batch_size=devices, seq_len=TOKENS, dtype=recipe.dtype, optim=recipe.optim, fsdp=True
+  )
+  config = config_of(model)
+  found = step_of(config, settings, full=True, devices=devices, tx=recipe.make())
+  known = found.shapes()
+  rest = temporaries(config, settings, known.of("gradients"), True, devices)
+  parts = (*known.parts, Part("activations, other temporaries", "temporaries", rest))
+  return found, dataclasses.replace(known, parts=parts, method="estimate")
+
+
+def row(planned: MemoryPlan) -> dict[str, Any]:
+  kinds = ("weights", "state", "gradients", "temporaries")
+  found = {f"{kind} GB": planned.of(kind) / GB for kind in kinds}
+  return found | {"device GB": planned.device_bytes / GB, "host GB": planned.host_bytes / GB}
+
+
+def memory() -> Iterator[dict[str, Any]]:
+  """GB on each device, as planned; of pages in host memory, for each device."""
+  for model in MODELS:
+    for name, recipe in RECIPES.items():
+      for devices in DEVICES:
+        _, planned = step(model, recipe, devices)
+        yield {"model": model, "optimizer": name, "devices": devices, **row(planned)}
+
+
+def traffic() -> Iterator[dict[str, Any]]:
+  """GB that each device moves in a step beside computing it, by parts, on 64 devices."""
+  devices = 64
+  file = pathlib.Path(__file__).parent / "results/accelerator-h100.json"
+  moved = {
+    (each["rule"], each["dtype"]): each["hbm"]
+    for section in ("one", "norms")
+    for each in json.loads(file.read_text())[section]
+    if each.get("program", "one array") == "one array"
+  }
+  for model in MODELS:
+    for name, recipe in RECIPES.items():
+      _, planned = step(model, recipe, devices)
+      weights = planned.of("weights") * devices  # gathered twice; gradients scattered once
+      count = sum(part.parameters for part in planned.parts) / devices
+      hbm = moved[recipe.hbm] * count / GB if recipe.hbm else None
+      yield {
+        "model": model,
+        "optimizer": name,
+        "devices": devices,
+        "network GB": 3 * weights * (devices - 1) / devices / GB,
+        "update, device memory GB": hbm,
+        "host link, both ways GB": 2 * planned.host_bytes / GB,
+      }
+
+
+def check() -> Iterator[dict[str, Any]]:
+  """The plan of eight devices beside the step compiled for eight H100s."""
+  for model, name in CHECKED:
+    found, planned = step(model, RECIPES[name], 8)
+    compiled = found.compiled("h100")
+    yield {
+      "model": model,
+      "optimizer": name,
+      "planned GB": planned.device_bytes / GB,
+      "compiled GB": compiled.device_bytes / GB,
+      "error %": 100 * (planned.device_bytes / compiled.device_bytes - 1),
+      "host, planned GB": planned.host_bytes / GB,
+      "host, compiled GB": compiled.host_bytes / GB,
+      "seconds": compiled.seconds,
+    }
+
+
+def tables(rows: list[dict[str, Any]]) -> None:
+  """Of `memory`: a table for each model, a row for each optimizer."""
+  for model in MODELS:
+    print(
+      f"\n**{model}**\n\n| | " + " | ".join(f"{n:,}" for n in DEVICES) + " | host, of 8 | fits |"
+    )
+    print("|---" * (len(DEVICES) + 3) + "|")
+    for name in RECIPES:
+      mine = [r for r in rows if (r["model"], r["optimizer"]) == (model, name)]
+      cells = [f"{r['device GB']:.1f}" for r in mine]
+      least = next((r["devices"] for r in mine if r["device GB"] <= CARD_GB - 0.54), None)
+      print(f"| {name} | {' | '.join(cells)} | {mine[0]['host GB']:.1f} | {least or 'none'} |")
+
+
+SECTIONS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+  f.__name__: f for f in (memory, traffic, check)
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
+  parser.add_argument("--json", help="file to write the result to; sections not asked for stay")
+  args = parser.parse_args()
+  found: dict[str, Any] = {"card": "h100", "tokens of a device": TOKENS}
+  if args.json and pathlib.Path(args.json).exists():
+    old = json.loads(pathlib.Path(args.json).read_text())
+    found |= {name: old[name] for name in SECTIONS if name in old}
+  for name in args.only:
+    print(f"\n### {name}: {SECTIONS[name].__doc__}\n", flush=True)
+    rows = found[name] = []
+    for each in SECTIONS[name]():
+      if not rows and name != "memory":
+        print("| " + " | ".join(each) + " |\n" + "|---" * len(each) + "|", flush=True)
+      rows.append(each)
+      if name != "memory":
+        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in each.values())
+        print("| " + " | ".join(cells) + " |", flush=True)
+      if name == "check":  # a minute each: what is done is kept
+        write(args.json, found)
+    if name == "memory":
+      tables(rows)
+  write(args.json, found)
+
+
+if __name__ == "__main__":
+  main()

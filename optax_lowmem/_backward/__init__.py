@@ -1,0 +1,1 @@
+"""The optimizer's update within the backward pass of layers that are stacked."""
