@@ -235,6 +235,10 @@ def test_what_cannot_work_is_refused():
     make(tx=optax.chain(optax.clip(1.0), lowmem.master_weights(sums)))
   with pytest.raises(ValueError, match="`outer_tx` accumulates"):
     make(tx=tx, outer_tx=sums)
+  with pytest.raises(ValueError, match="accumulates gradients"):
+    make(tx=lowmem.multi_steps(tx, 2))
+  with pytest.raises(ValueError, match="whether a step is skipped depends"):
+    make(tx=lowmem.loss_scaling(tx))
   with pytest.raises(ValueError, match="searches along a line"):
     make(tx=optax.lbfgs())
   with pytest.raises(ValueError, match="`tx` is `offloaded`"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem._host_memory.pages import is_paged
+from optax_lowmem._steps.loss_scaling import LossScalingState
 
 _SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 _PROBES = tuple({"w": jax.ShapeDtypeStruct((64, 64), t)} for t in (jnp.bfloat16, jnp.float32))
@@ -38,7 +39,7 @@ def check_state(name: str, state: Any) -> None:
     return isinstance(x, optax.MultiStepsState)
 
   def is_known(x: Any) -> bool:
-    return accumulates(x) or isinstance(x, _SEARCHES) or is_paged(x)
+    return accumulates(x) or isinstance(x, (*_SEARCHES, LossScalingState)) or is_paged(x)
 
   for x in jax.tree.leaves(state, is_leaf=is_known):
     if accumulates(x):
@@ -47,6 +48,12 @@ def check_state(name: str, state: Any) -> None:
         "layers from step to step, which an update in the backward pass is there to do without. "
         "Give `step` the whole batch: activations of one layer and the inputs of all are what it "
         "holds; or train with an ordinary step."
+      )
+    if isinstance(x, LossScalingState):
+      raise ValueError(
+        f"`{name}` is scaled (`loss_scaling`): whether a step is skipped depends on gradients of "
+        "all layers, and one is updated before the next are there. Train in bfloat16, or with an "
+        "ordinary step."
       )
     if is_paged(x) and name == "tx":
       raise ValueError(
