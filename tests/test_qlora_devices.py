@@ -13,6 +13,7 @@ from qlora_cases import SCRIPT, arguments
 
 STEPS = """
 import json, sys
+from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from optax_lowmem.qlora.run.settings import Settings
@@ -23,7 +24,7 @@ from optax_lowmem.qlora.training.evaluation import HeldOut
 from pathlib import Path
 from optax_lowmem.qlora.run.recipe import loaded_model, optimizer
 from optax_lowmem.qlora.training.devices import dealt, devices_in_a_row, everywhere, in_parts
-from optax_lowmem.qlora.training.step import Steps, merged, split
+from optax_lowmem.qlora.training.step import Steps, merged, split, train_step
 
 folder = Path(sys.argv[1])
 # Rank 64 makes the adapters large enough to be held in codes, and those in host memory.
@@ -40,7 +41,7 @@ for count, place in ((1, everywhere), (8, everywhere), (8, in_parts)):
   graph, state, frozen = split(loaded_model(folder / "model", s), tx.init)
   state, frozen = everywhere(state, mesh), place(frozen, mesh)
   spread = [x for x in jax.tree.leaves(frozen) if not x.sharding.is_fully_replicated]
-  steps, losses = Steps(graph, tx, shards=count), []
+  steps, losses = Steps(partial(train_step, graph, tx, shards=count)), []
   kinds = [x.sharding.memory_kind for x in jax.tree.leaves(state)]
   for step in range(2):
     state, measured = steps(state, frozen, dealt(batches.at(step), mesh))

@@ -21,16 +21,13 @@ _LOGITS = 1.4  # of the float32 logits of 128 positions
 _NORMS = re.compile(r"(paged_)?(came|lamb|lars)")
 
 
-def temporaries(
-  config: LlamaConfig, s: Settings, gradients: int, full: bool, devices: int = 1
-) -> int:
+def temporaries(config: LlamaConfig, s: Settings, gradients: int, devices: int = 1) -> int:
   """Bytes of activations and other temporaries of a training step on each device.
 
   Args:
     config: of the model.
     s: the settings.
     gradients: bytes of the gradients, which are not counted here.
-    full: whether all parameters are trained, or adapters.
     devices: over how many the rows are spread.
   """
   width, size = config.hidden_size, jnp.dtype(s.dtype).itemsize
@@ -39,10 +36,10 @@ def temporaries(
   matrices = [math.prod(shape) for shape, _ in linear_shapes(config).values()]
   found = _SAVED * config.num_hidden_layers * layer + _LAYER * layer
   found += _LOGITS * 128 * config.vocab_size * 4
-  if s.quantize != "none" and not full:
+  if s.quantize != "none" and not s.full:
     found += _UNPACKED * sum(matrices) * size
-  found += (_GRADIENTS if not full else 0) * gradients
-  if full:  # the update comes after the backward pass, whose memory it takes over
+  found += (_GRADIENTS if not s.full else 0) * gradients
+  if s.full:  # the update comes after the backward pass, whose memory it takes over
     largest = max(*(n * config.num_hidden_layers for n in matrices), config.vocab_size * width)
     shard = devices if s.fsdp else 1
     quantized = re.search(r"_[48]bit$|^paged_", s.optim)

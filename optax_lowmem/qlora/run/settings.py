@@ -4,9 +4,11 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from optax_lowmem.qlora.models.attention import KINDS
+
+Trained = Literal["adapters", "all parameters"]
 
 
 def _setting(
@@ -17,6 +19,7 @@ def _setting(
   least: int | None = None,
   most: int | None = None,
   changeable: bool = False,
+  only: Trained | None = None,
 ) -> Any:
   """A row of the table.
 
@@ -28,8 +31,9 @@ def _setting(
     most: the largest: more than any machine holds, or than the system counts, for files that
       somebody else wrote.
     changeable: whether a resumed run may have another one; any else would make it another run.
+    only: what is trained, where it says nothing of the other.
   """
-  metadata = {"help": help, "choices": choices, "least": least, "most": most}
+  metadata = {"help": help, "choices": choices, "least": least, "most": most, "only": only}
   metadata["changeable"] = changeable
   if isinstance(default, (dict, list)):
     return field(default_factory=type(default), metadata=metadata)
@@ -82,7 +86,7 @@ class Settings:
   grad_accum: int = _setting(1, "forward passes a step", least=1, most=1 << 16)
   seed: int = _setting(
     0,
-    "of the adapters, the order of the rows, and dropout",
+    "of the adapters, the order of the rows, dropout, and what is rounded at random",
     least=0,
     most=2**32 - 2,
   )
@@ -92,17 +96,21 @@ class Settings:
     least=0,
     most=1 << 16,
   )
-  fsdp: bool = _setting(False, "hold a part of the base model on each device, not a copy")
-  # base model and adapters
+  fsdp: bool = _setting(
+    False, "hold a part of the base model, or of all with --full, on each device, not a copy"
+  )
+  # base model
+  full: bool = _setting(False, "train all parameters, in the place of adapters")
   quantize: str = _setting(
     "nf4",
     "how the base model's linear layers are held",
     choices=("nf4", "fp4", "int8", "none"),
+    only="adapters",
   )
   dtype: str = _setting(
     "auto",
-    "dtype of everything else in the base model, and of its arithmetic; auto is float32 "
-    "on a CPU, bfloat16 elsewhere",
+    "dtype of everything else in the base model, and of its arithmetic; with --full, of all; auto "
+    "is float32 on a CPU, bfloat16 elsewhere",
     choices=("auto", "float32", "bfloat16"),
   )
   attention: str = _setting(
@@ -111,43 +119,66 @@ class Settings:
     "of a layer at once; cudnn: NVIDIA's kernel, without --packing; auto: chunked",
     choices=KINDS,
   )
-  rank: int = _setting(16, "rank of the adapters", least=1, most=1 << 16)
-  alpha: float = _setting(32.0, "the adapters are scaled by alpha / rank")
-  dropout: float = _setting(0.0, "dropout in the adapters")
+  # all parameters
+  masters: str = _setting(
+    "16",
+    "of bfloat16 weights: how many bits more of each are kept in the state, where updates add up, "
+    "or stochastic: they are rounded at random",
+    choices=("16", "8", "none", "stochastic"),
+    only="all parameters",
+  )
+  update_in_backward: bool = _setting(
+    True,
+    "update each layer as soon as its gradients are there, so that those of one exist at a time",
+    only="all parameters",
+  )
+  # adapters
+  rank: int = _setting(16, "rank of the adapters", least=1, most=1 << 16, only="adapters")
+  alpha: float = _setting(32.0, "the adapters are scaled by alpha / rank", only="adapters")
+  dropout: float = _setting(0.0, "dropout in the adapters", only="adapters")
   targets: str = _setting(
     "([qkvo]|qkv|gate|up|gate_up|down)_proj",
     "layers to adapt, a regular expression for their names or full paths; all-linear is "
     "every linear layer but the head",
+    only="adapters",
   )
   init: str = _setting(
     "default",
     "how adapters start",
     choices=("default", "gaussian", "pissa", "loftq"),
+    only="adapters",
   )
   adapter_dtype: str = _setting(
     "float32",
     "dtype of the adapters and their gradients; bfloat16 halves both, and rounds away "
     "updates of less than 1/512 of a value, so it wants a higher --lr",
     choices=("float32", "bfloat16"),
+    only="adapters",
   )
-  rslora: bool = _setting(False, "scale the adapters by alpha / sqrt(rank)")
-  dora: bool = _setting(False, "train the magnitude of the weights apart from their direction")
+  rslora: bool = _setting(False, "scale the adapters by alpha / sqrt(rank)", only="adapters")
+  dora: bool = _setting(
+    False, "train the magnitude of the weights apart from their direction", only="adapters"
+  )
   rank_pattern: dict[str, int] = _setting(
-    {},
-    "ranks of some layers, such as q_proj=8,down_proj=32, or JSON",
+    {}, "ranks of some layers, such as q_proj=8,down_proj=32, or JSON", only="adapters"
   )
-  alpha_pattern: dict[str, float] = _setting({}, "alphas of some layers, the same way")
-  modules_to_save: list[str] = _setting([], "modules to train whole, such as lm_head,embed_tokens")
+  alpha_pattern: dict[str, float] = _setting(
+    {}, "alphas of some layers, the same way", only="adapters"
+  )
+  modules_to_save: list[str] = _setting(
+    [], "modules to train whole, such as lm_head,embed_tokens", only="adapters"
+  )
   neftune_alpha: float = _setting(
     0.0,
     "noise on the embeddings in training, 5 for example; 0: none",
   )
   # optimizer
   optim: str = _setting("adamw_8bit", "optimizer, by the names of optax_lowmem.create")
-  lr: float = _setting(1e-3, "peak learning rate")
+  lr: float = _setting(1e-3, "peak learning rate; with --full 2e-5, if none is given")
   lora_plus_ratio: float = _setting(
     0.0,
     "learning rate of the second factors over that of the first; 0: the same",
+    only="adapters",
   )
   schedule: str = _setting(
     "cosine",
@@ -162,7 +193,11 @@ class Settings:
     None,
     "the optimizer's weight decay (default: the optimizer's own)",
   )
-  max_grad_norm: float = _setting(1.0, "clip gradients to this norm; 0 does not")
+  max_grad_norm: float = _setting(
+    1.0,
+    "clip gradients to this norm; 0 does not; where layers are updated in the backward pass, it "
+    "takes a second one",
+  )
   # results
   out: str | None = _setting(
     None,
@@ -221,8 +256,14 @@ def _column(name: str) -> dict[str, Any]:
   return {name: value for name, value in found.items() if value is not None}
 
 
-HELP, CHOICES, LEAST, MOST = map(_column, ("help", "choices", "least", "most"))
+HELP, CHOICES, LEAST, MOST, ONLY = map(_column, ("help", "choices", "least", "most", "only"))
+FULL = {"lr": 2e-5}  # what other defaults are with --full
 CHANGEABLE = {name for name, changes in _column("changeable").items() if changes}
+
+
+def trained_by(s: Settings) -> Trained:
+  """What a run with these settings trains."""
+  return "all parameters" if s.full else "adapters"
 
 
 def flag_of(name: str) -> str:
@@ -236,6 +277,11 @@ def default_of(each: "Field[Any]") -> Any:
     return each.default
   assert each.default_factory is not MISSING  # every setting has a default
   return each.default_factory()
+
+
+def usual_of(each: "Field[Any]", full: bool) -> Any:
+  """A setting's default where all parameters are trained, or adapters."""
+  return FULL.get(each.name, default_of(each)) if full else default_of(each)
 
 
 def kind_of(each: "Field[Any]") -> Any:
