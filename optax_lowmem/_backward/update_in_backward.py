@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_lowmem._arguments.checks import check, check_transformation
+from optax_lowmem._backward.layer_loops import backward, forward, squares, squares_of_all
+from optax_lowmem._backward.refused import check_params, check_state, check_transformation_now
+from optax_lowmem._backward.stacks import count_of
+from optax_lowmem._masters.position_noise import numbered_from
 
 
 class BackwardTraining(NamedTuple):
@@ -131,16 +136,73 @@ def update_in_backward(
   if outer_tx is not None:
     check_transformation("outer_tx", outer_tx)
   check("clip_norm", clip_norm, lambda x: x > 0, "positive")
+  check_transformation_now("tx", tx)
+  if outer_tx is not None:
+    check_transformation_now("outer_tx", outer_tx)
+  each = optax.with_extra_args_support(tx)
+  outer = optax.with_extra_args_support(tx if outer_tx is None else outer_tx)
 
   def init(params):
-    return {
+    check_params(params)
+    state = {
       "outer": outer.init(params["outer"]),
       "layers": jax.vmap(each.init)(params["layers"]),
     }
+    check_state("tx", state["layers"])
+    check_state("tx" if outer_tx is None else "outer_tx", state["outer"])
+    return state
 
   def step(params, state, batch, inputs=None, **extra_args):
-    raise NotImplementedError
+    check_params(params, inputs)
+    layers = params["layers"]
 
-  each = optax.with_extra_args_support(tx)
-  outer = optax.with_extra_args_support(tx if outer_tx is None else outer_tx)
+    def body(p, x, own):
+      return layer(p, x, batch) if inputs is None else layer(p, x, batch, own)
+
+    x, pull_embed = jax.vjp(lambda p: embed(p, batch), params["outer"])
+    x, given = forward(body, layers, x, inputs)
+    given = given, inputs
+    loss, pull_head, *aux = jax.vjp(
+      lambda p, x: head(p, x, batch), params["outer"], x, has_aux=has_aux
+    )
+    from_head, dx = pull_head(jnp.ones_like(loss))
+
+    def of_outer(dx):
+      return jax.tree.map(jnp.add, from_head, *pull_embed(dx))
+
+    clipped = _identity
+    if clip_norm is not None:
+      total, first = squares_of_all(body, layers, given, dx)
+      clipped = _clip(jnp.sqrt(total + squares(of_outer(first))), clip_norm)
+    extra = {"value": loss, **extra_args}
+
+    arrays = len(jax.tree.leaves(layers))
+
+    def update(k, grads, state, p):
+      with numbered_from(k * arrays):
+        updates, state = each.update(clipped(grads), state, p, **extra)
+      return optax.apply_updates(p, updates), state
+
+    layers, new, dx = backward(body, update, layers, state["layers"], given, dx)
+    grads = clipped(of_outer(dx))
+    with numbered_from(count_of(layers) * arrays):
+      updates, outer_state = outer.update(grads, state["outer"], params["outer"], **extra)
+    params = {"outer": optax.apply_updates(params["outer"], updates), "layers": layers}
+    return (loss, *aux) if has_aux else loss, params, {"outer": outer_state, "layers": new}
+
   return BackwardTraining(init, step)
+
+
+def _identity(grads: Any) -> Any:
+  return grads
+
+
+def _clip(norm: jax.Array, most: float) -> Callable[[Any], Any]:
+  """`optax.clip_by_global_norm` of gradients of which the norm is known."""
+
+  def clipped(grads):
+    return jax.tree.map(
+      lambda g: jnp.where(norm < most, g, (g / norm.astype(g.dtype)) * most).astype(g.dtype), grads
+    )
+
+  return clipped

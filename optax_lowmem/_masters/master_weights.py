@@ -11,7 +11,7 @@ import optax
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._masters.bits import bits_of, is_finite, reach, remainder_of, upper
-from optax_lowmem._masters.position_noise import position_noise
+from optax_lowmem._masters.position_noise import number_of, position_noise
 from optax_lowmem._masters.remainders import DTYPES, joined, remainders, zeros
 from optax_lowmem._masters.wrapped import boxed_alike, check_parameters, check_update, in_float32
 from optax_lowmem._state.nnx_variables import unbox
@@ -130,7 +130,7 @@ def master_weights(
     flat = zip(leaves, lows, jax.tree.leaves(masters), strict=True)
     for k, (p, low, master) in enumerate(flat):
       if low is not None:
-        updates[k], low = _split(p, master + updates[k], (k, state.step))
+        updates[k], low = _split(p, master + updates[k], (number_of(k), state.step))
       new.append(optax.MaskedNode() if low is None else low)
     step = optax.safe_increment(state.step)
     state = MasterWeightsState(step, treedef.unflatten(new), inner_state)

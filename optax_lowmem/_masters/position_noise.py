@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_first: contextvars.ContextVar[Any] = contextvars.ContextVar("first", default=0)
+
+
+@contextlib.contextmanager
+def numbered_from(first: jax.Array | int) -> Iterator[None]:
+  """Within, the first array of a tree has this number in `number_of`.
+
+  For trees that are parts of a larger one, such as one layer's: their arrays are not to share the
+  noise of those of the other parts.
+  """
+  token = _first.set(first)
+  try:
+    yield
+  finally:
+    _first.reset(token)
+
+
+def number_of(k: int) -> jax.Array | int:
+  """The number of array `k` of a tree: a word for `position_noise`."""
+  return k + _first.get()
 
 
 def mixed(x: jax.Array) -> jax.Array:

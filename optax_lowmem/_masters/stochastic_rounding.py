@@ -12,7 +12,7 @@ import optax
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._masters.bits import bits_of, is_finite, reach, upper
-from optax_lowmem._masters.position_noise import position_noise
+from optax_lowmem._masters.position_noise import number_of, position_noise
 from optax_lowmem._masters.wrapped import (
   boxed_alike,
   check_parameters,
@@ -117,7 +117,9 @@ def stochastic_rounding(
     updates = jax.tree.leaves(changes)
     for k, p in enumerate(leaves):
       if is_narrow(p):
-        updates[k] = _rounded(p, p.astype(jnp.float32) + updates[k], (key, k, state.step))
+        updates[k] = _rounded(
+          p, p.astype(jnp.float32) + updates[k], (key, number_of(k), state.step)
+        )
     new = StochasticRoundingState(optax.safe_increment(state.step), inner_state)
     return treedef.unflatten(updates), new
 

@@ -1,0 +1,124 @@
+"""Loops over stacked layers: forward, keeping what each is given, and backward, updating each.
+
+A layer's arrays are taken out of the stacks in the loop's carry, and the new ones put where they
+were: XLA does so in place. As `xs` and `ys` of a scan, the new stacks would lie beside the old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowmem._backward.owners import owners
+from optax_lowmem._backward.stacks import count_of, take
+from optax_lowmem._backward.trip import trip
+
+Body = Callable[[Any, Any, Any], Any]  # of a layer's parameters, x and its inputs; the new x
+
+
+def forward(body: Body, layers: Any, x: Any, inputs: Any) -> tuple[Any, Any]:
+  """What the last layer returns, and what each was given, stacked."""
+
+  def one(x, each):
+    p, own = each
+    new = body(p, x, own)
+    _check_alike(x, new)
+    return new, x
+
+  return jax.lax.scan(one, x, (layers, inputs))
+
+
+def backward(
+  body: Body,
+  update: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+  layers: Any,
+  state: Any,
+  given: tuple[Any, Any],
+  dx: Any,
+) -> tuple[Any, Any, Any]:
+  """Goes through the layers from the last to the first, and updates each.
+
+  Args:
+    body: the layer.
+    update: of a layer's number, gradients, state and parameters; its new parameters and state.
+    layers: the parameters, stacked.
+    state: the state, stacked.
+    given: what each layer was given, x and inputs, stacked.
+    dx: the gradient by what the last layer returned.
+
+  Returns:
+    The parameters, the state, and the gradient by what the first layer was given.
+  """
+  count = count_of(layers)
+  flat, treedef = jax.tree.flatten((layers, state))
+  params = len(jax.tree.leaves(layers))
+  owned = owners(state, layers)
+
+  def loop(i, carry):
+    flat, dx = carry
+    k = count - 1 - i
+
+    def one(arrays, rest):
+      (x, own), dx, number = rest
+      p, s = treedef.unflatten(arrays)
+      _, pull = jax.vjp(lambda p, x: body(p, x, own), p, x)
+      grads, dx = pull(dx)
+      new = update(number, grads, s, p)
+      return jax.tree.leaves(grads), jax.tree.leaves(new), dx
+
+    return trip(one, flat, (take(given, k), dx, k), k, params, owned)
+
+  flat, dx = jax.lax.fori_loop(0, count, loop, (flat, dx))
+  return *treedef.unflatten(flat), dx
+
+
+def squares_of_all(
+  body: Body, layers: Any, given: tuple[Any, Any], dx: Any
+) -> tuple[jax.Array, Any]:
+  """The sum of squares of all gradients, and the gradient by what the first layer was given."""
+  count = count_of(layers)
+
+  def loop(i, carry):
+    total, dx = carry
+    k = count - 1 - i
+    p, (x, own) = take(layers, k), take(given, k)
+    _, pull = jax.vjp(lambda p, x: body(p, x, own), p, x)
+    grads, dx = pull(dx)
+    return total + squares(grads), dx
+
+  return jax.lax.fori_loop(0, count, loop, (jnp.zeros((), jnp.float32), dx))
+
+
+def squares(grads: Any) -> jax.Array:
+  """The sum of squares, in float32."""
+  total = jnp.zeros((), jnp.float32)
+  for g in jax.tree.leaves(grads):
+    total += jnp.sum(jnp.square(g.astype(jnp.float32)))
+  return total
+
+
+def _check_alike(x: Any, new: Any) -> None:
+  """Refuses a layer that changes the form of what goes from layer to layer.
+
+  Raises:
+    TypeError: if it does, or if there is an array that has no gradient.
+  """
+  before, after = ([_form(a) for a in jax.tree.leaves(tree)] for tree in (x, new))
+  if jax.tree.structure(x) != jax.tree.structure(new) or before != after:
+    raise TypeError(
+      f"`layer` must return what it is given, in structure, shape and dtype: it is given "
+      f"{', '.join(before)} and returns {', '.join(after)}. Cast in `embed`, and in the layer."
+    )
+  for a in jax.tree.leaves(x):
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+      raise TypeError(
+        f"`embed` must return arrays of floats, got {_form(a)}. What has no gradient goes into "
+        "`batch`, or into `inputs`."
+      )
+
+
+def _form(a: Any) -> str:
+  return f"{jnp.result_type(a)}[{','.join(map(str, jnp.shape(a)))}]"

@@ -1,0 +1,80 @@
+"""Transformations that cannot be run in the backward pass, known by their state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+_PROBES = tuple({"w": jax.ShapeDtypeStruct((8, 8), t)} for t in (jnp.bfloat16, jnp.float32))
+
+
+def check_transformation_now(name: str, tx: optax.GradientTransformation) -> None:
+  """`check_state` of the state of a matrix, where `tx` takes one.
+
+  What wants other parameters (masks by path, labels) is checked by `init`.
+  """
+  for probe in _PROBES:
+    try:
+      state = jax.eval_shape(tx.init, probe)
+    except Exception:  # of a user's own function, any
+      continue
+    check_state(name, state)
+
+
+def check_state(name: str, state: Any) -> None:
+  """Refuses what would need the gradients of all layers, or the loss elsewhere.
+
+  Raises:
+    ValueError: for a state of such a transformation.
+  """
+
+  def accumulates(x: Any) -> bool:
+    return isinstance(x, optax.MultiStepsState)
+
+  def is_known(x: Any) -> bool:
+    return accumulates(x) or isinstance(x, _SEARCHES)
+
+  for x in jax.tree.leaves(state, is_leaf=is_known):
+    if accumulates(x):
+      raise ValueError(
+        f"`{name}` accumulates gradients (`optax.MultiSteps`): that holds the gradients of all "
+        "layers from step to step, which an update in the backward pass is there to do without. "
+        "Give `step` the whole batch: activations of one layer and the inputs of all are what it "
+        "holds; or train with an ordinary step."
+      )
+    if is_known(x):
+      raise ValueError(
+        f"`{name}` searches along a line ({type(x).__name__}), for which it computes the loss at "
+        "other parameters: a layer's update has only its gradient. Use a schedule, or train with "
+        "an ordinary step."
+      )
+
+
+def check_params(params: Any, inputs: Any = None) -> None:
+  """Refuses parameters that are not ``{"outer": …, "layers": …}`` with stacks of one length.
+
+  Raises:
+    ValueError: if they are not, or `inputs` has another length.
+  """
+  if not isinstance(params, dict) or set(params) != {"outer", "layers"}:
+    what = f"keys {sorted(map(str, params))}" if isinstance(params, dict) else type(params).__name__
+    raise ValueError(
+      f'`params` must be a dict with the keys "outer" and "layers", got {what}. `layers` holds '
+      "the stacked arrays of all layers, and `outer` the rest."
+    )
+  known, count = "", None
+  for name, tree in (("layers", params["layers"]), ("inputs", inputs)):
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+      shape, key = jnp.shape(x), name + jax.tree_util.keystr(path)
+      count, known = (shape[0], key) if count is None and shape else (count, known)
+      if not shape or shape[0] != count:
+        raise ValueError(
+          f"`{key}` must have an axis over the layers first, of length "
+          f"{'one a layer' if count is None else f'{count} as `{known}` has'}, got shape {shape}."
+        )
+  if count is None:
+    raise ValueError("`params['layers']` has no arrays. Train what is not stacked as usual.")
