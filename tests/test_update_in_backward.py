@@ -255,3 +255,25 @@ def test_what_cannot_work_is_refused():
 
 
 PARTS = {"embed": embed, "layer": layer, "head": head}
+
+
+@pytest.mark.parametrize("name", ["optax.adamw", "adamw", "came"])
+def test_memory_on_a_cpu(name):
+  """A few gradients of a layer, where an ordinary step has those of all twelve."""
+  tx, most = {
+    "optax.adamw": (optax.adamw(1e-3), 4),
+    "adamw": (lowmem.adamw(1e-3), 4),
+    "came": (lowmem.came(1e-3), 7),
+  }[name]
+  shapes = {"up": (12, 256, 1024), "down": (12, 1024, 256)}
+  layers = {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in shapes.items()}
+
+  def body(p, x, batch):
+    return x + jnp.tanh(x @ p["up"]) @ p["down"]
+
+  parts = (lambda outer, x: x), body, (lambda outer, x, batch: (x**2).mean())
+  training = lowmem.update_in_backward(*parts, tx, outer_tx=optax.identity())
+  params, x = {"outer": {}, "layers": layers}, jax.ShapeDtypeStruct((4, 256), jnp.float32)
+  step = jax.jit(training.step, donate_argnums=(0, 1))
+  lowered = step.lower(params, jax.eval_shape(training.init, params), x)
+  assert lowered.compile().memory_analysis().temp_size_in_bytes <= most * 2 * 256 * 1024 * 4

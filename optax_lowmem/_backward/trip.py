@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._backward.stacks import put, take
+from optax_lowmem._backward.stacks import put, take, take_apart
 from optax_lowmem._programs.fences import fence
 from optax_lowmem._programs.inlined_calls import opened
 from optax_lowmem._programs.outputs import inputs_of, subprogram
@@ -184,5 +184,5 @@ class _Run:
     for known in (self._given, self._made, self._taken):
       if v in known:
         return known[v]
-    self._taken[v] = take(self.stacks[self._of_layer[v]], self._k)
+    self._taken[v] = take_apart(self.stacks[self._of_layer[v]], self._k)
     return self._taken[v]

@@ -12,6 +12,7 @@ import optax
 from optax_lowmem._arguments.checks import check, check_transformation
 from optax_lowmem._backward.layer_loops import backward, forward, squares, squares_of_all
 from optax_lowmem._backward.refused import check_params, check_state, check_transformation_now
+from optax_lowmem._backward.stacked_state import stacked_state
 from optax_lowmem._backward.stacks import count_of
 from optax_lowmem._masters.position_noise import numbered_from
 
@@ -144,10 +145,7 @@ def update_in_backward(
 
   def init(params):
     check_params(params)
-    state = {
-      "outer": outer.init(params["outer"]),
-      "layers": jax.vmap(each.init)(params["layers"]),
-    }
+    state = {"outer": outer.init(params["outer"]), "layers": stacked_state(tx, params["layers"])}
     check_state("tx", state["layers"])
     check_state("tx" if outer_tx is None else "outer_tx", state["outer"])
     return state
