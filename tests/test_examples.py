@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-READ = ["tiny_gpt.py", "minimal_qlora.py", "full_finetune.py"]
+READ = ["tiny_gpt.py", "minimal_qlora.py", "training_loop.py"]
 PUBLIC = {"optax_lowmem", "flax", "jax", "numpy", "optax", "orbax", "tiny_gpt"}
 
 
@@ -63,13 +63,13 @@ def test_minimal_qlora(tmp_path):
 
 
 def trained(folder, steps, *options):
-  """What `full_finetune.py` prints, and the held-out loss before and after."""
-  printed = run("full_finetune.py", "--steps", steps, "--out", folder, *options)
+  """What `training_loop.py` prints, and the held-out loss before and after."""
+  printed = run("training_loop.py", "--steps", steps, "--out", folder, *options)
   assert f"the last of step {steps}" in printed and (folder / str(steps)).is_dir()
   return printed, *numbers(r"Held-out loss: ([\d.]+)", printed)
 
 
-def test_full_finetune_goes_on_where_it_stopped(tmp_path):
+def test_a_loop_goes_on_where_it_stopped(tmp_path):
   printed, first, last = trained(tmp_path / "whole", 12)
   assert last < 0.8 * first
   parameters, state, usual = numbers(r"([\d.]+) MB", printed)
@@ -81,7 +81,7 @@ def test_full_finetune_goes_on_where_it_stopped(tmp_path):
   assert (same, halfway, end) == (first, resumed, last)
 
 
-def test_full_finetune_by_another_rule_with_its_state_on_the_host(tmp_path):
+def test_a_loop_by_another_rule_with_its_state_on_the_host(tmp_path):
   options = ["--optim", "lion_8bit", "--lr", "3e-4", "--offload"]
   _, first, halfway = trained(tmp_path, 8, *options)
   printed, resumed, last = trained(tmp_path, 12, *options)

@@ -131,8 +131,8 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_llama_generation.py::test_cache_in_bfloat16_is_half_as_large_and_near": (),
   "test_llama_attention.py::test_capped_scores_are_those_of_a_loop": (),
   # The program: each is a run of it.
-  "test_examples.py::test_full_finetune_by_another_rule_with_its_state_on_the_host": (),
-  "test_examples.py::test_full_finetune_goes_on_where_it_stopped": (),
+  "test_examples.py::test_a_loop_by_another_rule_with_its_state_on_the_host": (),
+  "test_examples.py::test_a_loop_goes_on_where_it_stopped": (),
   "test_examples.py::test_minimal_qlora": (),
   "test_finetune.py::test_a_resumed_run_is_not_changed_unnoticed": (),
   "test_plan_cli.py::test_several_changes_together_where_none_is_enough": (),
