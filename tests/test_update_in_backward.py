@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import optax_lowmem as lowmem
+from programs import temporaries_of
 
 LAYERS, WIDTH, ROWS = 3, 64, 8
 OPTIMIZERS = {
@@ -25,7 +27,7 @@ def embed(outer, batch):
 
 def layer(p, x, batch, scale=1.0):
   del batch
-  h = x * p["norm"]
+  h = (x * p["norm"]).astype(x.dtype)
   return x + scale * (jnp.tanh(h @ p["up"]) @ p["down"])
 
 
@@ -235,6 +237,8 @@ def test_what_cannot_work_is_refused():
     make(tx=tx, outer_tx=sums)
   with pytest.raises(ValueError, match="searches along a line"):
     make(tx=optax.lbfgs())
+  with pytest.raises(ValueError, match="`tx` is `offloaded`"):
+    make(tx=lowmem.offloaded(lowmem.adamw(1e-3)))
   with pytest.raises(TypeError, match="`layer` must be a function"):
     make(tx=tx, layer=3)
   with pytest.raises(TypeError, match="`tx` must be an optax transformation"):
@@ -276,4 +280,17 @@ def test_memory_on_a_cpu(name):
   params, x = {"outer": {}, "layers": layers}, jax.ShapeDtypeStruct((4, 256), jnp.float32)
   step = jax.jit(training.step, donate_argnums=(0, 1))
   lowered = step.lower(params, jax.eval_shape(training.init, params), x)
-  assert lowered.compile().memory_analysis().temp_size_in_bytes <= most * 2 * 256 * 1024 * 4
+  assert temporaries_of(lowered.compile()) <= most * 2 * 256 * 1024 * 4
+
+
+def test_a_run_goes_on_from_a_checkpoint(tmp_path):
+  training = lowmem.update_in_backward(
+    embed, layer, head, lowmem.master_weights(lowmem.adamw(1e-3, min_size=256), bits=8)
+  )
+  step, params = jax.jit(training.step), parameters(jnp.bfloat16)
+  kept = step(params, training.init(params), BATCH)[1:]
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "run", kept)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / "run", jax.tree.map(jnp.zeros_like, kept))
+  chex.assert_trees_all_equal(step(*restored, BATCH), step(*kept, BATCH))

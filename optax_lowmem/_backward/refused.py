@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowmem._host_memory.pages import is_paged
+
 _SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
-_PROBES = tuple({"w": jax.ShapeDtypeStruct((8, 8), t)} for t in (jnp.bfloat16, jnp.float32))
+_PROBES = tuple({"w": jax.ShapeDtypeStruct((64, 64), t)} for t in (jnp.bfloat16, jnp.float32))
 
 
 def check_transformation_now(name: str, tx: optax.GradientTransformation) -> None:
@@ -36,7 +38,7 @@ def check_state(name: str, state: Any) -> None:
     return isinstance(x, optax.MultiStepsState)
 
   def is_known(x: Any) -> bool:
-    return accumulates(x) or isinstance(x, _SEARCHES)
+    return accumulates(x) or isinstance(x, _SEARCHES) or is_paged(x)
 
   for x in jax.tree.leaves(state, is_leaf=is_known):
     if accumulates(x):
@@ -46,7 +48,12 @@ def check_state(name: str, state: Any) -> None:
         "Give `step` the whole batch: activations of one layer and the inputs of all are what it "
         "holds; or train with an ordinary step."
       )
-    if is_known(x):
+    if is_paged(x) and name == "tx":
+      raise ValueError(
+        "`tx` is `offloaded`, and pages of a stack of layers are not fetched a layer at a time. "
+        "Leave `offloaded` out, or pass it as `outer_tx`, for what is not a layer."
+      )
+    if isinstance(x, _SEARCHES):
       raise ValueError(
         f"`{name}` searches along a line ({type(x).__name__}), for which it computes the loss at "
         "other parameters: a layer's update has only its gradient. Use a schedule, or train with "

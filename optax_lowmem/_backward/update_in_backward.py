@@ -73,6 +73,9 @@ def update_in_backward(
 
     step = jax.jit(training.step, donate_argnums=(0, 1))
 
+  On a mesh, the state lies as the parameters do, and keeps to it on explicit axes; on automatic
+  ones name `out_shardings`, as for any step.
+
   Args:
     embed: ``embed(outer, batch) -> x``, what precedes the layers. `x` is an array or a tree of
       arrays of floats.
@@ -80,10 +83,9 @@ def update_in_backward(
       axis; ``layer(params, x, batch, inputs)`` if `step` is given `inputs`. The new `x` has the
       shapes and dtypes of the old. Gradients do not go through `batch` and `inputs`.
     head: ``head(outer, x, batch) -> loss``, a scalar; ``(loss, aux)`` with `has_aux`.
-    tx: the transformation, for each layer and, without `outer_tx`, for `outer`.
-      `master_weights`, `stochastic_rounding` and `offloaded` may be around it: of pages, one
-      layer's are on the device at a time.
-    outer_tx: the transformation for `outer`.
+    tx: the transformation, for each layer and, without `outer_tx`, for `outer`: quantized or not,
+      within `master_weights` or `stochastic_rounding`, whose random bits differ between layers.
+    outer_tx: the transformation for `outer`, which may be `offloaded`.
     clip_norm: the largest global norm of all gradients, those of `outer` too; larger ones are
       scaled as by `optax.clip_by_global_norm`.
     has_aux: whether `head` returns a pair.
@@ -98,11 +100,12 @@ def update_in_backward(
 
   Raises:
     TypeError: if `embed`, `layer` or `head` is no function, or `tx` or `outer_tx` no
-      transformation.
+      transformation; from `step`, for a layer that returns another structure, shape or dtype than
+      it is given, or an `x` that has no gradient.
     ValueError: if `clip_norm` is not positive; for a transformation that accumulates gradients over
       steps (`optax.MultiSteps`): to hold them is what this does without; for line searches, which
-      want the loss at other parameters. From `init` and `step`, for parameters that are not as
-      above, or layers that change the shape or dtype of `x`.
+      want the loss at other parameters; for a `tx` that is `offloaded`. From `init` and `step`, for
+      parameters or `inputs` that are not as above.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_lowmem as lowmem
