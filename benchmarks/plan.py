@@ -59,6 +59,20 @@ MASTERS = {
 }
 
 
+# Model, optimizer, masters, tokens of the row.
+BACKWARD = (
+  ("llama-7b", "adamw_8bit", "16", 512),
+  ("llama-7b", "adamw_8bit", "8", 512),
+  ("llama-7b", "adamw_8bit", "stochastic", 512),
+  ("llama-7b", "adamw_4bit", "8", 512),
+  ("llama-7b", "came", "8", 512),
+  ("llama-7b", "adamw_8bit", "16", 4096),
+  ("llama-3.2-1b", "adamw_8bit", "16", 2048),
+  ("qwen3-0.6b", "adamw_8bit", "16", 1024),
+  ("smollm2-135m", "adamw_8bit", "16", 512),
+)
+
+
 def case(model: str, **settings: Any) -> Case:
   base = Settings(batch_size=1, seq_len=512, rank=64, targets="all-linear", dtype="bfloat16")
   return Case(model, config_of(model), dataclasses.replace(base, **settings))
@@ -130,6 +144,21 @@ def masters(card: str) -> Iterator[dict[str, Any]]:
     }
 
 
+def backward(card: str) -> Iterator[dict[str, Any]]:
+  """The same with each layer updated in the backward pass, without a norm to clip to."""
+  for model, optim, masters, tokens in BACKWARD:
+    asked = whole(model, masters, True, optim=optim, seq_len=tokens, max_grad_norm=0.0)
+    planned = asked.plan(card)
+    yield {
+      "model": model,
+      "optimizer": optim,
+      "masters": masters,
+      "tokens": tokens,
+      **row(planned, "80GB"),
+      "B/param": planned.device_bytes / asked.config.parameter_count(),
+    }
+
+
 def devices(card: str) -> Iterator[dict[str, Any]]:
   """QLoRA on eight cards of 24 GB, a row of 512 tokens on each, the base in parts."""
   if jax.device_count() < 8:  # updates are cut only where there are several
@@ -182,7 +211,7 @@ def seconds(card: str) -> Iterator[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
-  f.__name__: f for f in (figure8, lengths, full, masters, devices, state, seconds)
+  f.__name__: f for f in (figure8, lengths, full, masters, backward, devices, state, seconds)
 }
 
 

@@ -165,7 +165,7 @@ def test_a_remedy_that_is_a_default_is_spelled_out(capsys):
 
 
 def test_full_training_and_pages(capsys):
-  line = "plan llama-2-7b --full --optim paged_adamw_8bit --memory 80GB"
+  line = "plan llama-2-7b --full --optim paged_adamw_8bit --no-update-in-backward --memory 80GB"
   found = record(capsys, f"{line} --masters none")
   assert found["host_bytes"] == pytest.approx(2.125 * 6.738e9, rel=1e-3)
   masters = record(capsys, line)["host_bytes"] - found["host_bytes"]
@@ -385,6 +385,13 @@ def test_estimates_of_adapters_are_near_what_was_compiled(row):
 @pytest.mark.parametrize("row", RESULTS["full"], ids=lambda row: f"{row['optimizer']}")
 def test_estimates_of_full_training_are_near_what_was_compiled(row):
   case = bench.whole(row["model"], optim=row["optimizer"], dtype=row["weights"])
+  assert case.plan().device_bytes == pytest.approx(row["device GB"] * 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize("row", RESULTS["backward"], ids=named)
+def test_estimates_of_the_backward_form_are_near_what_was_compiled(row):
+  settings = {"optim": row["optimizer"], "seq_len": row["tokens"], "max_grad_norm": 0.0}
+  case = bench.whole(row["model"], row["masters"], True, **settings)
   assert case.plan().device_bytes == pytest.approx(row["device GB"] * 1e9, rel=0.05)
 
 

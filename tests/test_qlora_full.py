@@ -111,9 +111,12 @@ class TestRun:
       assert same(first, second), name
 
   def test_a_model_that_a_run_has_left_is_trained_further(self, run, files, tmp_path):
-    options = "--full --masters stochastic --dtype bfloat16 --steps 1 --neftune-alpha 5".split()
-    argv = [*arguments(files, tmp_path / "out", *options), "--model", str(run / "model")]
-    assert main(argv) == 0
+    options = "--full --masters stochastic --dtype bfloat16 --steps 2 --neftune-alpha 5"
+    options += " --optim paged_adamw_8bit --no-update-in-backward"  # so that pages are saved, too
+    argv = [*arguments(files, tmp_path / "out", *options.split()), "--model", str(run / "model")]
+    assert (
+      main([*argv, "--stop-after", "1"]) == 0 and main(["--resume", str(tmp_path / "out")]) == 0
+    )
     of_run(tmp_path / "out")  # checksums too
     before, after = weights(run / "model"), weights(tmp_path / "out/model")
     assert before.keys() == after.keys() and not same(before, after)
@@ -241,6 +244,7 @@ REFUSED = {
   "--full --dropout 0.1": "--dropout is for adapters",
   "--masters 8": "--masters is for --full",
   "--no-update-in-backward": "--update-in-backward is for --full",
+  "--full --optim paged_adamw_8bit": "--optim paged_adamw_8bit: with --full each layer is updated",
   "--full --grad-accum 2": "--grad-accum 2: with --full each layer is updated as soon as",
   "--full --dtype float32 --masters 8": "--masters 8 is for bfloat16 weights",
 }

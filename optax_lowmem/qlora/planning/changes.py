@@ -54,7 +54,8 @@ def _in_parts(case: Case) -> Case | None:
 
 def _paged(case: Case) -> Case | None:
   name = case.settings.optim
-  return None if name.startswith("paged_") else case.but(optim=f"paged_{name}")
+  changed = case.but(optim=f"paged_{name}", update_in_backward=not case.full)
+  return None if name.startswith("paged_") else changed
 
 
 def _packed(case: Case) -> Case | None:

@@ -4,16 +4,14 @@ The numbers are those of one device, up to rounding: JAX partitions the program,
 the devices found.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optax_lowmem._plan.plan import state_shapes
 from optax_lowmem.qlora.data.batches import Batch
 
 T = TypeVar("T")
@@ -96,30 +94,6 @@ def in_parts(tree: T, mesh: Mesh | None) -> T:
     return jax.device_put(x, NamedSharding(mesh, spec))
 
   return jax.tree_util.tree_map_with_path(put, tree)
-
-
-def mesh_of(tree: object) -> Mesh | None:
-  """The devices over which arrays are divided; None where none is, and for shapes."""
-  for x in jax.tree.leaves(tree):
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-      where = x.sharding
-      if isinstance(where, NamedSharding) and not where.is_fully_replicated:
-        return where.mesh if isinstance(where.mesh, Mesh) else None
-  return None
-
-
-def divided(init: Callable[[Any], Any], trained: Any, mesh: Mesh) -> Any:
-  """The state that `init` makes for arrays that devices divide, divided as they are."""
-
-  def laid(x: Any) -> Any:
-    where = NamedSharding(mesh.abstract_mesh, x.sharding.spec)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-  whole = everywhere(trained, mesh)
-  shapes = jax.tree.map(laid, whole)
-  state = state_shapes(SimpleNamespace(init=init), shapes, mesh.abstract_mesh)
-  places = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), state)
-  return jax.jit(init, out_shardings=places)(whole)
 
 
 def dealt(batch: Batch, mesh: Mesh | None) -> Batch:

@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_lowmem as lowmem
 from optax_lowmem.qlora.data.batches import Batch
-from optax_lowmem.qlora.training.devices import divided, mesh_of
 from optax_lowmem.qlora.training.step import Method, State, head_loss, merged, of_head
 
 
@@ -53,12 +52,7 @@ def within_backward(
     )
 
   def init(trained: Any) -> Any:
-    def made(trained: Any) -> Any:
-      return training(State(trained, None, None), None).init(parted(trained))
-
-    mesh = mesh_of(trained)
-    # Under `jax.vmap` an array does not say how it is divided, and its state would be whole.
-    return made(trained) if mesh is None else divided(made, trained, mesh)
+    return training(State(trained, None, None), None).init(parted(trained))
 
   def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     part = jax.tree.map(lambda x: x[0], batch)
