@@ -1,14 +1,18 @@
 """The examples that are to be read: short, of public API only, and they run."""
 
 import ast
+import dataclasses
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 from safetensors.numpy import load_file
+
+from optax_lowmem.qlora.run.arguments import parse
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 READ = ["tiny_gpt.py", "minimal_qlora.py", "training_loop.py"]
@@ -89,3 +93,22 @@ def test_a_loop_by_another_rule_with_its_state_on_the_host(tmp_path):
   (state,) = numbers(r"([\d.]+) MB in host memory", printed)
   (usual,) = numbers(r"With optax.adamw: +([\d.]+) MB", printed)
   assert 0.1 * usual < state < 0.14 * usual
+
+
+def test_full_finetune_is_made_of_settings():
+  names = runpy.run_path(str(EXAMPLES / "full_finetune.py"))
+  settings = parse("", names["USUAL"])
+  assert settings.full and settings.update_in_backward and not settings.max_grad_norm
+  for way in names["WAYS"].values():
+    assert dataclasses.replace(settings, **way).full
+
+
+def test_full_finetune(files, tmp_path):
+  """Of a tiny model: the table of its memory, and a run."""
+  options = f"--model {files}/model --data {files}/rows.json --steps 3 --seq-len 32 --lr 1e-2"
+  printed = run("full_finetune.py", *options.split(), "--out", tmp_path / "run")
+  rows = re.findall(r"^(.*AdamW.*?) +359.0 KiB +(.+?iB)", printed, re.MULTILINE)
+  assert len(rows) == 3 and rows[0][1] == "718.0 KiB"
+  before, after = map(float, re.findall(r"Held-out loss ([\d.]+) -> ([\d.]+)", printed)[0])
+  assert after < 0.8 * before
+  assert (tmp_path / "run/model/model.safetensors").is_file()

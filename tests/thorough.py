@@ -133,6 +133,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   # The program: each is a run of it.
   "test_examples.py::test_a_loop_by_another_rule_with_its_state_on_the_host": (),
   "test_examples.py::test_a_loop_goes_on_where_it_stopped": (),
+  "test_examples.py::test_full_finetune": (),
   "test_examples.py::test_minimal_qlora": (),
   "test_finetune.py::test_a_resumed_run_is_not_changed_unnoticed": (),
   "test_plan_cli.py::test_several_changes_together_where_none_is_enough": (),
