@@ -136,7 +136,7 @@ def rows(compile: Compile, only: str | None = None) -> Iterator[dict[str, Any]]:
       "device GiB": planned.device_bytes / GIB,
       "temporaries GiB": planned.temp_bytes / GIB,
       "base GiB": _nbytes(frozen) / GIB,
-      "adapters GiB": _nbytes(state.lora) / GIB,
+      "adapters GiB": _nbytes(state.trained) / GIB,
       "optimizer GiB": _nbytes(state.opt_state) / GIB,
     }
 

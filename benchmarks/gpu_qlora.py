@@ -7,6 +7,7 @@ their values); with one, `examples/qlora/finetune.py` itself is run.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -33,7 +34,7 @@ def random_weights(steps: int) -> dict[str, Any]:
   from optax_lowmem.qlora.models.llama_config import LlamaConfig
   from optax_lowmem.qlora.run.recipe import adapted, optimizer
   from optax_lowmem.qlora.run.settings import Settings
-  from optax_lowmem.qlora.training.step import compiled, split
+  from optax_lowmem.qlora.training.step import compiled, split, train_step
 
   on_gpu = jax.devices()[0].platform == "gpu"
   if on_gpu:
@@ -51,7 +52,7 @@ def random_weights(steps: int) -> dict[str, Any]:
   lengths = jnp.full(shape[:2], settings.seq_len, jnp.int32)
   batch = Batch(ids, jnp.roll(ids, -1, -1), jnp.ones(shape, bool), lengths)
   start = time.perf_counter()
-  step = compiled(graph, tx, state, frozen, batch)
+  step = compiled(functools.partial(train_step, graph, tx), state, frozen, batch)
   row: dict[str, Any] = {"compile_s": time.perf_counter() - start}
   times, loss = [], float("nan")
   for _ in range(steps + 2):

@@ -29,7 +29,6 @@ from _measure import write
 from optax_lowmem.qlora.planning.budget import budget_of
 from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.model_source import config_of
-from optax_lowmem.qlora.planning.steps import step_of
 from optax_lowmem.qlora.run.settings import Settings
 
 GB, GIB = 10**9, 2**30
@@ -52,17 +51,36 @@ FULL = (
 )
 
 
-# Masters of bfloat16 weights: how they are called, and the optimizer.
-MASTERS: dict[str, Callable[[], Any]] = {
-  "master_weights(adamw_8bit)": lambda: lowmem.master_weights(lowmem.adamw(1e-4)),
-  "master_weights(adamw_8bit, bits=8)": lambda: lowmem.master_weights(lowmem.adamw(1e-4), 8),
-  "stochastic_rounding(adamw_8bit)": lambda: lowmem.stochastic_rounding(lowmem.adamw(1e-4), 0),
+# Masters of bfloat16 weights: how they are called, and the setting.
+MASTERS = {
+  "master_weights(adamw_8bit)": "16",
+  "master_weights(adamw_8bit, bits=8)": "8",
+  "stochastic_rounding(adamw_8bit)": "stochastic",
 }
+
+
+# Model, optimizer, masters, tokens of the row.
+BACKWARD = (
+  ("llama-7b", "adamw_8bit", "16", 512),
+  ("llama-7b", "adamw_8bit", "8", 512),
+  ("llama-7b", "adamw_8bit", "stochastic", 512),
+  ("llama-7b", "adamw_4bit", "8", 512),
+  ("llama-7b", "came", "8", 512),
+  ("llama-7b", "adamw_8bit", "16", 4096),
+  ("llama-3.2-1b", "adamw_8bit", "16", 2048),
+  ("qwen3-0.6b", "adamw_8bit", "16", 1024),
+  ("smollm2-135m", "adamw_8bit", "16", 512),
+)
 
 
 def case(model: str, **settings: Any) -> Case:
   base = Settings(batch_size=1, seq_len=512, rank=64, targets="all-linear", dtype="bfloat16")
   return Case(model, config_of(model), dataclasses.replace(base, **settings))
+
+
+def whole(model: str, masters: str = "none", backward: bool = False, **settings: Any) -> Case:
+  """All parameters, without masters; the update after the backward pass."""
+  return case(model, full=True, masters=masters, update_in_backward=backward, **settings)
 
 
 def row(planned: lowmem.MemoryPlan, memory: str | None = None) -> dict[str, Any]:
@@ -105,7 +123,7 @@ def lengths(card: str) -> Iterator[dict[str, Any]]:
 def full(card: str) -> Iterator[dict[str, Any]]:
   """All parameters of 7B, one row of 512 tokens."""
   for optim, dtype in FULL:
-    asked = case("llama-7b", optim=optim, dtype=dtype).but(full=True)
+    asked = whole("llama-7b", optim=optim, dtype=dtype)
     yield {
       "model": "llama-7b",
       "optimizer": optim,
@@ -116,14 +134,28 @@ def full(card: str) -> Iterator[dict[str, Any]]:
 
 def masters(card: str) -> Iterator[dict[str, Any]]:
   """The same in bfloat16, with what `full` loses of each update kept or rounded without bias."""
-  asked = case("llama-7b").but(full=True)
-  for name, optimizer in MASTERS.items():
-    step = step_of(asked.config, asked.settings, full=True, tx=optimizer())
+  for name, masters in MASTERS.items():
+    asked = whole("llama-7b", masters)
     yield {
       "model": "llama-7b",
       "optimizer": name,
       "weights": "bfloat16",
-      **row(step.compiled(card), "80GB"),
+      **row(asked.plan(card), "80GB"),
+    }
+
+
+def backward(card: str) -> Iterator[dict[str, Any]]:
+  """The same with each layer updated in the backward pass, without a norm to clip to."""
+  for model, optim, masters, tokens in BACKWARD:
+    asked = whole(model, masters, True, optim=optim, seq_len=tokens, max_grad_norm=0.0)
+    planned = asked.plan(card)
+    yield {
+      "model": model,
+      "optimizer": optim,
+      "masters": masters,
+      "tokens": tokens,
+      **row(planned, "80GB"),
+      "B/param": planned.device_bytes / asked.config.parameter_count(),
     }
 
 
@@ -146,7 +178,7 @@ def devices(card: str) -> Iterator[dict[str, Any]]:
 
 def state(card: str) -> Iterator[dict[str, Any]]:
   """The optimizers' state for all parameters of Llama 2 70B, in units of 10^9 bytes."""
-  trained = case("llama-2-70b").but(full=True).step().state.lora
+  trained = whole("llama-2-70b").step().state.trained
   for each in lowmem.compare_optimizer_memory(trained):
     yield {
       "optimizer": each.name, "device GB": each.device / GB, "host GB": each.host / GB,
@@ -179,7 +211,7 @@ def seconds(card: str) -> Iterator[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
-  f.__name__: f for f in (figure8, lengths, full, masters, devices, state, seconds)
+  f.__name__: f for f in (figure8, lengths, full, masters, backward, devices, state, seconds)
 }
 
 

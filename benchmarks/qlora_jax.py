@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from optax_lowmem.qlora.loading.llama import load_llama
 from optax_lowmem.qlora.loading.weights import expected_shapes, open_checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
-from optax_lowmem.qlora.training.step import compiled, split
+from optax_lowmem.qlora.training.step import compiled, split, train_step
 
 # vocabulary, width, ff, layers, heads, key-value heads, head, eps, rope base, positions, tied
 SHAPES = {
@@ -122,7 +123,7 @@ def ours(args: argparse.Namespace) -> None:
   def batch(i: int) -> Any:
     return Batch(ids[i][None, :, :-1], ids[i][None, :, 1:], learned, lengths)
 
-  step = compiled(graph, tx, state, frozen, batch(0))
+  step = compiled(functools.partial(train_step, graph, tx), state, frozen, batch(0))
 
   def one(i: int) -> float:
     nonlocal state

@@ -1,17 +1,21 @@
 """The examples that are to be read: short, of public API only, and they run."""
 
 import ast
+import dataclasses
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 from safetensors.numpy import load_file
 
+from optax_lowmem.qlora.run.arguments import parse
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-READ = ["tiny_gpt.py", "minimal_qlora.py", "full_finetune.py", "several_hosts.py"]
+READ = ["tiny_gpt.py", "minimal_qlora.py", "training_loop.py", "several_hosts.py"]
 PUBLIC = {"optax_lowmem", "flax", "jax", "numpy", "optax", "orbax", "tiny_gpt"}
 
 
@@ -63,13 +67,13 @@ def test_minimal_qlora(tmp_path):
 
 
 def trained(folder, steps, *options):
-  """What `full_finetune.py` prints, and the held-out loss before and after."""
-  printed = run("full_finetune.py", "--steps", steps, "--out", folder, *options)
+  """What `training_loop.py` prints, and the held-out loss before and after."""
+  printed = run("training_loop.py", "--steps", steps, "--out", folder, *options)
   assert f"the last of step {steps}" in printed and (folder / str(steps)).is_dir()
   return printed, *numbers(r"Held-out loss: ([\d.]+)", printed)
 
 
-def test_full_finetune_goes_on_where_it_stopped(tmp_path):
+def test_a_loop_goes_on_where_it_stopped(tmp_path):
   printed, first, last = trained(tmp_path / "whole", 12)
   assert last < 0.8 * first
   parameters, state, usual = numbers(r"([\d.]+) MB", printed)
@@ -81,7 +85,7 @@ def test_full_finetune_goes_on_where_it_stopped(tmp_path):
   assert (same, halfway, end) == (first, resumed, last)
 
 
-def test_full_finetune_by_another_rule_with_its_state_on_the_host(tmp_path):
+def test_a_loop_by_another_rule_with_its_state_on_the_host(tmp_path):
   options = ["--optim", "lion_8bit", "--lr", "3e-4", "--offload"]
   _, first, halfway = trained(tmp_path, 8, *options)
   printed, resumed, last = trained(tmp_path, 12, *options)
@@ -98,3 +102,22 @@ def test_two_processes_are_one_and_go_on_as_one(tmp_path):
   assert losses[0] == pytest.approx(losses[1], abs=2e-3)
   on = run("several_hosts.py", "--steps", 6, "--out", tmp_path / "two", "--processes", 1)
   assert "after step 4" in on and numbers(r"step 6: loss ([\d.]+)", on)[0] < losses[0][0]
+
+
+def test_full_finetune_is_made_of_settings():
+  names = runpy.run_path(str(EXAMPLES / "full_finetune.py"))
+  settings = parse("", names["USUAL"])
+  assert settings.full and settings.update_in_backward and not settings.max_grad_norm
+  for way in names["WAYS"].values():
+    assert dataclasses.replace(settings, **way).full
+
+
+def test_full_finetune(files, tmp_path):
+  """Of a tiny model: the table of its memory, and a run."""
+  options = f"--model {files}/model --data {files}/rows.json --steps 3 --seq-len 32 --lr 1e-2"
+  printed = run("full_finetune.py", *options.split(), "--out", tmp_path / "run")
+  rows = re.findall(r"^(.*AdamW.*?) +359.0 KiB +(.+?iB)", printed, re.MULTILINE)
+  assert len(rows) == 3 and rows[0][1] == "718.0 KiB"
+  before, after = map(float, re.findall(r"Held-out loss ([\d.]+) -> ([\d.]+)", printed)[0])
+  assert after < 0.8 * before
+  assert (tmp_path / "run/model/model.safetensors").is_file()

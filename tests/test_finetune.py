@@ -85,7 +85,7 @@ def test_the_byte_table_counts_the_real_arrays(files, tmp_path):
   tx, _ = optimizer(settings)
   model = adapted(load_llama(files / "model", "nf4"), settings)
   _, state, frozen = training.split(model, tx.init)
-  four, dense, lora, moments = report.byte_parts(frozen, state.lora, state.opt_state, "x")
+  four, dense, lora, moments = report.byte_parts(frozen, state.trained, state.opt_state, "x")
   linears = LAYERS * (WIDTH * (2 * WIDTH + WIDTH) + 3 * WIDTH * INNER)
   assert four.parameters == linears and four.usual == 2 * linears
   # A layer's and a matrix's share of 8-bit scales of scales, 4 bytes each, is what is beyond 4.125.
@@ -149,11 +149,11 @@ class TestStep:
     flat = batches.Batch(*(x if x is None else x.reshape(-1, *x.shape[2:]) for x in batch))
 
     def loss(lora):
-      logits = training.merged(graph, state._replace(lora=lora), frozen)(flat.inputs)
+      logits = training.merged(graph, state._replace(trained=lora), frozen)(flat.inputs)
       each = optax.softmax_cross_entropy_with_integer_labels(logits, flat.targets)
       return (each * flat.learned).sum() / flat.learned.sum()
 
-    return jax.jit(jax.value_and_grad(loss))(state.lora)
+    return jax.jit(jax.value_and_grad(loss))(state.trained)
 
   def test_loss_and_gradient(self, pieces):
     graph, tx, state, frozen, batch = pieces
@@ -161,7 +161,7 @@ class TestStep:
     new, measured = jax.jit(partial(training.train_step, graph, tx))(state, frozen, batch)
     assert float(measured["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert float(measured["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
-    stepped = jax.tree.map(lambda old, new: old - new, state.lora, new.lora)
+    stepped = jax.tree.map(lambda old, new: old - new, state.trained, new.trained)
     for got, want in zip(jax.tree.leaves(stepped), jax.tree.leaves(grads), strict=True):
       np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(abs(want).max()))
 
@@ -201,12 +201,12 @@ class TestStep:
     graph = nnx.graphdef(model)
 
     def plain(lora):
-      model = training.merged(graph, state._replace(lora=lora), frozen)
+      model = training.merged(graph, state._replace(trained=lora), frozen)
       each = optax.softmax_cross_entropy_with_integer_labels(model.head(hidden), part.targets)
       return (each * part.learned).sum() / 7
 
     got = jax.jit(head)(graph, state, frozen, hidden, part).head
-    for a, b in zip(got, jax.tree.leaves(jax.grad(plain)(state.lora)), strict=True):
+    for a, b in zip(got, jax.tree.leaves(jax.grad(plain)(state.trained)), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
   def test_schedules(self):
@@ -273,7 +273,7 @@ class TestBadInput:
     assert "exists" in refused(arguments(files, tmp_path / "precious.txt"), capsys)
 
   def test_where_nothing_can_be_written_no_model_is_read(self, files, capsys, monkeypatch):
-    monkeypatch.setattr(training_run, "loaded_model", None)
+    monkeypatch.setattr(training_run.Run, "load", None)
     error = refused(arguments(files, files / "rows.json" / "out"), capsys)
     assert "out: nothing can be written there (Not a directory)" in error
 

@@ -45,6 +45,7 @@ ORDER = [
   "qlora/loading",
   "qlora/training",
   "qlora/run",
+  "qlora/kinds",
   "qlora/planning",
   "qlora/commands",
   "qlora",

@@ -154,18 +154,22 @@ def test_what_would_make_it_fit_does(capsys):
 def test_several_changes_together_where_none_is_enough(capsys):
   found = record(capsys, "plan llama-2-7b --full --dtype float32 --optim adamw --memory 16GB")
   (remedy,) = found["remedies"]
-  assert "--qlora" in remedy["flags"]
+  assert "--no-full" in remedy["flags"]
   assert "smaller model" in ran(capsys, "plan llama-3.1-405b --memory 8GB")
 
 
 def test_a_remedy_that_is_a_default_is_spelled_out(capsys):
-  found = record(capsys, "plan llama-2-7b --full --optim adamw --memory 80GB")
+  line = "plan llama-2-7b --full --optim adamw --no-update-in-backward --memory 80GB"
+  found = record(capsys, line)
   assert found["remedies"][0]["flags"] == "--optim adamw_8bit"
 
 
 def test_full_training_and_pages(capsys):
-  found = record(capsys, "plan llama-2-7b --full --optim paged_adamw_8bit --memory 80GB")
+  line = "plan llama-2-7b --full --optim paged_adamw_8bit --no-update-in-backward --memory 80GB"
+  found = record(capsys, f"{line} --masters none")
   assert found["host_bytes"] == pytest.approx(2.125 * 6.738e9, rel=1e-3)
+  masters = record(capsys, line)["host_bytes"] - found["host_bytes"]
+  assert masters == pytest.approx(2 * 6.738e9, rel=1e-3)
   assert {part["kind"] for part in found["parts"]} == {
     "weights", "gradients", "state", "batch", "temporaries"
   }  # fmt: skip
@@ -261,15 +265,21 @@ def test_recommend(capsys):
   assert "Take: LoRA on 8-bit weights" in said and "lowmem finetune --model DIR --quantize" in said
   found = record(capsys, "recommend llama-3.2-1b --memory 80GB --task domain")
   assert found["rows"][0]["recipe"] == "float32 weights, 8-bit AdamW" and found["rows"][0]["fits"]
+  assert found["rows"][0]["flags"] == "--full --dtype float32"
+  said = ran(capsys, "recommend llama-3.2-1b --memory 12GB --task domain")
+  assert "lowmem finetune --model DIR --full" in said
   assert "Nothing fits." in ran(capsys, "recommend llama-3.1-405b --memory 24GB")
 
 
 def test_the_tables_are_whole(eight):
   """Each change changes something or says that it cannot; each recipe is made of settings."""
-  settings = Settings(optim="adamw", dtype="float32", seq_len=512)
-  case = Case("m", config_of("llama-3.2-1b"), settings, True, 2)
+  settings = Settings(
+    optim="adamw", dtype="float32", seq_len=512, full=True, update_in_backward=False
+  )
+  case = Case("m", config_of("llama-3.2-1b"), settings, 2)
   for change in changes.CHANGES:
-    changed = change.of(case) or change.of(case.but(full=False, quantize="none"))
+    others = case.but(full=False, quantize="none"), case.but(dtype="bfloat16")
+    changed = next(filter(None, map(change.of, (case, *others))), None)
     assert changed is not None and changed != case, change.what
   for recipe in RECIPES:
     case.but(**recipe.settings)
@@ -288,7 +298,7 @@ REFUSED = {
   "plan llama-2-7b --optim adamw_9bit --memory 1GB": "Did you mean 'adamw_",
   "plan --memory 24GB": "Name a model",
   "plan nothing.json --memory 24GB": "There is no file nothing.json",
-  "plan llama-2-7b --full --qlora": "not allowed with argument",
+  "plan llama-2-7b --full --rank 8 --memory 1GB": "--rank is for adapters, and --full trains all",
   "plan llama-2-7b --memmory 24GB": "unrecognized arguments: --memmory",
   "recommend llama-2-7b": "Say what there is: --memory 24GB",
   "compare llama-2-7b --optim adamw,lyon": "optimizer name 'lyon' is unknown. Did you mean 'lion'",
@@ -374,7 +384,14 @@ def test_estimates_of_adapters_are_near_what_was_compiled(row):
 
 @pytest.mark.parametrize("row", RESULTS["full"], ids=lambda row: f"{row['optimizer']}")
 def test_estimates_of_full_training_are_near_what_was_compiled(row):
-  case = bench.case(row["model"], optim=row["optimizer"], dtype=row["weights"]).but(full=True)
+  case = bench.whole(row["model"], optim=row["optimizer"], dtype=row["weights"])
+  assert case.plan().device_bytes == pytest.approx(row["device GB"] * 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize("row", RESULTS["backward"], ids=named)
+def test_estimates_of_the_backward_form_are_near_what_was_compiled(row):
+  settings = {"optim": row["optimizer"], "seq_len": row["tokens"], "max_grad_norm": 0.0}
+  case = bench.whole(row["model"], row["masters"], True, **settings)
   assert case.plan().device_bytes == pytest.approx(row["device GB"] * 1e9, rel=0.05)
 
 

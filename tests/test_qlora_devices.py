@@ -13,6 +13,7 @@ from qlora_cases import SCRIPT, arguments
 
 STEPS = """
 import json, sys
+from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from optax_lowmem.qlora.run.settings import Settings
@@ -23,7 +24,7 @@ from optax_lowmem.qlora.training.evaluation import HeldOut
 from pathlib import Path
 from optax_lowmem.qlora.run.recipe import loaded_model, optimizer
 from optax_lowmem.qlora.training.devices import dealt, devices_in_a_row, everywhere, in_parts
-from optax_lowmem.qlora.training.step import Steps, merged, split
+from optax_lowmem.qlora.training.step import Steps, merged, split, train_step
 
 folder = Path(sys.argv[1])
 # Rank 64 makes the adapters large enough to be held in codes, and those in host memory.
@@ -40,7 +41,7 @@ for count, place in ((1, everywhere), (8, everywhere), (8, in_parts)):
   graph, state, frozen = split(loaded_model(folder / "model", s), tx.init)
   state, frozen = everywhere(state, mesh), place(frozen, mesh)
   spread = [x for x in jax.tree.leaves(frozen) if not x.sharding.is_fully_replicated]
-  steps, losses = Steps(graph, tx, shards=count), []
+  steps, losses = Steps(partial(train_step, graph, tx, shards=count)), []
   kinds = [x.sharding.memory_kind for x in jax.tree.leaves(state)]
   for step in range(2):
     state, measured = steps(state, frozen, dealt(batches.at(step), mesh))
@@ -98,3 +99,66 @@ def test_a_whole_run(files, tmp_path):
   done = run([SCRIPT], *arguments(files, tmp_path / "out", *options.split()))
   assert done.returncode == 0, done.stderr[-4000:]
   assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+
+
+ALL_PARAMETERS = """
+import json, sys
+import jax
+from pathlib import Path
+from optax_lowmem.qlora.data.batches import Batches
+from optax_lowmem.qlora.data.dataset import load
+from optax_lowmem.qlora.kinds import kind_of
+from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.training.devices import dealt, devices_in_a_row, everywhere, in_parts
+from optax_lowmem.qlora.training.step import Steps, split
+
+folder = Path(sys.argv[1])
+s = Settings(
+  full=True, dtype="float32", batch_size=2, seq_len=64, lr=1e-2, warmup=0, max_grad_norm=1.0,
+  update_in_backward=bool(int(sys.argv[2])),
+)
+tokenizer = ChatTokenizer.from_model(folder / "model")
+rows = load(folder / "rows.json", tokenizer, s.seq_len).rows
+batches = Batches(rows, s.batch_size, 1, s.seq_len, tokenizer.pad_id, 0)
+kind = kind_of(s)
+for count, place in ((1, everywhere), (2, everywhere), (2, in_parts)):
+  mesh = devices_in_a_row(count, s.batch_size)
+  graph, state, frozen = split(kind.load(folder / "model", s), lambda _: None, kind.variables)
+  state = state._replace(trained=place(state.trained, mesh))
+  method = kind.method(s, graph, kind.optimizer(s)[0], count)
+  state = everywhere(state._replace(opt_state=method.init(state.trained)), mesh)
+  steps, losses = Steps(method.step), []
+  for step in range(3):
+    state, measured = steps(state, frozen, dealt(batches.at(step), mesh))
+    losses.append(float(measured["loss"]))
+  bytes_ = [
+    sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    for tree in (state.trained, state.opt_state)
+  ]
+  print(json.dumps({"losses": losses, "bytes": bytes_}))
+"""
+
+
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_all_parameters_on_two_devices(files, in_backward):
+  """Copied, or in parts: then each device holds half of the weights, and of their state."""
+  done = run(["-c", ALL_PARAMETERS], str(files), str(int(in_backward)))
+  assert done.returncode == 0, done.stderr[-4000:]
+  one, copied, parts = map(json.loads, done.stdout.splitlines())
+  for other in (copied, parts):
+    assert other["losses"] == pytest.approx(one["losses"], rel=1e-4)
+  assert copied["bytes"] == one["bytes"]
+  for part, whole in zip(parts["bytes"], one["bytes"], strict=True):
+    assert part < 0.6 * whole  # the table's 279 rows of one block are held by both
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_all_parameters(files, tmp_path):
+  """In parts, in the backward pass; stopped and resumed."""
+  options = "--full --fsdp --devices 2 --steps 2 --batch-size 2 --stop-after 1".split()
+  out = tmp_path / "out"
+  for argv in ([*arguments(files, out), *options], ["--resume", str(out)]):
+    done = run([SCRIPT], *argv)
+    assert done.returncode == 0, done.stderr[-4000:]
+  assert (out / "model/model.safetensors").exists()

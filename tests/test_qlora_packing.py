@@ -158,7 +158,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(tiny):
   ]
   (one, measured), (other, measured_packed) = found
   assert float(measured_packed["loss"]) == pytest.approx(float(measured["loss"]), rel=1e-5)
-  for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(other.lora), strict=True):
+  for a, b in zip(jax.tree.leaves(one.trained), jax.tree.leaves(other.trained), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -174,7 +174,7 @@ def test_one_program_a_bucket(tiny):
 
   jax.monitoring.register_event_duration_secs_listener(listener)
   try:
-    train = training.Steps(graph, tx)
+    train = training.Steps(partial(training.train_step, graph, tx))
     state = jax.tree.map(lambda x: x.copy(), state)  # the step takes it
     shapes = set()
     for step in range(len(rows)):  # two epochs

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.commands.chat import Speaker
-from optax_lowmem.qlora.commands.merge import template_of, write_companions
+from optax_lowmem.qlora.kinds.model_folder import template_of, write_companions
 from optax_lowmem.qlora.loading.llama import load_llama
 from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.generation import Generator

@@ -9,7 +9,7 @@ from optax_lowmem._arguments.spelling import did_you_mean
 # By name: the module, the function, and what it does. Modules are imported when they are asked for:
 # together they take seconds, and need packages of the extra `qlora`.
 _COMMANDS = {
-  "finetune": ("finetune", "train", "train adapters on a language model in 4 bits"),
+  "finetune": ("finetune", "train", "train a language model: adapters on 4 bits, or all of it"),
   "plan": ("memory", "plan", "say what a run would hold in memory, and whether it fits"),
   "compare": ("memory", "compare", "say what optimizers hold for a model"),
   "recommend": ("recommend", "recommend", "say how to train a model in the memory there is"),

@@ -30,7 +30,7 @@ from optax_lowmem.qlora.run.arguments import parser_of, settings_of
 from optax_lowmem.qlora.run.checks import check_length, check_patterns, check_rank
 
 # What is asked of a plan beside the settings of a run.
-OWN = ("source", "memory", "card", "full", "mesh", "max", "json", "plot", "task")
+OWN = ("source", "memory", "card", "mesh", "max", "json", "plot", "task")
 
 
 def parser_for(command: str) -> argparse.ArgumentParser:
@@ -40,9 +40,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
   )
   parser.add_argument("--memory", metavar="SIZE", help="of each device: 24GB, 24GiB")
   parser.add_argument("--card", help="compile for it: h100, a100-40gb, rtx-4090, l4, v5e, ...")
-  kind = parser.add_mutually_exclusive_group()
-  kind.add_argument("--full", action="store_true", help="train all parameters")
-  kind.add_argument("--qlora", action="store_false", dest="full", help="train adapters (default)")
+  parser.add_argument("--qlora", action="store_false", dest="full", help="the same as --no-full")
   parser.add_argument("--mesh", type=int, metavar="N", help="devices to spread the rows over")
   parser.add_argument("--json", action="store_true", help="print numbers, not tables")
   return parser
@@ -63,15 +61,19 @@ def case_of(words: dict[str, Any]) -> Case:
   settings = settings_of(rest)
   config = config_of(source)
   check_length(settings, config)
-  check_rank(settings, config)
-  check_patterns(settings, config)
-  return Case(name_of(source), config, settings, words.get("full", False), words.get("mesh", 1))
+  if not settings.full:
+    check_rank(settings, config)
+    check_patterns(settings, config)
+  return Case(name_of(source), config, settings, words.get("mesh", 1))
 
 
 def described(case: Case, rows: bool = True) -> str:
   s = case.settings
   if case.full:
     kind = f"all parameters trained in {s.dtype}"
+    if s.dtype == "bfloat16" and s.masters != "none":
+      random = s.masters == "stochastic"
+      kind += ", rounded at random" if random else f" with {s.masters}-bit masters"
   else:
     base = "16-bit" if s.quantize == "none" else s.quantize.upper()
     kind = f"adapters of rank {s.rank} on a base in {base}"

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from optax_lowmem.qlora.kinds import kind_of
 from optax_lowmem.qlora.models.generation import padded, read
-from optax_lowmem.qlora.run.finished import of_run, parser_of
-from optax_lowmem.qlora.run.recipe import trained_model
+from optax_lowmem.qlora.run.finished import of_run_or_model, parser_of
 from optax_lowmem.qlora.run.runs import began
 from optax_lowmem.qlora.run.terminal import say, sentences
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
@@ -30,9 +30,11 @@ def talk(argv: Sequence[str]) -> int:
   given = parser.parse_args(argv)
   with sentences():
     check(given)
-    s, path, adapter = of_run(given.run, best=given.best, model=given.model)
-    tokenizer = ChatTokenizer.from_model(path, s.chat_template, began(given.run))
-    model = trained_model(path, s, adapter)
+    s, path, saved = of_run_or_model(given.run, best=given.best, model=given.model)
+    day = began(given.run) if (given.run / "run.json").exists() else None
+    tokenizer = ChatTokenizer.from_model(path, s.chat_template, day)
+    model = kind_of(s).use(path, s, saved)
+    model.eval()
   speaker = Speaker(model, tokenizer.stop_ids, given.max_tokens, given.temperature, given.top_p)
   first: list[Message] = [{"role": "system", "content": given.system}] if given.system else []
   messages = list(first)

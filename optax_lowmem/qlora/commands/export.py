@@ -16,7 +16,7 @@ from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.gguf_files import by_adjacent_pairs
 from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.run.called import called
-from optax_lowmem.qlora.run.finished import of_run, parser_of
+from optax_lowmem.qlora.run.finished import adapter_of, parser_of
 from optax_lowmem.qlora.run.terminal import say, sentences
 
 PREFIX = "base_model.model."
@@ -41,7 +41,7 @@ def export(argv: Sequence[str]) -> int:
   with sentences():
     if given.out.exists():
       raise FileExistsError(f"--out {given.out} exists. Choose another name.")
-    _, path, adapter = of_run(given.run, best=given.best, model=given.model)
+    _, path, adapter = adapter_of(given.run, "export", best=given.best, model=given.model)
     factors = read_factors(adapter)
     write_factors(given.out, factors, open_checkpoint(path), given.dtype)
   say(f"The adapter, of {len(factors)} layers: {given.out}.")

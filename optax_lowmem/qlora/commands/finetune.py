@@ -4,6 +4,7 @@
   lowmem finetune --model DIR --data rows.json --out my-adapter
   lowmem finetune --config run.yaml --lr 2e-4          # settings from a file; flags go before it
   lowmem finetune --resume my-adapter                  # go on where it stopped
+  lowmem finetune --full --model DIR --out my-model    # all parameters, in the place of adapters
   lowmem plan --model DIR --seq-len 2048               # would it fit?
   lowmem chat my-adapter                               # talk to the result
   lowmem merge my-adapter --out my-model               # a model without adapters
@@ -12,7 +13,8 @@
 From a clone, ``python examples/qlora/finetune.py`` stands for ``lowmem finetune``.
 
 The base model is frozen, its linear layers packed in 4 bits (NF4). Beside each stands a trained
-low-rank correction (LoRA), and only for these does an optimizer state exist, in 8 bits.
+low-rank correction (LoRA), and only for these does an optimizer state exist, in 8 bits. With --full
+all parameters are trained, each layer updated within the backward pass.
 """
 
 import time

@@ -72,7 +72,7 @@ def compare(argv: list[str]) -> int:
     chosen = words.pop("optim", None)
     case = case_of(words)
     names = {"optimizers": chosen.split(",")} if chosen else {}
-    table = compare_optimizer_memory(case.step().state.lora, **names)
+    table = compare_optimizer_memory(case.step().state.trained, **names)
   if words.get("json"):
     print(json.dumps([each.__dict__ for each in table], indent=2))
     return 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,13 +12,18 @@ import numpy as np
 
 from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.files.disk import written_to
-from optax_lowmem.qlora.files.model_files import read_json
+from optax_lowmem.qlora.kinds.model_folder import (
+  remove_of_run,
+  write_companions,
+  write_ends,
+  write_template,
+)
 from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.config_files import config_to_hf
 from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.llama_config import expected_shapes
 from optax_lowmem.qlora.run.checkpoints import replacing
-from optax_lowmem.qlora.run.finished import of_run, parser_of
+from optax_lowmem.qlora.run.finished import adapter_of, parser_of
 from optax_lowmem.qlora.run.run_folder import new_folder
 from optax_lowmem.qlora.run.terminal import say, sentences
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
@@ -36,7 +40,7 @@ def merge(argv: Sequence[str]) -> int:
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
   given = parser.parse_args(argv)
   with sentences(), ExitStack() as locks:
-    s, path, adapter = of_run(given.run, best=given.best, model=given.model)
+    s, path, adapter = adapter_of(given.run, "merge", best=given.best, model=given.model)
     new_folder(given.out, locks)
     locks.enter_context(written_to(given.out, "Free some space, then merge again."))
     checkpoint = open_checkpoint(path)
@@ -57,9 +61,9 @@ def merge(argv: Sequence[str]) -> int:
       if lone:
         write_companions(folder, config | {"torch_dtype": given.dtype}, tokenizer)
       else:
+        remove_of_run(folder)
         write_ends(folder, tokenizer)
-        if not tokenizer.template.is_own:  # this file goes before what tokenizer_config.json says
-          (folder / "chat_template.jinja").write_text(template_of(tokenizer), encoding="utf-8")
+        write_template(folder, tokenizer)
   say(f"The merged model, of {checkpoint.config.parameter_count():,} parameters: {given.out}.")
   return 0
 
@@ -83,47 +87,3 @@ class Lazy:
 def lazily(checkpoint: Checkpoint) -> Mapping[str, Lazy]:
   """The weights of a checkpoint by their Hugging Face names, none of them read yet."""
   return {name: Lazy(checkpoint, name) for name in expected_shapes(checkpoint.config)}
-
-
-def template_of(tokenizer: ChatTokenizer) -> str:
-  """The template of a run's conversations, which may have begun without `bos`."""
-  source = tokenizer.template.source
-  without = tokenizer.bos is not None and not tokenizer.writes_bos
-  return "{% set bos_token = '' %}" + source if without else source
-
-
-def write_ends(folder: Path, tokenizer: ChatTokenizer) -> None:
-  """Names all tokens that end an answer in the files of a base that may know another end.
-
-  Those who generate read generation_config.json where there is one, and config.json elsewhere.
-  """
-  for name in ("config.json", "generation_config.json"):
-    if (folder / name).is_file():
-      about = read_json(folder / name)
-      known = about.get("eos_token_id")
-      known = known if isinstance(known, list) else [known] if known is not None else []
-      about["eos_token_id"] = listed(tokenizer, known)
-      (folder / name).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def listed(tokenizer: ChatTokenizer, more: Sequence[int] = ()) -> int | list[int]:
-  """The tokens that end an answer, as configurations have them: a number, or several."""
-  ends = sorted({*tokenizer.stop_ids, *more})
-  return ends if len(ends) > 1 else ends[0]
-
-
-def write_companions(folder: Path, config: dict[str, Any], tokenizer: ChatTokenizer) -> None:
-  """Writes the configuration and the tokenizer.
-
-  All tokens that end an answer are named, not `eos` alone: generation would run past the others.
-  """
-  config |= {"eos_token_id": listed(tokenizer)}
-  tokenizer.backend.save(str(folder / "tokenizer.json"))
-  about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos}
-  about |= {"pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id)}
-  about |= {"chat_template": template_of(tokenizer)}
-  if tokenizer.bos is not None:
-    config |= {"bos_token_id": tokenizer.backend.token_to_id(tokenizer.bos)}
-    about |= {"bos_token": tokenizer.bos}
-  for name, content in (("tokenizer_config.json", about), ("config.json", config)):
-    (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -52,6 +52,4 @@ def _taken(best: Fit) -> str:
   compiler = best.plan.compiler
   by = f"by the compiler of: {compiler}" if compiler else "as estimated; --card asks a compiler"
   how = f"lowmem finetune --model DIR {best.case.flags()}"
-  if best.case.full:
-    how = "all parameters are trained in Python, as in examples/full_finetune.py."
   return f"Take: {best.recipe.name} ({by}): {how}"

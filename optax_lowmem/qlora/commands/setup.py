@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,15 @@ from optax_lowmem.qlora.commands.inputs import read_data
 from optax_lowmem.qlora.data.batches import Batch
 from optax_lowmem.qlora.files.fetch import MODEL_NAME, default_model
 from optax_lowmem.qlora.files.hub import fetched
+from optax_lowmem.qlora.kinds import Kind, kind_of
 from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
-from optax_lowmem.qlora.run.checks import (
-  check,
-  check_attention,
-  check_length,
-  check_patterns,
-  check_rank,
-)
-from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
+from optax_lowmem.qlora.run.checks import check, check_attention, check_length
 from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.run.terminal import print_bytes, print_shapes, say
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from optax_lowmem.qlora.training.devices import devices_in_a_row
-from optax_lowmem.qlora.training.report import byte_parts
-from optax_lowmem.qlora.training.step import abstract_state, compiled, split
+from optax_lowmem.qlora.training.step import Method, abstract_state, compiled, split
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,8 @@ class Setup:
     model_path: of the base model.
     base_name: of the base model, as it was given; a saved adapter names it.
     config: the base model's.
-    shapes: of the adapted model.
+    kind: what is trained.
+    shapes: of the model that is trained.
     tx: the optimizer.
     schedule: its learning rate.
     mesh: the devices, or None for one.
@@ -52,6 +45,7 @@ class Setup:
   model_path: Path
   base_name: str
   config: LlamaConfig
+  kind: Kind
   shapes: Any
   tx: optax.GradientTransformation
   schedule: Callable[[int], Any]
@@ -64,24 +58,31 @@ class Setup:
     Raises:
       ValueError, OSError: for what no run can have.
     """
-    tx, schedule = optimizer(s)
+    kind = kind_of(s)
+    tx, schedule = kind.optimizer(s)
     mesh = devices_in_a_row(s.devices, s.batch_size)
     base_name = s.model or MODEL_NAME
     model_path = fetched(s.model) if s.model else default_model(say)
     s = replace(s, model=str(model_path)) if s.model else s
-    config = open_checkpoint(model_path).config
+    checkpoint = open_checkpoint(model_path)
+    config = checkpoint.config
     check_length(s, config)
-    check_rank(s, config)
-    check_patterns(s, config)
+    kind.check(s, checkpoint)
     check_attention(s, config)
-    return cls(s, model_path, base_name, config, abstract_model(config, s), tx, schedule, mesh)
+    shapes = kind.abstract(config, s)
+    return cls(s, model_path, base_name, config, kind, shapes, tx, schedule, mesh)
 
   def lasting(self, steps: int) -> "Setup":
     """The same for a number of steps, in the place of one of epochs."""
     s = replace(self.settings, steps=steps, epochs=0.0)
     check(s)
-    tx, schedule = optimizer(s)
+    tx, schedule = self.kind.optimizer(s)
     return replace(self, settings=s, tx=tx, schedule=schedule)
+
+  def method(self, graph: Any) -> Method:
+    """How a step of this graph's model is taken."""
+    shards = 1 if self.mesh is None else self.mesh.size
+    return self.kind.method(self.settings, graph, self.tx, shards)
 
   def show(self) -> None:
     """Prints the shapes of what would be trained and the memory of a step.
@@ -91,13 +92,15 @@ class Setup:
     s = self.settings
     if s.data:
       read_data(s, ChatTokenizer.from_model(self.model_path, s.chat_template))
-    graph, state, frozen = split(self.shapes, partial(abstract_state, self.tx))
+    graph, state, frozen = split(self.shapes, lambda trained: None, self.kind.variables)
+    method = self.kind.method(s, graph, self.tx)
+    state = state._replace(opt_state=abstract_state(method.init, state.trained))
     shape = (s.grad_accum, s.batch_size, s.seq_len)
     ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
     packed = (ids, ids) if s.packing else ()
     batch = Batch(ids, ids, mask, jax.ShapeDtypeStruct(shape[:2], jnp.int32), *packed)
-    print_shapes(state.lora)
+    print_shapes(self.kind.title, state.trained)
     say(f"Compiling a step of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens ...")
-    step = compiled(graph, self.tx, state, frozen, batch)
-    parts = byte_parts(frozen, state.lora, state.opt_state, s.optim, s.quantize)
-    print_bytes(parts, step.memory_analysis().temp_size_in_bytes)
+    step = compiled(method.step, state, frozen, batch)
+    parts = self.kind.parts(frozen, state.trained, state.opt_state, s)
+    print_bytes(parts, step.memory_analysis().temp_size_in_bytes, self.kind.usual)

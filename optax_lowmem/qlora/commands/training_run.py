@@ -12,11 +12,10 @@ import numpy as np
 from flax import nnx
 
 import optax_lowmem as lowmem
-from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.commands.inputs import read_inputs
 from optax_lowmem.qlora.commands.setup import Setup
-from optax_lowmem.qlora.files.disk import written_to
-from optax_lowmem.qlora.models.neftune import without_noise
+from optax_lowmem.qlora.files.disk import check_room, written_to
+from optax_lowmem.qlora.kinds.kind import Source
 from optax_lowmem.qlora.run.called import called
 from optax_lowmem.qlora.run.checkpoints import (
   METRICS,
@@ -30,7 +29,6 @@ from optax_lowmem.qlora.run.checkpoints import (
   whole_metrics,
 )
 from optax_lowmem.qlora.run.checks import only_results_left
-from optax_lowmem.qlora.run.recipe import loaded_model
 from optax_lowmem.qlora.run.run_folder import output_folder
 from optax_lowmem.qlora.run.runs import save_settings
 from optax_lowmem.qlora.run.terminal import (
@@ -46,10 +44,10 @@ from optax_lowmem.qlora.training.devices import dealt, everywhere, in_host_memor
 from optax_lowmem.qlora.training.evaluation import HeldOut, since_best
 from optax_lowmem.qlora.training.report import (
   Metrics,
-  byte_parts,
   count,
   loss_picture,
   memory_in_use,
+  nbytes,
   read_records,
 )
 from optax_lowmem.qlora.training.samples import Samples
@@ -79,11 +77,13 @@ class Run:
     self.out = output_folder(s, locks)
     self.before = Path(s.resume or self.out)
     if s.fsdp and setup.mesh is None:
-      say("--fsdp: there is only one device, which holds the whole base model.")
+      say("--fsdp: there is only one device, which holds the whole model.")
     self.inputs = read_inputs(s, setup.model_path, setup.config)
     if s.epochs:
       setup = setup.lasting(self.inputs.batches.steps(s.epochs))
     self.setup, self.settings, self.mesh = setup, setup.settings, setup.mesh
+    self.kind = setup.kind
+    self.source = Source(setup.base_name, setup.model_path, self.inputs.tokenizer)
     self.done, self.ended, self.records = 0, False, []
 
   def load(self) -> None:
@@ -93,24 +93,42 @@ class Run:
       ValueError, OSError: where one of them is damaged, or nothing is left to do.
     """
     s = self.settings
+    last = found(self.before / "last")
+    if s.resume:
+      check_sealed(last)
+    path = last if s.resume and self.kind.whole else self.setup.model_path
     divided = s.fsdp and self.mesh is not None
     with in_host_memory() if divided else nullcontext():
-      model = loaded_model(self.setup.model_path, s)
-      self.graph, state, frozen = split(model, self.setup.tx.init)
+      model = self.kind.load(path, s)
+      self.graph, state, frozen = split(model, lambda trained: None, self.kind.variables)
+    if divided and self.kind.whole:
+      state = state._replace(trained=in_parts(state.trained, self.mesh))
+    self.method = self.setup.method(self.graph)
+    state = state._replace(opt_state=self.method.init(state.trained))
     self.state = everywhere(state, self.mesh)
     self.frozen = (in_parts if s.fsdp else everywhere)(frozen, self.mesh)
+    if self.kind.whole:
+      check_room(self.out, self.to_be_written())
     if s.resume:
-      last = found(self.before / "last")
-      check_sealed(last)
-      self.state, self.done = load_state(last / STATE, self.state)
+      kept, self.done = load_state(last / STATE, self.kind.kept(self.state))
+      self.state = self.kind.restored(kept, self.state)
       self.records = read_records(whole_metrics(last) or self.before / METRICS, until=self.done)
       self.ended = only_results_left(s, self.done, self.before, self.records)
     self.board = Board(self.out / "tensorboard", self.done) if s.tensorboard else None
 
+  def to_be_written(self) -> int:
+    """The most bytes that the run's folder takes beside what it has."""
+    s = self.settings
+    result, rest = (nbytes(tree) for tree in (self.state.trained, self.kind.kept(self.state)))
+    saves = 1 if found(self.out / "last").exists() else 2  # a new one is written beside the old
+    return saves * (result + rest) + result * (3 if s.eval_every else 1)
+
   def begin(self) -> None:
     """Measures what there is before the first step, and leaves a run that can be resumed."""
     s = self.settings
-    say_trained(count(self.state.lora), count(self.frozen))
+    say_trained(count(self.state.trained), count(self.frozen))
+    for note in self.kind.notes(s):
+      say(note)
     model = merged(self.graph, self.state, self.frozen)
     model.eval()  # no dropout, no noise
     quiet = nnx.graphdef(model)
@@ -137,8 +155,7 @@ class Run:
     self.metrics = Metrics(self.out / METRICS, self.records, self.board)
     self.records = self.metrics.records
     save_settings(s, self.out, *self.inputs.identity)
-    shards = 1 if self.mesh is None else self.mesh.size
-    self.steps = Steps(self.graph, self.setup.tx, shards=shards)
+    self.steps = Steps(self.method.step)
 
   def measure(self) -> dict[str, float]:
     """The held-out loss."""
@@ -146,15 +163,14 @@ class Run:
 
   def speak(self) -> dict[str, Any]:
     """What the model says to the held-out prompts."""
-    return {"samples": self.samples(self.state.lora, self.state.rngs, self.frozen)}
+    return {"samples": self.samples(self.state.trained, self.state.rngs, self.frozen)}
 
   def save(self, name: str, step: int | None = None) -> None:
-    """Writes the adapter to a folder of the run; with a step, also what --resume needs."""
+    """Writes what was trained to a folder of the run; with a step, also what --resume needs."""
     with replacing(self.out / name) as folder:
-      model = without_noise(merged(self.graph, self.state, self.frozen))
-      lowmem_nn.save_peft(model, folder, base_model=self.setup.base_name)
+      self.kind.save(merged(self.graph, self.state, self.frozen), folder, self.source)
       if step is not None:
-        save_state(folder / STATE, self.state, step)
+        save_state(folder / STATE, self.kind.kept(self.state), step)
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         (folder / METRICS).write_text(text, encoding="utf-8")
       seal(folder)
@@ -170,7 +186,7 @@ class Run:
           self.evaluate(bar)
         stopped = self.ended or ctrl_c.asked or self.done == s.stop_after
         if stopped:
-          self.save("adapter")
+          self.save(self.kind.noun)
         if stopped or (s.save_every and self.done % s.save_every == 0):
           self.save("last", self.done)
         if stopped:
@@ -179,7 +195,8 @@ class Run:
       self.board.close()
     if self.ended:
       return 0
-    say(f"Stopped after step {self.done}. The adapter so far is in {self.out / 'adapter'}.")
+    noun = self.kind.noun
+    say(f"Stopped after step {self.done}. The {noun} so far is in {self.out / noun}.")
     say(f"To go on: {called()} --resume {self.out}")
     return 130 if ctrl_c.asked else 0
 
@@ -206,7 +223,7 @@ class Run:
     return True
 
   def evaluate(self, bar: StepBar) -> None:
-    """Measures the held-out loss, keeps the best adapter, and ends the run at patience's end."""
+    """Measures the held-out loss, keeps the best, and ends the run at patience's end."""
     patience = self.settings.patience
     now, (best, missed) = self.measure(), since_best(self.records)
     better = now["held_out_loss"] < best
@@ -225,11 +242,12 @@ class Run:
       )
     having = self.metrics.having
     loss_picture(self.out / "loss.png", having("loss"), having("held_out_loss"))
-    parts = byte_parts(self.frozen, self.state.lora, self.state.opt_state, s.optim, s.quantize)
-    print_bytes(parts, self.steps.temporaries())
-    held = lowmem.memory_report((self.frozen, self.state.lora), self.state.opt_state)
+    parts = self.kind.parts(self.frozen, self.state.trained, self.state.opt_state, s)
+    print_bytes(parts, self.steps.temporaries(), self.kind.usual)
+    held = lowmem.memory_report((self.frozen, self.state.trained), self.state.opt_state)
     say(f"Held now: {held.line()}.")
-    conclude(self.out, self.metrics, parts, seconds=time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    conclude(self.out, self.metrics, parts, seconds, self.kind.results(self.out))
 
 
 def _go_on(out: Path) -> str:

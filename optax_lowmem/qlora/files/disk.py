@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,17 @@ def sha256_of(path: Path) -> str:
   """The SHA-256 of a file, in hexadecimal."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_room(folder: Path, needed: int) -> None:
+  """Raises OSError where a folder's disk has less than so many bytes to be written there."""
+  there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  free = shutil.disk_usage(there).free
+  if free < needed:
+    raise OSError(
+      f"{folder}: up to {needed / 1e9:.1f} GB will be written there, and {free / 1e9:.1f} GB are "
+      "free. Free some space, or choose another folder."
+    )
 
 
 class DiskError(OSError):

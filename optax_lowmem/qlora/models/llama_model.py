@@ -54,7 +54,7 @@ class LlamaModel(nnx.Module):
     self.norm = rms_norm(config, config.hidden_size, dtype=dtype, rngs=rngs)
 
   def __call__(self, input_ids: jax.Array, positions: jax.Array, segments: jax.Array | None):
-    ropes = rope_tables(positions, self.config, input_ids.shape[1])  # once, not once a layer
+    around = self.around(input_ids, positions, segments)  # once, not once a layer
     # jax.lax.scan over the split module and not nnx.scan: that refuses variables of different
     # trace levels, which is what `jax.grad` over `nnx.merge` of some of them gives.
     graphdef, random, weights = nnx.split(self.layers, nnx.RngState, ...)
@@ -64,16 +64,31 @@ class LlamaModel(nnx.Module):
     # prevent_cse: the two passes are in different loops, there is nothing to merge.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def layer(x, inputs):
-      state, window, way = inputs
+      state, own = inputs
       block = nnx.merge(graphdef, *state)
-      attend = attend_within(segments, window, self.attention, self.scoring)
-      x, _ = block(x, rope_of(ropes, way), attend)
+      x = self.layer(block, x, around, own)
       return x, nnx.state(block, nnx.RngState)
 
-    inputs = (random, weights), windows_of_layers(self.config), ropes_of_layers(self.config)
+    inputs = (random, weights), self.of_layers()
     x, random = jax.lax.scan(layer, self.embedded(input_ids), inputs)
     nnx.update(self.layers, random)  # dropout's counters move on
     return self.norm(x)
+
+  def around(
+    self, input_ids: jax.Array, positions: jax.Array, segments: jax.Array | None
+  ) -> tuple[Any, Any]:
+    """What all layers are given beside the residual stream."""
+    return rope_tables(positions, self.config, input_ids.shape[1]), segments
+
+  def of_layers(self) -> tuple[Any, Any]:
+    """What each layer is given of its own, along the first axis."""
+    return windows_of_layers(self.config), ropes_of_layers(self.config)
+
+  def layer(self, block: Block, x: jax.Array, around: Any, own: Any) -> jax.Array:
+    """The residual stream after one layer, of what `around` and `of_layers` give."""
+    (ropes, segments), (window, way) = around, own
+    attend = attend_within(segments, window, self.attention, self.scoring)
+    return block(x, rope_of(ropes, way), attend)[0]
 
   def embedded(self, input_ids: jax.Array) -> jax.Array:
     """The residual stream before the first layer."""

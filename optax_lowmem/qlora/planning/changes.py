@@ -11,7 +11,20 @@ from optax_lowmem.qlora.planning.case import Case
 
 
 def _sixteen_bit_weights(case: Case) -> Case | None:
-  return case.but(dtype="bfloat16") if case.full and case.settings.dtype == "float32" else None
+  wide = case.full and case.settings.dtype == "float32"
+  return case.but(dtype="bfloat16", masters="16") if wide else None
+
+
+def _less_of_masters(case: Case) -> Case | None:
+  less = {"16": "8", "8": "stochastic"}.get(case.settings.masters)
+  narrow = case.full and case.settings.dtype == "bfloat16"
+  return case.but(masters=less) if narrow and less else None
+
+
+def _update_in_backward(case: Case) -> Case | None:
+  s = case.settings
+  possible = case.full and not s.update_in_backward and s.grad_accum == 1
+  return case.but(update_in_backward=True) if possible else None
 
 
 def _fewer_bits(case: Case, bits: int) -> Case | None:
@@ -27,6 +40,8 @@ def _sixteen_bit_adapters(case: Case) -> Case | None:
 
 
 def _accumulated(case: Case) -> Case | None:
+  if case.full and case.settings.update_in_backward:
+    return None
   rows = case.settings.batch_size // 2
   if rows * 2 != case.settings.batch_size or rows % case.devices or rows < case.devices:
     return None
@@ -39,7 +54,8 @@ def _in_parts(case: Case) -> Case | None:
 
 def _paged(case: Case) -> Case | None:
   name = case.settings.optim
-  return None if name.startswith("paged_") else case.but(optim=f"paged_{name}")
+  changed = case.but(optim=f"paged_{name}", update_in_backward=not case.full)
+  return None if name.startswith("paged_") else changed
 
 
 def _packed(case: Case) -> Case | None:
@@ -85,10 +101,18 @@ CHANGES = (
     "8-bit optimizer state", "+0.1 % held-out loss in docs/training.md",
     lambda case: _fewer_bits(case, 8),
   ),
+  Change(
+    "each layer updated in the backward pass", "time, where gradients are clipped to a norm",
+    _update_in_backward,
+  ),
   Change("fewer rows a pass, more passes", "time, where rows were few already", _accumulated),
-  Change("bfloat16 weights", "updates below 1/512 of a weight are lost", _sixteen_bit_weights),
+  Change("bfloat16 weights, with masters", "products are of bfloat16", _sixteen_bit_weights),
   Change("bfloat16 adapters", "updates below 1/512 of a value are lost", _sixteen_bit_adapters),
   Change("base in fewer bits", "rounding of the base; time to unpack it", _packed),
+  Change(
+    "half of the masters' bits, or rounding at random", "noise in the weights, of mean 0",
+    _less_of_masters,
+  ),
   Change("state in host memory", "time: it travels to the device in each step", _paged),
   Change("half the rank", "what the adapters can learn", _lower_rank),
   Change(

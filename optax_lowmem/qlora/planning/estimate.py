@@ -17,20 +17,19 @@ _SAVED = 0.77  # of the inputs of all layers, which the backward pass starts fro
 _LAYER = 31.5  # of a layer's input: what one layer needs while it is computed once more
 _UNPACKED = 0.49  # of a layer's matrices in 16 bits, if the base is packed
 _LOGITS = 1.4  # of the float32 logits of 128 positions
+# The same of training all parameters in the backward pass: 5 steps, of 0.6 to 7 billion parameters.
+_TIED, _UNTIED = 1.35, 4.9  # of the table of embeddings, beside its gradient and the head's
 # Rules that take norms hold float32 arrays of the largest parameter; others its new values.
 _NORMS = re.compile(r"(paged_)?(came|lamb|lars)")
 
 
-def temporaries(
-  config: LlamaConfig, s: Settings, gradients: int, full: bool, devices: int = 1
-) -> int:
+def temporaries(config: LlamaConfig, s: Settings, gradients: int, devices: int = 1) -> int:
   """Bytes of activations and other temporaries of a training step on each device.
 
   Args:
     config: of the model.
     s: the settings.
     gradients: bytes of the gradients, which are not counted here.
-    full: whether all parameters are trained, or adapters.
     devices: over how many the rows are spread.
   """
   width, size = config.hidden_size, jnp.dtype(s.dtype).itemsize
@@ -39,13 +38,19 @@ def temporaries(
   matrices = [math.prod(shape) for shape, _ in linear_shapes(config).values()]
   found = _SAVED * config.num_hidden_layers * layer + _LAYER * layer
   found += _LOGITS * 128 * config.vocab_size * 4
-  if s.quantize != "none" and not full:
+  if s.quantize != "none" and not s.full:
     found += _UNPACKED * sum(matrices) * size
-  found += (_GRADIENTS if not full else 0) * gradients
-  if full and s.fsdp and devices > 1:  # the weights of the layer that is computed, of all devices
+  table = config.vocab_size * width
+  if s.full and s.update_in_backward:  # sums of what both ends of the model give, as well
+    each = 4 if _NORMS.match(s.optim) else 0
+    shard = devices if s.fsdp else 1
+    found += (_TIED if config.tie_word_embeddings else _UNTIED) * table * size // shard
+    return int(found + each * max(*matrices, table) // shard)
+  found += (_GRADIENTS if not s.full else 0) * gradients
+  if s.full and s.fsdp and devices > 1:  # the weights of the layer that is computed, of all devices
     found += sum(matrices) * size
-  if full:  # the update comes after the backward pass, whose memory it takes over
-    largest = max(*(n * config.num_hidden_layers for n in matrices), config.vocab_size * width)
+  if s.full:  # the update comes after the backward pass, whose memory it takes over
+    largest = max(*(n * config.num_hidden_layers for n in matrices), table)
     shard = devices if s.fsdp else 1
     quantized = re.search(r"_[48]bit$|^paged_", s.optim)
     each = 4 if _NORMS.match(s.optim) else size if quantized else 0

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from optax_lowmem._plan.compiler import compile_for
 from optax_lowmem._plan.memory_plan import MemoryPlan, Part
-from optax_lowmem._plan.parts import device_and_host
-from optax_lowmem._plan.plan import check_devices, planned, state_shapes
+from optax_lowmem._plan.parts import device_and_host, of_gradients, of_state, of_weights
+from optax_lowmem._plan.plan import check_devices, state_shapes
 from optax_lowmem.qlora.data.batches import Batch
-from optax_lowmem.qlora.loading.llama import abstract_llama
-from optax_lowmem.qlora.models.attention import Kind
+from optax_lowmem.qlora.kinds import kind_of
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
-from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
 from optax_lowmem.qlora.run.settings import Settings
-from optax_lowmem.qlora.training.step import State, split, train_step
+from optax_lowmem.qlora.training.step import State, split
 
 
 class Step(NamedTuple):
@@ -33,7 +29,8 @@ class Step(NamedTuple):
     state: what is trained, and the optimizer's state.
     frozen: the rest of the model.
     batch: one batch.
-    full: whether all parameters are trained, or adapters.
+    at_a_time: of what is trained, what has gradients at a time.
+    whole: whether all of the model is trained, or adapters.
     mesh: the devices; None for one.
   """
 
@@ -41,17 +38,18 @@ class Step(NamedTuple):
   state: State
   frozen: Any
   batch: Batch
-  full: bool
+  at_a_time: Any
+  whole: bool
   mesh: AbstractMesh | None
 
   def shapes(self) -> MemoryPlan:
     """Its memory from shapes alone."""
-    devices = self.mesh.size if self.mesh else 1
-    found = planned(
-      self.state.lora, self.frozen, self.state.opt_state, adapters=not self.full, devices=devices
-    )
+    name, kind = ("weights", "weights") if self.whole else ("adapters", "adapters")
+    parts = of_weights(self.frozen, "frozen weights") + of_weights(self.state.trained, name, kind)
+    parts += of_gradients(self.at_a_time)
+    parts += of_state(self.state.opt_state, self.state.trained)
     batch = Part("batch", "batch", device_and_host((self.batch, self.state.rngs))[0])
-    return MemoryPlan((*found.parts, batch), devices=devices)
+    return MemoryPlan((*parts, batch), devices=self.mesh.size if self.mesh else 1)
 
   def compiled(self, card: str) -> MemoryPlan:
     """Its memory by the compiler of a card."""
@@ -63,23 +61,14 @@ class Step(NamedTuple):
     return self.shapes().compiled(program)
 
 
-def step_of(
-  config: LlamaConfig,
-  s: Settings,
-  *,
-  full: bool = False,
-  devices: int = 1,
-  tx: optax.GradientTransformation | None = None,
-) -> Step:
+def step_of(config: LlamaConfig, s: Settings, *, devices: int = 1) -> Step:
   """The step that `lowmem finetune` compiles for these settings; nothing is made of it.
 
   Args:
     config: of the model.
     s: the settings.
-    full: train all parameters, in the dtype of the model, in the place of adapters.
     devices: how many there are. A batch's rows are spread over them; each holds the whole model, or
       with `fsdp` a part of what is frozen, and in full training of all there is.
-    tx: the optimizer; by default that of the settings.
 
   Raises:
     ValueError: where the rows cannot be spread evenly, and as `check_devices`.
@@ -92,13 +81,9 @@ def step_of(
       "which its rows are spread."
     )
   check_devices(devices)
-  tx = optimizer(s)[0] if tx is None else tx
-  if full:
-    base = abstract_llama(config, None, jnp.dtype(s.dtype), cast(Kind, s.attention))
-    graph, trained, rngs, frozen = nnx.split(base, nnx.Param, nnx.RngState, ...)
-  else:
-    graph, state, frozen = split(abstract_model(config, s), lambda trained: None)
-    trained, rngs = state.lora, state.rngs
+  kind = kind_of(s)
+  model = kind.abstract(config, s)
+  graph, (trained, _, rngs), frozen = split(model, lambda trained: None, kind.variables)
   shape = (s.grad_accum, s.batch_size, s.seq_len)
   ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
   packed = (ids, ids) if s.packing else ()
@@ -108,12 +93,14 @@ def step_of(
     mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     whole = functools.partial(_laid, mesh)
     frozen = _in_parts(mesh, frozen) if s.fsdp else jax.tree.map(whole, frozen)
-    trained = _in_parts(mesh, trained) if s.fsdp and full else jax.tree.map(whole, trained)
+    divided = s.fsdp and kind.whole
+    trained = _in_parts(mesh, trained) if divided else jax.tree.map(whole, trained)
     rngs = jax.tree.map(whole, rngs)
     batch = jax.tree.map(lambda x: _laid(mesh, x, None, "data"), batch)
-  state = State(trained, state_shapes(tx, trained, mesh), rngs)
-  fn = functools.partial(train_step, graph, tx, shards=devices)
-  return Step(fn, state, frozen, batch, full, mesh)
+  method = kind.method(s, graph, kind.optimizer(s)[0], devices)
+  state = State(trained, state_shapes(method, trained, mesh), rngs)
+  at_a_time = method.at_a_time(trained)
+  return Step(method.step, state, frozen, batch, at_a_time, kind.whole, mesh)
 
 
 def _laid(mesh: AbstractMesh, x: Any, *spec: str | None) -> Any:

@@ -16,9 +16,17 @@ import jax
 
 from optax_lowmem._arguments.spelling import did_you_mean
 from optax_lowmem.qlora.files.yaml_files import read_yaml
-from optax_lowmem.qlora.run.checks import check
+from optax_lowmem.qlora.run.checks import check, check_masters, check_sort
 from optax_lowmem.qlora.run.runs import resumed
-from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, default_of, flag_of, kind_of
+from optax_lowmem.qlora.run.settings import (
+  CHOICES,
+  FULL,
+  HELP,
+  Settings,
+  default_of,
+  flag_of,
+  kind_of,
+)
 from optax_lowmem.qlora.run.spellings import instead, known_as, translated
 
 
@@ -72,9 +80,13 @@ def settings_of(given: dict[str, Any]) -> Settings:
     folder = Path(given["resume"])
     saved = of_record(resumed(folder, given, set(HELP)), folder / "run.json")
   settings = Settings(**saved | given)
+  for name in FULL.keys() - (saved | given).keys() if settings.full else ():
+    setattr(settings, name, FULL[name])
+  check_sort(settings, list(given))
   check(settings)
   if settings.dtype == "auto":
     settings.dtype = _automatic_dtype()
+  check_masters(settings)
   return settings
 
 

@@ -1,9 +1,10 @@
 """A run on disk, so that it continues bit for bit where it stopped, wherever it was stopped.
 
-``last/`` holds the newest adapter in PEFT's format and, in ``state.safetensors``, what else a run
-needs to go on: the optimizer's state, the random state and the number of steps done, from which
-the position in the data follows, and the metrics up to there. ``best/`` holds the adapter that had
-the lowest held-out loss. Each folder has the checksums of its files: what is damaged is refused.
+``last/`` holds the newest adapter in PEFT's format, or the model where all of it is trained, and in
+``state.safetensors`` what else a run needs to go on: the optimizer's state, the random state and
+the number of steps done, from which the position in the data follows, and the metrics up to there.
+``best/`` holds the adapter, or the model, that had the lowest held-out loss. Each folder has the
+checksums of its files: what is damaged is refused.
 """
 
 import json

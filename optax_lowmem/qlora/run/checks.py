@@ -15,7 +15,7 @@ from optax_lowmem.qlora.loading.weights import expected_shapes
 from optax_lowmem.qlora.models.attention import attend_within, windows_of_layers
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.models.scores import Scoring
-from optax_lowmem.qlora.run.settings import LEAST, MOST, Settings
+from optax_lowmem.qlora.run.settings import LEAST, MOST, ONLY, Settings, flag_of, trained_by
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from optax_lowmem.qlora.text.confined import TooMuchError, elsewhere
 from optax_lowmem.qlora.training.evaluation import since_best
@@ -48,6 +48,18 @@ def check(s: Settings) -> None:
     raise ValueError(
       f"--warmup must be at least 0 and less than --steps {s.steps}, got {s.warmup}."
     )
+  if s.full and s.update_in_backward and s.grad_accum > 1:
+    raise ValueError(
+      f"--grad-accum {s.grad_accum}: with --full each layer is updated as soon as its gradients "
+      "are there, so that there are none to add others to. Choose a larger --batch-size, or "
+      "--no-update-in-backward, which holds the gradients of all layers."
+    )
+  if s.full and s.update_in_backward and s.optim.startswith("paged_"):
+    raise ValueError(
+      f"--optim {s.optim}: with --full each layer is updated in the backward pass, and state in "
+      f"host memory is not fetched a layer at a time. Choose --optim {s.optim[6:]}, or add "
+      "--no-update-in-backward, which holds the gradients of all layers."
+    )
   if s.init == "loftq" and s.quantize == "none":
     raise ValueError("--init loftq makes up for quantization; --quantize none leaves nothing to.")
   if s.packing and s.buckets:
@@ -66,6 +78,28 @@ def check(s: Settings) -> None:
     check_model(s.model)
   if s.data is not None and not Path(s.data).is_file():
     raise FileNotFoundError(f"--data {s.data}: there is no such file.")
+
+
+def check_sort(s: Settings, given: Sequence[str]) -> None:
+  """Raises ValueError for a setting that was given, and is of another kind of training."""
+  for name in given:
+    if ONLY.get(name, trained_by(s)) == trained_by(s):
+      continue
+    if s.full:
+      raise ValueError(
+        f"{flag_of(name)} is for adapters, and --full trains all parameters. Leave out one of the "
+        "two."
+      )
+    raise ValueError(f"{flag_of(name)} is for --full, which trains all parameters. Add that.")
+
+
+def check_masters(s: Settings) -> None:
+  """Raises ValueError for masters of weights that are masters themselves."""
+  if s.full and s.dtype == "float32" and s.masters in ("8", "stochastic"):
+    raise ValueError(
+      f"--masters {s.masters} is for bfloat16 weights: of float32 ones nothing is lost. Add "
+      "--dtype bfloat16, or leave it out."
+    )
 
 
 def only_results_left(

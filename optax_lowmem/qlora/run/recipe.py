@@ -1,4 +1,4 @@
-"""What is trained, and by which rule: adapters, optimizer, learning rate."""
+"""The recipe of a run: optimizer, learning rate, adapters."""
 
 import re
 from functools import partial
@@ -32,17 +32,26 @@ def learning_rate(s: Settings) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup])
 
 
-def optimizer(s: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Clipping, then the named optimizer, at a learning rate that rises and falls."""
+def named_rule(s: Settings, name: str) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer of that name, at a learning rate that rises and falls."""
   schedule = learning_rate(s)
   decay = {} if s.weight_decay is None else {"weight_decay": s.weight_decay}
   try:
-    rule = lowmem.create(s.optim, schedule, **decay)
+    return lowmem.create(name, schedule, **decay), schedule
   except TypeError as error:
     raise ValueError(f"--weight-decay: {s.optim} has none ({error}).") from error
-  clip = optax.clip_by_global_norm(s.max_grad_norm) if s.max_grad_norm else optax.identity()
+
+
+def clipping(s: Settings) -> optax.GradientTransformation:
+  """What is done to gradients before the optimizer has them."""
+  return optax.clip_by_global_norm(s.max_grad_norm) if s.max_grad_norm else optax.identity()
+
+
+def optimizer(s: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """Clipping, then the named optimizer of adapters."""
+  rule, schedule = named_rule(s, s.optim)
   plus = lowmem_nn.scale_lora_b(s.lora_plus_ratio) if s.lora_plus_ratio else optax.identity()
-  return optax.chain(clip, rule, plus), schedule
+  return optax.chain(clipping(s), rule, plus), schedule
 
 
 def adapted(model: Any, s: Settings) -> Any:

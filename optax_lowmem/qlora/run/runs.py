@@ -5,9 +5,10 @@
     run.json       the settings, and checksums of data and base model; --resume reads it
     config.yaml    the settings, for people and for --config
     metrics.jsonl  what was measured, a line each time; nothing depends on it
-    adapter/       the adapter at the end of the run, in PEFT's format
-    last/          the newest adapter, and what --resume needs beside it
-    best/          the adapter with the lowest held-out loss
+    adapter/       the adapter at the end of the run, in PEFT's format; or, with --full,
+    model/         the model
+    last/          the newest adapter or model, and what --resume needs beside it
+    best/          the one with the lowest held-out loss
     loss.png, summary.json, tensorboard/
 """
 
@@ -22,7 +23,7 @@ import yaml
 
 from optax_lowmem.qlora.files.disk import write_whole
 from optax_lowmem.qlora.run.run_folder import is_unfinished
-from optax_lowmem.qlora.run.settings import CHANGEABLE, Settings
+from optax_lowmem.qlora.run.settings import CHANGEABLE, ONLY, Settings, trained_by
 
 _KEYS = ("data_sha256", "today", "base")
 
@@ -107,7 +108,8 @@ def save_settings(
   record["sha256"] = _sum(record)
   write_whole(out / "run.json", json.dumps(record, indent=2) + "\n")
   once = {"config", "resume", "out", "stop_after", "dry_run"}
-  repeatable = {name: value for name, value in settings.items() if name not in once}
+  other = {name for name, kind in ONLY.items() if kind != trained_by(s)}
+  repeatable = {name: value for name, value in settings.items() if name not in once | other}
   write_whole(out / "config.yaml", yaml.safe_dump(repeatable, sort_keys=False))
 
 

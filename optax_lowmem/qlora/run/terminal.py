@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,7 +17,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from optax_lowmem.qlora.files.disk import write_whole
-from optax_lowmem.qlora.run.called import called
 from optax_lowmem.qlora.training.report import Metrics, Part, human, peak_memory
 
 console = Console(highlight=False)
@@ -78,7 +77,7 @@ class CtrlC:
     if self.asked:
       raise KeyboardInterrupt
     self.asked = True
-    say("Stopping after this step, to save the adapter. Ctrl-C again stops at once.")
+    say("Stopping after this step, to save what was learned. Ctrl-C again stops at once.")
 
 
 class StepBar:
@@ -143,22 +142,22 @@ def say_trained(trained: int, frozen: int) -> None:
   )
 
 
-def print_shapes(lora: Any) -> None:
-  """The adapters that would be trained, stacked over layers."""
-  table = Table(title="Adapters", title_justify="left")
+def print_shapes(title: str, trained: Any) -> None:
+  """What would be trained, stacked over layers."""
+  table = Table(title=title, title_justify="left")
   table.add_column("variable")
   table.add_column("shape", justify="right")
-  for path, leaf in jax.tree_util.tree_flatten_with_path(lora)[0]:
+  for path, leaf in jax.tree_util.tree_flatten_with_path(trained)[0]:
     name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
     table.add_row(name.removesuffix(".value"), str(tuple(leaf.shape)))
   console.print(table)
 
 
-def print_bytes(parts: list[Part], temporaries: int) -> None:
-  """The table of where the bytes are."""
+def print_bytes(parts: list[Part], temporaries: int, usual: str) -> None:
+  """The table of where the bytes are; `usual` is what they are compared with."""
   table = Table(title="Where the bytes are", title_justify="left")
   table.add_column("", no_wrap=True)
-  for name in ("parameters", "here", "16-bit base,\n32-bit Adam"):
+  for name in ("parameters", "here", usual):
     table.add_column(name, justify="right")
   for part in parts:
     numbers = f"{part.parameters:,}" if part.parameters else ""
@@ -186,8 +185,18 @@ def print_samples(samples: list[dict[str, str]]) -> None:
     console.print(table)
 
 
-def conclude(out: Path, metrics: Metrics, parts: list[Part], seconds: float) -> None:
-  """Prints the samples and the held-out loss, before and after, and writes summary.json."""
+def conclude(
+  out: Path, metrics: Metrics, parts: list[Part], seconds: float, results: Sequence[str]
+) -> None:
+  """Prints the samples and the held-out loss, before and after, and writes summary.json.
+
+  Args:
+    out: the run's folder.
+    metrics: what was measured.
+    parts: where the bytes are.
+    seconds: how long it took.
+    results: what there is now, in sentences.
+  """
   measured = metrics.having("held_out_loss")
   before, after = measured[0], measured[-1]
   # Of records that were damaged, samples may be missing.
@@ -209,9 +218,8 @@ def conclude(out: Path, metrics: Metrics, parts: list[Part], seconds: float) -> 
     else "the device's arrays"
   )
   say(f"At its peak {what} took {human(peak_memory())}.")
-  say(f"The adapter, in PEFT's format: {out / 'adapter'}. The loss curve: {out / 'loss.png'}.")
-  say(f"Talk to it: {called('chat')} {out}")
-  say(f"A model without adapters: {called('merge')} {out} --out {out}-merged")
+  for sentence in results:
+    say(sentence)
   summary = {
     "held_out_loss": [before["held_out_loss"], after["held_out_loss"]],
     "steps": after["step"],

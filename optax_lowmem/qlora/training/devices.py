@@ -56,7 +56,10 @@ def in_host_memory() -> Iterator[None]:
 
 
 def everywhere(tree: T, mesh: Mesh | None) -> T:
-  """A copy of each array on every device, in the kind of memory in which it is."""
+  """A copy of each array on every device, in the kind of memory in which it is.
+
+  What lies on the mesh already stays as it is.
+  """
 
   if mesh is None:
     # Fixed to the device it is on, as the results of a step are: to `jax.jit` an array that may
@@ -64,6 +67,8 @@ def everywhere(tree: T, mesh: Mesh | None) -> T:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
 
   def put(x: jax.Array) -> jax.Array:
+    if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh:
+      return x
     (default,) = {device.default_memory().kind for device in x.sharding.device_set}
     kind = x.sharding.memory_kind
     kind = None if kind == default else kind  # a CPU calls its own memory otherwise than a GPU

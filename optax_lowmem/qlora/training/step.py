@@ -1,5 +1,6 @@
 """One step of training: the loss in pieces, its gradient, the optimizer."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from optax_lowmem.qlora.data.batches import Batch
 class State(NamedTuple):
   """All that training changes, and all that a resumed run needs."""
 
-  lora: Any  # what is trained: the adapters, and whole layers where asked for
+  trained: Any  # adapters, and whole layers where asked for; or all parameters
   opt_state: Any
   rngs: Any  # of dropout and noise; empty without
 
@@ -29,34 +30,66 @@ class HeadLoss(NamedTuple):
   rngs: Any
 
 
-def split(model: nnx.Module, init: Any) -> tuple[Any, State, Any]:
-  """``(graph, what is trained, what is frozen)``; `merged` puts them together again."""
-  graph, lora, rngs, frozen = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
-  return graph, State(lora, init(lora), rngs), frozen
+class Method(NamedTuple):
+  """How a model is trained.
+
+  Attributes:
+    init: makes the optimizer's state for what is trained.
+    step: ``step(state, frozen, batch) -> state, measured``.
+    at_a_time: of shapes of what is trained, those of what has gradients at a time.
+  """
+
+  init: Callable[[Any], Any]
+  step: Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]
+  at_a_time: Callable[[Any], Any]
 
 
-def abstract_state(tx: Any, lora: Any) -> Any:
+def ordinary(graph: Any, tx: optax.GradientTransformation, *, shards: int = 1) -> Method:
+  """All gradients, and then the update.
+
+  Args:
+    graph: the model's, as `split` gives it.
+    tx: the optimizer.
+    shards: the devices over which rows are spread.
+  """
+  return Method(tx.init, partial(train_step, graph, tx, shards=shards), lambda trained: trained)
+
+
+def split(model: nnx.Module, init: Any, wrt: Any = nnx.LoRAParam) -> tuple[Any, State, Any]:
+  """``(graph, what is trained, what is frozen)``; `merged` puts them together again.
+
+  Args:
+    model: the model.
+    init: makes the optimizer's state.
+    wrt: what is trained, as a filter of NNX.
+  """
+  graph, trained, rngs, frozen = nnx.split(model, wrt, nnx.RngState, ...)
+  return graph, State(trained, init(trained), rngs), frozen
+
+
+def abstract_state(init: Any, trained: Any) -> Any:
   """The shapes of an optimizer's state; those of pages say that they are in host memory."""
 
   def is_paged(x):
     return isinstance(x, lowmem.Paged)
 
-  state = jax.eval_shape(tx.init, lora)
+  state = jax.eval_shape(init, trained)
   pages = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
   return lowmem.paged(state) if pages else state
 
 
 def merged(graph: Any, state: State, frozen: Any) -> Any:
-  return nnx.merge(graph, state.lora, state.rngs, frozen, copy=True)
+  return nnx.merge(graph, state.trained, state.rngs, frozen, copy=True)
 
 
-def of_head(lora: Any, tied: bool) -> list[int]:
+def of_head(trained: Any, tied: bool) -> list[int]:
   """Which leaves of what is trained belong to the output layer, by number.
 
   With tied embeddings the output layer is the table of the input.
   """
   name = "['model']['embed_tokens']" if tied else "['lm_head']"
-  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(lora)]
+  leaves = jax.tree_util.tree_leaves_with_path(trained)
+  paths = [jax.tree_util.keystr(path) for path, _ in leaves]
   return [i for i, path in enumerate(paths) if path.startswith(name)]
 
 
@@ -94,16 +127,16 @@ def head_loss(
   first = jnp.argsort(~learned, axis=1, stable=True)  # learned positions first
   first = jnp.pad(first, ((0, 0), (0, -first.shape[1] % chunk))).reshape(shards, -1, chunk)
   counted = jnp.arange(first[0].size).reshape(1, -1, chunk) < learned.sum(1)[:, None, None]
-  leaves, structure = jax.tree.flatten(state.lora)
+  leaves, structure = jax.tree.flatten(state.trained)
   tied = merged(graph, state, frozen).config.tie_word_embeddings
-  numbers = of_head(state.lora, tied) if with_gradient else []
+  numbers = of_head(state.trained, tied) if with_gradient else []
 
   def losses(
     head: list[jax.Array], rows: jax.Array, rngs: Any, targets: jax.Array, counted: jax.Array
   ) -> tuple[jax.Array, Any]:
     replaced = dict(zip(numbers, head, strict=True))
-    lora = structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
-    model = merged(graph, State(lora, None, rngs), frozen)
+    trained = structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
+    model = merged(graph, State(trained, None, rngs), frozen)
     logits = model.head(rows).astype(jnp.float32)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.where(counted, each, 0.0).sum() / divisor, nnx.state(model, nnx.RngState)
@@ -128,12 +161,16 @@ def head_loss(
   start = HeadLoss(
     jnp.zeros(()),
     jnp.zeros_like(flat) if with_gradient else None,
-    [jnp.zeros_like(leaves[n]) for n in numbers],
+    # In bfloat16 a sum of more than 256 chunks would stand still.
+    [jnp.zeros_like(leaves[n], jnp.float32) for n in numbers],
     state.rngs,
   )
   chunks = counted.any(axis=(0, 2)).sum()
   done = jax.lax.fori_loop(0, chunks, one_chunk, start)
-  return done._replace(hidden=done.hidden.reshape(hidden.shape)) if with_gradient else done
+  if not with_gradient:
+    return done
+  slopes = [sum_.astype(leaves[n].dtype) for sum_, n in zip(done.head, numbers, strict=True)]
+  return done._replace(hidden=done.hidden.reshape(hidden.shape), head=slopes)
 
 
 def hidden_states(model: Any, batch: Batch) -> jax.Array:
@@ -149,16 +186,16 @@ def train_step(
   """One step of the optimizer; the gradients of `batch`'s leading axis are summed."""
   learned = batch.learned.sum()
   tied = merged(graph, state, frozen).config.tie_word_embeddings
-  numbers = of_head(state.lora, tied)
+  numbers = of_head(state.trained, tied)
 
   def accumulate(carry: Any, part: Batch) -> tuple[Any, jax.Array]:
     total, rngs = carry
 
-    def hidden_of(lora: Any) -> tuple[jax.Array, Any]:
-      model = merged(graph, State(lora, None, rngs), frozen)
+    def hidden_of(trained: Any) -> tuple[jax.Array, Any]:
+      model = merged(graph, State(trained, None, rngs), frozen)
       return hidden_states(model, part), nnx.state(model, nnx.RngState)
 
-    hidden, pull_back, rngs = jax.vjp(hidden_of, state.lora, has_aux=True)
+    hidden, pull_back, rngs = jax.vjp(hidden_of, state.trained, has_aux=True)
     head = head_loss(
       graph, state._replace(rngs=rngs), frozen, hidden, part,
       divisor=learned, with_gradient=True, shards=shards,
@@ -170,14 +207,14 @@ def train_step(
     grads = structure.unflatten(leaves)
     return (jax.tree.map(jnp.add, total, grads), head.rngs), head.loss
 
-  zeros = jax.tree.map(jnp.zeros_like, state.lora)
+  zeros = jax.tree.map(jnp.zeros_like, state.trained)
   (grads, rngs), losses = jax.lax.scan(accumulate, (zeros, state.rngs), batch)
-  updates, opt_state = tx.update(grads, state.opt_state, state.lora)
-  lora = optax.apply_updates(state.lora, updates)
-  # Of bfloat16 adapters the gradients are bfloat16, and three digits are too few for a norm.
+  updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+  trained = optax.apply_updates(state.trained, updates)
+  # Of bfloat16 parameters the gradients are bfloat16, and three digits are too few for a norm.
   norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
   measured = {"loss": losses.sum(), "grad_norm": norm}
-  return State(lora, opt_state, rngs), measured
+  return State(trained, opt_state, rngs), measured
 
 
 def eval_step(graph: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1) -> jax.Array:
@@ -188,37 +225,34 @@ def eval_step(graph: Any, state: State, frozen: Any, batch: Batch, *, shards: in
   ).loss
 
 
-def compiled(
-  graph: Any, tx: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1
-) -> Any:
-  """`train_step`, compiled; the old state's memory is given to the new one.
+def compiled(step: Callable[..., Any], state: State, frozen: Any, batch: Batch) -> Any:
+  """A step, compiled; the old state's memory is given to the new one.
 
   The new state lies where the old one did, on the same devices and in the same kind of memory.
   """
   places: Any = [getattr(x, "sharding", None) for x in jax.tree.leaves(state)]
   known = all(place is not None for place in places)  # in a dry run there are shapes only
   out = (jax.tree.unflatten(jax.tree.structure(state), places), None) if known else None
-  step = partial(train_step, graph, tx, shards=shards)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
   return jitted.lower(state, frozen, batch).compile()
 
 
 class Steps:
-  """`train_step`, compiled when a batch of a new length comes, and never again.
+  """A step, compiled when a batch of a new length comes, and never again.
 
   Attributes:
     programs: the compiled step for each shape of batch.
   """
 
-  def __init__(self, graph: Any, tx: Any, *, shards: int = 1):
-    self.compile = partial(compiled, graph, tx, shards=shards)
+  def __init__(self, step: Callable[..., Any]):
+    self.step = step
     self.programs: dict[tuple[int, ...], Any] = {}
 
   def ready(self, state: State, frozen: Any, batch: Batch) -> Any:
     """The program for batches like this one."""
     shape = batch.inputs.shape
     if shape not in self.programs:
-      self.programs[shape] = self.compile(state, frozen, batch)
+      self.programs[shape] = compiled(self.step, state, frozen, batch)
     return self.programs[shape]
 
   def __call__(self, state: State, frozen: Any, batch: Batch) -> tuple[State, Any]:
