@@ -25,12 +25,11 @@ if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)  # updates are cut only where there are several
 
-import optax_lowmem as lowmem
 from _measure import write
-from optax_lowmem._plan.memory_plan import MemoryPlan, Part
-from optax_lowmem.qlora.planning.estimate import temporaries
+from optax_lowmem._plan.memory_plan import MemoryPlan
+from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.model_source import config_of
-from optax_lowmem.qlora.planning.steps import Step, step_of
+from optax_lowmem.qlora.planning.steps import Step
 from optax_lowmem.qlora.run.settings import Settings
 
 GB = 10**9
@@ -42,41 +41,33 @@ CARD_GB = 80.0  # of which half a GiB is the driver's
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """An optimizer, the dtype of the weights, and what an update moves.
+  """How all parameters are trained, and what an update moves.
 
   Attributes:
-    make: the optimizer.
-    optim: its name for the planner's formula.
+    optim: the name of the optimizer.
     dtype: of the weights and gradients.
+    masters: of weights in bfloat16.
     hbm: the row and the dtype in `benchmarks/results/accelerator-h100.json` that says what an
       update moves through device memory; None where there is none.
   """
 
-  make: Callable[[], Any]
   optim: str
   dtype: str = "bfloat16"
+  masters: str = "none"
   hbm: tuple[str, str] | None = None
 
 
-def _adamw(bits: Any) -> Any:
-  return lowmem.adamw(1e-4, bits=bits)
-
-
 RECIPES: dict[str, Recipe] = {
-  "adamw, 32 bits, float32 weights": Recipe(
-    lambda: _adamw(32), "adamw", "float32", ("optax.adamw", "float32")
-  ),
-  "adamw, 32 bits": Recipe(lambda: _adamw(32), "adamw"),
-  "adamw, 8 bits": Recipe(lambda: _adamw(8), "adamw_8bit", hbm=("adamw, 8 bits", "bfloat16")),
-  "adamw, 4 bits": Recipe(lambda: _adamw(4), "adamw_4bit", hbm=("adamw, 4 bits", "bfloat16")),
-  "came, 8 bits": Recipe(lambda: lowmem.came(1e-4), "came", hbm=("came, 8 bits", "bfloat16")),
-  "adafactor, no momentum": Recipe(lambda: lowmem.adafactor(1e-4), "adafactor"),
-  "master_weights(adamw, 8 bits)": Recipe(lambda: lowmem.master_weights(_adamw(8)), "adamw_8bit"),
-  "offloaded(adamw, 32 bits)": Recipe(lambda: lowmem.offloaded(_adamw(32)), "paged_adamw"),
-  "offloaded(adamw, 8 bits)": Recipe(lambda: lowmem.offloaded(_adamw(8)), "paged_adamw_8bit"),
-  "offloaded(master_weights(adamw, 8 bits))": Recipe(
-    lambda: lowmem.offloaded(lowmem.master_weights(_adamw(8))), "paged_adamw_8bit"
-  ),
+  "adamw, 32 bits, float32 weights": Recipe("adamw", "float32", hbm=("optax.adamw", "float32")),
+  "adamw, 32 bits": Recipe("adamw"),
+  "adamw, 8 bits": Recipe("adamw_8bit", hbm=("adamw, 8 bits", "bfloat16")),
+  "adamw, 4 bits": Recipe("adamw_4bit", hbm=("adamw, 4 bits", "bfloat16")),
+  "came, 8 bits": Recipe("came", hbm=("came, 8 bits", "bfloat16")),
+  "adafactor, no momentum": Recipe("adafactor"),
+  "master_weights(adamw, 8 bits)": Recipe("adamw_8bit", masters="16"),
+  "offloaded(adamw, 32 bits)": Recipe("paged_adamw"),
+  "offloaded(adamw, 8 bits)": Recipe("paged_adamw_8bit"),
+  "offloaded(master_weights(adamw, 8 bits))": Recipe("paged_adamw_8bit", masters="16"),
 }
 CHECKED = (
   ("llama-2-7b", "adamw, 8 bits"),
@@ -95,14 +86,18 @@ CHECKED = (
 def step(model: str, recipe: Recipe, devices: int) -> tuple[Step, MemoryPlan]:
   """The step of so many devices, and what the planner says of it."""
   settings = Settings(
-    batch_size=devices, seq_len=TOKENS, dtype=recipe.dtype, optim=recipe.optim, fsdp=True
+    batch_size=devices,
+    seq_len=TOKENS,
+    dtype=recipe.dtype,
+    optim=recipe.optim,
+    masters=recipe.masters,
+    fsdp=True,
+    full=True,
+    update_in_backward=False,
+    max_grad_norm=0.0,
   )
-  config = config_of(model)
-  found = step_of(config, settings, full=True, devices=devices, tx=recipe.make())
-  known = found.shapes()
-  rest = temporaries(config, settings, known.of("gradients"), True, devices)
-  parts = (*known.parts, Part("activations, other temporaries", "temporaries", rest))
-  return found, dataclasses.replace(known, parts=parts, method="estimate")
+  case = Case(model, config_of(model), settings, devices)
+  return case.step(), case.plan()
 
 
 def row(planned: MemoryPlan) -> dict[str, Any]:
