@@ -135,7 +135,7 @@ def full(card: str) -> Iterator[dict[str, Any]]:
 def masters(card: str) -> Iterator[dict[str, Any]]:
   """The same in bfloat16, with what `full` loses of each update kept or rounded without bias."""
   for name, masters in MASTERS.items():
-    asked = whole("llama-7b", masters)
+    asked = whole("llama-7b", masters, max_grad_norm=0.0)
     yield {
       "model": "llama-7b",
       "optimizer": name,

@@ -17,8 +17,8 @@ _SAVED = 0.77  # of the inputs of all layers, which the backward pass starts fro
 _LAYER = 31.5  # of a layer's input: what one layer needs while it is computed once more
 _UNPACKED = 0.49  # of a layer's matrices in 16 bits, if the base is packed
 _LOGITS = 1.4  # of the float32 logits of 128 positions
-# The same of training all parameters in the backward pass: 5 steps, of 0.6 to 7 billion parameters.
-_TIED, _UNTIED = 1.35, 4.9  # of the table of embeddings, beside its gradient and the head's
+# The same of training all parameters in the backward pass: 4 steps, of 0.6 to 7 billion parameters.
+_TIED, _UNTIED = 1.35, 0.8  # of the table of embeddings, beside its gradient and the head's
 # Rules that take norms hold float32 arrays of the largest parameter; others its new values.
 _NORMS = re.compile(r"(paged_)?(came|lamb|lars)")
 
@@ -42,10 +42,8 @@ def temporaries(config: LlamaConfig, s: Settings, gradients: int, devices: int =
     found += _UNPACKED * sum(matrices) * size
   table = config.vocab_size * width
   if s.full and s.update_in_backward:  # sums of what both ends of the model give, as well
-    each = 4 if _NORMS.match(s.optim) else 0
-    shard = devices if s.fsdp else 1
-    found += (_TIED if config.tie_word_embeddings else _UNTIED) * table * size // shard
-    return int(found + each * max(*matrices, table) // shard)
+    beside = (_TIED if config.tie_word_embeddings else _UNTIED) * table * size
+    return int(found + beside / (devices if s.fsdp else 1))
   found += (_GRADIENTS if not s.full else 0) * gradients
   if s.full and s.fsdp and devices > 1:  # the weights of the layer that is computed, of all devices
     found += sum(matrices) * size

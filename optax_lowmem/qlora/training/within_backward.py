@@ -52,7 +52,7 @@ def within_backward(
     )
 
   def init(trained: Any) -> Any:
-    return training(State(trained, None, None), None).init(parted(trained))
+    return training(State(trained, None, None), None).init(_pure(parted(trained)))
 
   def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     part = jax.tree.map(lambda x: x[0], batch)
@@ -61,13 +61,14 @@ def within_backward(
     if part.segments is not None:
       positions = part.positions
     given = part, state.rngs, model.model.around(part.inputs, positions, part.segments)
-    args = parted(state.trained), state.opt_state, given, model.model.of_layers()
+    parts = parted(state.trained)
+    args = _pure(parts), state.opt_state, given, model.model.of_layers()
     loss, new, opt_state = training(state, frozen).step(*args)
     model.model.embedded(part.inputs)  # for the noise's counter alone, which moves on
     squares = jax.tree.leaves([opt_state[name][0] for name in new])
     norm = jnp.sqrt(sum(each.sum() for each in squares))
     rngs = nnx.state(model, nnx.RngState)
-    return State(_whole(new), opt_state, rngs), {"loss": loss, "grad_norm": norm}
+    return State(_whole(_boxed(new, parts)), opt_state, rngs), {"loss": loss, "grad_norm": norm}
 
   return Method(init, step, _at_a_time)
 
@@ -91,13 +92,27 @@ def _at_a_time(trained: Any) -> dict[str, Any]:
   return parts | {"layers": jax.tree.map(one, parts["layers"])}
 
 
+def _pure(parts: dict[str, Any]) -> dict[str, Any]:
+  """The same without the boxes of Flax, as an optimizer has its state.
+
+  By its key path, `lowmem.update_in_backward` knows which parameter an array of the state is of.
+  """
+  return {name: nnx.to_pure_dict(part) for name, part in parts.items()}
+
+
+def _boxed(tree: Any, like: Any) -> Any:
+  """In the boxes of `like`."""
+  return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
 def _whole(parts: dict[str, Any]) -> Any:
   return nnx.merge_state(parts["outer"], parts["layers"])
 
 
 def _pieces(graph: Any, state: State, frozen: Any, shards: int) -> tuple[Any, Any, Any]:
   """What precedes the layers, a layer, and what follows them with the loss, as functions."""
-  stacks = parted(state.trained)["layers"]  # which the first and the last do not read
+  parts = parted(state.trained)
+  stacks = parts["layers"]  # which the first and the last do not read
 
   def model_of(outer: Any, rngs: Any) -> Any:
     trained = _whole({"outer": outer, "layers": stacks})
@@ -105,16 +120,17 @@ def _pieces(graph: Any, state: State, frozen: Any, shards: int) -> tuple[Any, An
 
   def embed(outer: Any, given: Any) -> jax.Array:
     part, rngs, _ = given
-    return model_of(outer, rngs).model.embedded(part.inputs)
+    return model_of(_boxed(outer, parts["outer"]), rngs).model.embedded(part.inputs)
 
   def layer(params: Any, x: jax.Array, given: Any, own: Any) -> jax.Array:
     _, rngs, around = given
     model = merged(graph, state._replace(rngs=rngs), frozen).model
-    block = nnx.merge(nnx.graphdef(model.layers), params["model"]["layers"])
+    block = nnx.merge(nnx.graphdef(model.layers), _boxed(params, stacks)["model"]["layers"])
     return model.layer(block, x, around, own)
 
   def head(outer: Any, x: jax.Array, given: Any) -> jax.Array:
     part, rngs, _ = given
+    outer = _boxed(outer, parts["outer"])
     hidden = model_of(outer, rngs).model.norm(x)
     return _loss(graph, frozen, shards, outer, stacks, hidden, part, rngs)
 
