@@ -60,6 +60,7 @@ from optax_lowmem._update.explain import Explained, Explanation, explain
 _serialization.register()
 name_after(
   __name__,
+  BackwardTraining,
   Blockwise,
   Codebook,
   Dense,

@@ -147,7 +147,8 @@ CASES = {
   "yaml": ("--config {files}/run.yaml --stop-after 1", stopped),
   "plan": ("--dry-run --packing --dora --optim paged_adamw_8bit", planned),
 }
-ELSEWHERE = {"resume"}  # test_qlora_checkpoints.py, and test_finetune.py
+# test_qlora_checkpoints.py and test_finetune.py; test_qlora_full.py
+ELSEWHERE = {"resume", "full", "masters", "update_in_backward"}
 
 
 @pytest.mark.parametrize("name", CASES)
