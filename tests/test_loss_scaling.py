@@ -57,12 +57,17 @@ def test_it_is_the_inner_transformation(inner):
   tx, alone, params = loss_scaling(INNER[inner]()), INNER[inner](), params_of(inner)
   a, b = tx.init(params), alone.init(params)
   chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), a)
-  update = jax.jit(tx.update)
+  update, p, q = jax.jit(tx.update), params, params
   for t in range(2):
     g = few(100 + t)
-    ours, a = update(scaled(g, a.scale), a, params)
-    theirs, b = jax.jit(alone.update)(g, b, params)
-    chex.assert_trees_all_close((ours, a.inner_state), (theirs, b), rtol=2e-6, atol=1e-9)
+    ours, a = update(scaled(g, a.scale), a, p)
+    theirs, b = jax.jit(alone.update)(g, b, q)
+    p, q = optax.apply_updates(p, ours), optax.apply_updates(q, theirs)
+    got, wanted = (ours, a.inner_state), (theirs, b)
+    if inner == "masters":  # an ulp of a master may turn the last bit of its bfloat16
+      got = lowmem.master_params(p, a.inner_state), a.inner_state.inner_state
+      wanted = lowmem.master_params(q, b), b.inner_state
+    chex.assert_trees_all_close(got, wanted, rtol=2e-6, atol=1e-9)
   assert times_compiled(update) == 1
   assert int(a.good_steps) == 2
 
