@@ -6,10 +6,7 @@ installs them.
 
 import functools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,6 +15,7 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
+import own_process
 from compiled import compile_for, missing
 from compiled.steps import apply_step, backward, parameters, training_step
 from registry import ENTRIES, REGISTRY
@@ -211,17 +209,7 @@ def test_plain_optax(rule, within):
 @pytest.fixture(scope="module")
 def eight():
   """What eight cards need, by case; in a process that has eight devices."""
-  env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join(
-      map(str, (HERE.parent, HERE.parent / "benchmarks", HERE, *sys.path))
-    ),
-  }
-  command = [sys.executable, str(HERE / "accelerator_cases.py")]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(own_process.printed(HERE / "accelerator_cases.py").splitlines()[-1])
 
 
 @pytest.mark.parametrize("axes", ["rows", "columns", "both", "layers"])

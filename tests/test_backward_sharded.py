@@ -1,7 +1,5 @@
 """The update in the backward pass of layers that are cut over eight devices."""
 
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_lowmem as lowmem
+import own_process
 
 LAYERS, WIDTH = 3, 64
 SPECS = {
@@ -27,11 +26,7 @@ SPECS = {
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_eight_devices(kind):
-  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    [sys.executable, __file__, kind], env=os.environ | devices, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stdout + done.stderr
+  own_process.printed(__file__, kind)
 
 
 # In the processes of eight devices ----------------------------------------------------------------

@@ -1,10 +1,7 @@
 """`loss_scaling`: gradients of the loss as it is, and no step of those that are not finite."""
 
 import functools
-import os
-import pathlib
 import pickle
-import subprocess
 import sys
 from typing import Any
 
@@ -19,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
+import own_process
 from programs import temporaries_of, times_compiled
 from registry import tree
 
@@ -310,15 +308,7 @@ def check_sharded(kind):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_eight_devices(kind):
-  here = pathlib.Path(__file__).parent
-  env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here, *sys.path))),
-  }
-  command = [sys.executable, __file__, kind]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-  assert done.returncode == 0, done.stderr[-3000:]
+  own_process.printed(__file__, kind)
 
 
 if __name__ == "__main__":

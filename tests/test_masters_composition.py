@@ -1,9 +1,6 @@
 """`master_weights` and `stochastic_rounding` are plain optax: composed, traced, trained, saved."""
 
-import os
-import pathlib
 import pickle
-import subprocess
 import sys
 from typing import Any
 
@@ -19,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
+import own_process
 from programs import times_compiled
 
 WRAPPERS = {
@@ -502,24 +500,13 @@ def check_sharded(kind):
       if wrapper != "stochastic":
         assert laid.remainder["w"].spec == specs["w"]
       compiled = step.lower(params, state, jax.device_put(gradients[0], where)).compile()
-      text = compiled.as_text() or ""
-      assert "fusion" in text
-      for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert f"{collective}(" not in text, (wrapper, inner, collective)
+      assert not own_process.moves_of(compiled), (wrapper, inner)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_eight_devices(kind):
   """The same results under any sharding, no collective, and remainders lie as parameters."""
-  here = pathlib.Path(__file__).parent
-  env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here, *sys.path))),
-  }
-  command = [sys.executable, __file__, kind]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-  assert done.returncode == 0, done.stderr[-3000:]
+  own_process.printed(__file__, kind)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 What needs eight devices runs in one process of its own: `python tests/test_nn_devices.py`.
 """
 
-import os
 import re
-import subprocess
 import sys
 import traceback
 from dataclasses import replace
@@ -19,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import own_process
 from optax_lowmem import linen, nn
 from optax_lowmem._linear import packed_product as _multiply
 
@@ -221,10 +220,7 @@ CASES |= {
 
 @pytest.fixture(scope="module")
 def failures():
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-  done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-4000:]
-  return done.stdout
+  return own_process.printed(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,9 +1,5 @@
 """`offloaded` within `jax.shard_map` and `jax.pmap`, where each device has a part of its own."""
 
-import os
-import subprocess
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,6 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
+import own_process
 
 RULES = {
   "trace": lambda: optax.trace(0.9),
@@ -53,10 +50,7 @@ def check(name, kind):
 
 
 def test_on_two_devices():
-  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, __file__]
-  done = subprocess.run(command, env=os.environ | devices, capture_output=True, text=True)
-  assert done.returncode == 0, done.stdout + done.stderr
+  own_process.printed(__file__, devices=2)
 
 
 @pytest.mark.parametrize("where", ["pmap", "shard_map"])

@@ -4,9 +4,6 @@ What needs eight devices runs in processes of their own, one for each kind of me
 """
 
 import functools
-import os
-import re
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -22,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
+import own_process
 from optax_lowmem._paging import offloaded as _offloaded
 from optax_lowmem._programs.phases import in_phases
 from optax_lowmem._sharding.layout import divide
@@ -71,14 +69,6 @@ STRADDLING = [
   ("momentum", TWO, (8, 64, 128), P(None, "b", "a"), "float32", 8),
   ("momentum", ONE, (80_000,), P("a"), "float32", 1),  # no axis is left: the same on all devices
 ]
-MOVES = r"\b(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-
-
-def moves(compiled):
-  """What a program sends from device to device."""
-  text = compiled.as_text()
-  assert text is not None, "this backend shows no program"
-  return re.findall(MOVES, text)
 
 
 def test_axes_that_would_cut_blocks_move_to_others():
@@ -100,10 +90,7 @@ def test_axes_that_would_cut_blocks_move_to_others():
   ],
 )
 def test_on_eight_devices(kind, every):
-  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, __file__, kind, str(every)]
-  done = subprocess.run(command, env=os.environ | devices, capture_output=True, text=True)
-  assert done.returncode == 0, done.stdout + done.stderr
+  own_process.printed(__file__, kind, every)
 
 
 # In the processes of eight devices ----------------------------------------------------------------
@@ -174,7 +161,7 @@ def check(kind, name, axes, shape, spec, dtype, shards):
   assert shardings(made) == jax.tree.leaves(known)
   assert_same_bits(made, states[0])
   compiled = update.lower(grads, states[0], params).compile()
-  return states[0], params, tx, moves(compiled)
+  return states[0], params, tx, own_process.moves_of(compiled)
 
 
 def check_cases(kind, every):
@@ -213,7 +200,7 @@ def check_memory(kind):
     assert memory.temp_size_in_bytes / count <= 0.1
     assert memory.alias_size_in_bytes >= 0.999 * held  # the new state lies where the old one was
     assert held / count <= 2.13
-    assert not moves(compiled)
+    assert not own_process.moves_of(compiled)
 
 
 def check_transformations(kind):

@@ -1,7 +1,5 @@
 """How a state lies, known before it is made. What needs eight devices runs in its own process."""
 
-import os
-import subprocess
 import sys
 
 import chex
@@ -14,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
+import own_process
 from optax_lowmem._host_memory.pages import is_paged
 from registry import REGISTRY, make
 
@@ -61,14 +60,7 @@ def test_boxes_of_linen():
   ],
 )
 def test_on_eight_devices(kind, every):
-  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    [sys.executable, __file__, kind, str(every)],
-    env=os.environ | devices,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+  own_process.printed(__file__, kind, every)
 
 
 # In the processes of eight devices ----------------------------------------------------------------
