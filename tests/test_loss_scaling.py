@@ -51,7 +51,7 @@ def broken(g, value=np.nan):
 
 @every_inner
 def test_it_is_the_inner_transformation(inner):
-  """Of powers of two, bit for bit, whatever the scale."""
+  """Of powers of two to the last bits, whatever the scale."""
   tx, alone, params = loss_scaling(INNER[inner]()), INNER[inner](), params_of(inner)
   a, b = tx.init(params), alone.init(params)
   chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), a)
@@ -256,6 +256,11 @@ def test_no_array_of_float32_beside_gradient_and_update():
 
 REFUSED = {
   "zero": ({"initial_scale": 0.0}, ValueError, "`initial_scale` must be positive and finite"),
+  "beyond float32": (
+    {"initial_scale": 1e39, "max_scale": 1e40},
+    ValueError,
+    "`initial_scale` must be positive and finite in float32",
+  ),
   "text": ({"initial_scale": "dynamic"}, TypeError, "`initial_scale` must be a number"),
   "array": ({"initial_scale": jnp.ones(())}, TypeError, "`initial_scale` must be a Python number"),
   "above": ({"initial_scale": 2.0**30}, ValueError, "from `min_scale` to `max_scale`"),

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import optax_lowmem as lowmem
 import own_process
 from optax_lowmem._state.moments import is_quantized
+from optax_lowmem._steps import sums
 from programs import temporaries_of, times_compiled
 from registry import SHAPES, small_tiles, trained_linen, trained_nnx, tree
 
@@ -546,6 +547,12 @@ REFUSED = {
     TypeError,
     "accumulated of floating arrays",
   ),
+  "skip": (
+    lambda: multi_steps(identity(), 2, should_skip_update_fn=3),
+    TypeError,
+    "`should_skip_update_fn` must be a function",
+  ),
+  "mean": (lambda: multi_steps(identity(), 2, use_grad_mean="no"), TypeError, "`use_grad_mean`"),
   "not a state": (lambda: lowmem.has_updated(()), ValueError, "it holds 0"),
 }
 
@@ -566,6 +573,54 @@ def test_refuses_sums_that_are_held_otherwise(bits):
   state = multi_steps(identity(), 2, bits=bits).init({"big": params["big"]})
   with pytest.raises(ValueError, match="sums of 1 parameters"):
     multi_steps(identity(), 2, bits=bits).update(params, state)
+
+
+@every
+def test_means_of_optax_are_not_taken_for_sums(bits):
+  """Nor sums for means: optax holds the mean of the gradients so far."""
+  params, g = few(0), few(1)
+  theirs, ours = multi_steps(optax.sgd(1.0), 4, bits=32), multi_steps(optax.sgd(1.0), 4, bits=bits)
+  _, state = theirs.update(g, theirs.init(params), params)
+  with pytest.raises(ValueError, match="made with other `bits`"):
+    ours.update(g, state, params)
+  with pytest.raises(ValueError, match="in the midst of a step, 1 gradients"):
+    lowmem.convert_state(state, theirs, ours, params)
+  _, state = ours.update(g, ours.init(params), params)
+  with pytest.raises(ValueError, match="in the midst of a step"):
+    lowmem.convert_state(state, ours, theirs, params)
+  for _ in range(3):
+    _, state = ours.update(g, state, params)
+  assert lowmem.has_updated(lowmem.convert_state(state, ours, theirs, params))
+
+
+@every
+def test_a_tree_without_arrays(bits):
+  tx = multi_steps(optax.adam(1e-3), 2, bits=bits)
+  updates, state = tx.update({}, tx.init({}), {})
+  assert updates == {} and int(state.mini_step) == 1
+
+
+def test_what_is_rounded_to_zero_is_not_taken_for_a_bad_element():
+  """By bits: a CPU takes such numbers for zero before they are rounded, a GPU does not."""
+  x = jax.lax.bitcast_convert_type(jnp.array([-(2**31) + 7, -(2**31), 7], jnp.int32), jnp.float32)
+  for noise in (0, 2**16 - 1):
+    rounded = sums._rounded(x, jnp.full(3, noise, jnp.int32))
+    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
+    assert [int(b) == 0x8000 for b in bits] == [False, True, False]
+
+
+def test_what_is_kept_of_skipped_gradients_keeps_its_dtype():
+  """Of gradients in float16, for parameters in float32, in a scan."""
+  skips = functools.partial(optax.skip_large_updates, max_squared_norm=1e3)
+  tx = multi_steps(optax.sgd(0.1), 2, should_skip_update_fn=skips)
+  params = jnp.ones((64, 64))
+
+  def step(state, _):
+    _, state = tx.update(params.astype(jnp.float16) / 64, state, params)
+    return state, ()
+
+  state, _ = jax.lax.scan(step, tx.init(params), length=2)
+  assert bool(lowmem.has_updated(state))
 
 
 @every

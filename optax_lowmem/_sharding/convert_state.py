@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from optax_lowmem._host_memory.paged_state import paged, unpaged
 from optax_lowmem._quantization.array import QuantizedArray, encode
@@ -39,7 +41,8 @@ def convert_state(
 
   Raises:
     ValueError: if `state` is none of `from_tx`, or the two have different rules, or keep master
-      weights (`master_weights`) in different bits.
+      weights (`master_weights`) in different bits; between `optax.MultiSteps` and `multi_steps`, in
+      the midst of a step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
@@ -61,7 +64,35 @@ def convert_state(
     "`to_tx`",
     target_def.unflatten([0] * len(targets)),
   )
+  _refuse_open_sums(source, target)
   return paged(target_def.unflatten(map(_converted, sources, targets)), like)
+
+
+def _refuse_open_sums(source: Any, target: Any) -> None:
+  """Raises ValueError where a running mean would be taken for a sum, or a sum for a mean.
+
+  `optax.MultiSteps` holds means, in float32, and `multi_steps` sums, in few bits. After a step both
+  are zero.
+  """
+
+  def is_open(x):
+    return isinstance(x, optax.MultiStepsState)
+
+  found = ([x for x in jax.tree.leaves(t, is_leaf=is_open) if is_open(x)] for t in (source, target))
+  for x, like in zip(*found, strict=True):  # of one structure
+    if isinstance(x.mini_step, Tracer):
+      continue
+    if _in_float32(x.acc_grads) != _in_float32(like.acc_grads) and np.any(x.mini_step):
+      raise ValueError(
+        f"`state` is in the midst of a step, {x.mini_step} gradients have been accumulated, and "
+        "`optax.MultiSteps` holds their mean where `multi_steps` in 8 or 16 bits holds their sum. "
+        "Convert it after a step, when `has_updated(state)` is True."
+      )
+
+
+def _in_float32(tree: Any) -> bool:
+  leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
+  return not any(is_quantized(x) or x.dtype != jnp.float32 for x in leaves)
 
 
 def _converted(x: Any, like: Any) -> Any:

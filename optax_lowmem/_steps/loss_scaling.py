@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ from optax_lowmem._state.gradients import check_gradients
 from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
 from optax_lowmem._steps.taken import STILL, update_if
 from optax_lowmem._update.extra_args import compiled_outside_jit
+
+_LEAST, _LARGEST = (float(x) for x in (jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max))
 
 
 class LossScalingState(NamedTuple):
@@ -116,8 +117,8 @@ def loss_scaling(
     check_static(name, value, ())
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
       raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not 0 < value < math.inf:
-      raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+    if not _LEAST <= value <= _LARGEST:
+      raise ValueError(f"`{name}` must be positive and finite in float32, got {value}.")
   if not min_scale <= initial_scale <= max_scale:
     raise ValueError(
       f"`initial_scale` must be from `min_scale` to `max_scale`, {min_scale} to {max_scale}, got "

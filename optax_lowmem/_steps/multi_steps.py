@@ -16,7 +16,7 @@ from optax_lowmem._masters.wrapped import boxed_alike
 from optax_lowmem._state.gradients import check_gradients
 from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
-from optax_lowmem._steps.sums import added, check_sums, empty
+from optax_lowmem._steps.sums import Form, added, check_sums, empty
 from optax_lowmem._steps.taken import update_if
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
@@ -75,8 +75,8 @@ def multi_steps(
   Raises:
     ValueError: for bad `bits`, `every_k`, `block_size` or `min_size`; from `update`, for gradients
       of other shapes than the parameters, or a state made with other `bits`.
-    TypeError: if `inner` is no transformation, or `every_k` neither an integer nor a function; from
-      `init`, for parameters that are not floating.
+    TypeError: if `inner` is no transformation, `every_k` neither an integer nor a function,
+      `use_grad_mean` no bool, or `should_skip_update_fn` no function; from `init`, for parameters that are not floating.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
@@ -106,16 +106,23 @@ def multi_steps(
   size = check_block_size(64 if block_size is None else block_size)
   if block_size is not None and bits != 8:
     raise ValueError(f"`block_size` is of `bits=8` alone, got it with `bits={bits}`. Leave it out.")
+  if not isinstance(use_grad_mean, bool):
+    raise TypeError(f"`use_grad_mean` must be True or False, got {use_grad_mean!r}.")
+  if should_skip_update_fn is not None and not callable(should_skip_update_fn):
+    raise TypeError(
+      "`should_skip_update_fn` must be a function, as `optax.skip_not_finite`, got "
+      f"{should_skip_update_fn!r}."
+    )
   inner = optax.with_extra_args_support(inner)
   if bits == 32:
     every: Any = optax.MultiSteps(inner, steps_of, use_grad_mean, should_skip_update_fn)
     return optax.GradientTransformationExtraArgs(every.init, every.update)
-  skips = should_skip_update_fn or _skips_nothing
+  skips, form = should_skip_update_fn or _skips_nothing, Form(bits, size, min_size)
 
   def init(params):
     params = unbox(params)
     _check_floating(params)
-    sums = empty(params, bits, size, min_size)
+    sums = empty(params, form)
     step, mini_step = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # both may be donated
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
     shapes = jax.eval_shape(skips, like, step, like)[1]
@@ -129,7 +136,7 @@ def multi_steps(
   @boxed_alike
   def checked(grads, state, params, extra_args):
     check_gradients(grads, params)
-    check_sums(state.acc_grads, grads, bits)
+    check_sums(state.acc_grads, grads, form)
     skip, skip_state = skips(grads, state.gradient_step, params)
     skip = jnp.asarray(skip)
     if skip.dtype != jnp.bool_ or skip.ndim:
@@ -137,6 +144,8 @@ def multi_steps(
         "`should_skip_update_fn` must return a bool scalar, then a tree; got "
         f"{skip.dtype}{list(skip.shape)}."
       )
+    # `init` cannot know the dtype of gradients, of which what is kept may be made.
+    skip_state = jax.tree.map(lambda new, old: new.astype(old.dtype), skip_state, state.skip_state)
     count = state.mini_step + 1
     ends = ~skip & (count >= steps_of(state.gradient_step))
     divisor = count.astype(jnp.float32) if use_grad_mean else jnp.float32(1.0)

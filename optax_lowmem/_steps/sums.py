@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optax_lowmem._masters.bits import bits_of, float32_of, is_finite
 from optax_lowmem._masters.position_noise import position_noise
+from optax_lowmem._quantization.codebook import SIGN
 from optax_lowmem._quantization.storage import Blockwise
 from optax_lowmem._sharding.shards import full_on_shards
 from optax_lowmem._state.moments import is_quantized
@@ -40,25 +41,44 @@ class _Sums(NamedTuple):
   sums: Any
 
 
-def empty(params: Any, bits: int, block_size: int, min_size: int) -> Any:
+class Form(NamedTuple):
+  """How sums are held.
+
+  Attributes:
+    bits: 8 or 16.
+    block_size: elements a scale, in 8 bits.
+    min_size: sums of smaller arrays are float32.
+  """
+
+  bits: int
+  block_size: int
+  min_size: int
+
+  def of(self, shape: tuple[int, ...]) -> Any:
+    """The form of the sum of one parameter, as shapes."""
+    form: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if self.bits == 8:
+      return jax.eval_shape(Blockwise(CODEBOOK, self.block_size, self.min_size).store, form)
+    if shape and math.prod(shape) >= max(self.min_size, 1):
+      return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return form
+
+
+def empty(params: Any, form_of: Form) -> Any:
   """Sums of nothing: a tree like the parameters, each sharded as its parameter."""
-  storage = Blockwise(CODEBOOK, block_size, min_size)
 
   def one(p):
-    shape = jnp.shape(p)
-    form: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if bits == 8:
-      form = jax.eval_shape(storage.store, form)
-    elif shape and math.prod(shape) >= max(min_size, 1):
-      form = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    form = form_of.of(jnp.shape(p))
     zeros = [jnp.zeros((), x.dtype) for x in jax.tree.leaves(form)]
     return full_on_shards(jnp.asarray(p) if jnp.ndim(p) == 0 else p, form, zeros)
 
   return jax.tree.map(one, params)
 
 
-def check_sums(sums: Any, grads: Any, bits: int) -> None:
+def check_sums(sums: Any, grads: Any, form_of: Form) -> None:
   """Refuses sums that are not those of such gradients, or not held in so many bits.
+
+  A float32 array where there should be few bits is the running mean of `optax.MultiSteps`.
 
   Raises:
     ValueError: if they are not.
@@ -72,13 +92,16 @@ def check_sums(sums: Any, grads: Any, bits: int) -> None:
     )
   for (path, g), x in zip(flat, held, strict=True):
     what = x.codebook.name if is_quantized(x) else jnp.dtype(x.dtype).name
-    allowed = {8: (CODEBOOK, "float32"), 16: ("bfloat16", "float32")}[bits]
+    few = {8: CODEBOOK, 16: "bfloat16"}[form_of.bits]
+    form = form_of.of(jnp.shape(g))
+    dense = not is_quantized(form) and form.dtype == jnp.float32
+    allowed = (few, "float32") if dense else (few,)
     if x.shape != jnp.shape(g) or what not in allowed:
       raise ValueError(
         f"the sum of {jax.tree_util.keystr(path) or '()'} is {what}{list(x.shape)}, and is to be "
-        f"{' or '.join(allowed)}{list(jnp.shape(g))}: the state was made with other `bits` or for "
-        "parameters of other shapes. Make it anew with `tx.init(params)`; nothing but sums that "
-        "were not complete is lost with it."
+        f"{' or '.join(allowed)}{list(jnp.shape(g))}: the state was made with other `bits` or "
+        "`min_size`, or for parameters of other shapes. Make it anew with `tx.init(params)`; only "
+        "sums that were not complete are lost with it."
       )
 
 
@@ -106,6 +129,8 @@ def added(
     then the new sums.
   """
   leaves, treedef = jax.tree.flatten(grads)
+  if not leaves:
+    return grads, sums
   held = jax.tree.leaves(sums, is_leaf=is_quantized)
   scalars = taken, ends, divisor
   if any(map(is_quantized, held)):
@@ -188,5 +213,8 @@ def _rounded(x: jax.Array, noise: jax.Array) -> jax.Array:
   pattern = bits_of(x)
   drawn = pattern + noise
   # Not to infinity: the largest bfloat16 is the largest sum.
-  pattern = jnp.where(is_finite(drawn & ~0xFFFF), drawn, pattern) & ~0xFFFF
-  return float32_of(pattern).astype(jnp.bfloat16)
+  rounded = jnp.where(is_finite(drawn & ~0xFFFF), drawn, pattern) & ~0xFFFF
+  # What is negative and rounded to zero is 0.0: -0.0 means something else. A GPU has values that
+  # are that small; a CPU takes them for zero.
+  rounded = jnp.where((rounded == SIGN) & (pattern != SIGN), 0, rounded)
+  return float32_of(rounded).astype(jnp.bfloat16)
