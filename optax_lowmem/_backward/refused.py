@@ -39,7 +39,7 @@ def check_state(name: str, state: Any) -> None:
     return isinstance(x, optax.MultiStepsState)
 
   def is_known(x: Any) -> bool:
-    return accumulates(x) or isinstance(x, (*_SEARCHES, LossScalingState)) or is_paged(x)
+    return accumulates(x) or isinstance(x, (*_SEARCHES, LossScalingState))
 
   for x in jax.tree.leaves(state, is_leaf=is_known):
     if accumulates(x):
@@ -54,11 +54,6 @@ def check_state(name: str, state: Any) -> None:
         f"`{name}` is scaled (`loss_scaling`): whether a step is skipped depends on gradients of "
         "all layers, and one is updated before the next are there. Train in bfloat16, or with an "
         "ordinary step."
-      )
-    if is_paged(x) and name == "tx":
-      raise ValueError(
-        "`tx` is `offloaded`, and pages of a stack of layers are not fetched a layer at a time. "
-        "Leave `offloaded` out, or pass it as `outer_tx`, for what is not a layer."
       )
     if isinstance(x, _SEARCHES):
       raise ValueError(
@@ -92,3 +87,18 @@ def check_params(params: Any, inputs: Any = None) -> None:
         )
   if count is None:
     raise ValueError("`params['layers']` has no arrays. Train what is not stacked as usual.")
+
+
+def check_pages(state: Any) -> None:
+  """Refuses pages that are not of stacked layers, as `init` makes them.
+
+  Raises:
+    ValueError: if there is one.
+  """
+  for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]:
+    if is_paged(x) and not x.last_first:
+      raise ValueError(
+        f"the page `state['layers']{jax.tree_util.keystr(path)}` is not of layers, the last of "
+        "them first. Make the state with `init` of what `update_in_backward` returns, or page it "
+        "with `lowmem.paged(lowmem.unpaged(state), like=init(params))`."
+      )

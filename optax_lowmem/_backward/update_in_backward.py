@@ -12,9 +12,12 @@ import optax
 from optax_lowmem._arguments.checks import check, check_transformation
 from optax_lowmem._backward.layer_loops import backward, forward, squares, squares_of_all
 from optax_lowmem._backward.refused import check_params, check_state, check_transformation_now
-from optax_lowmem._backward.stacked_state import stacked_state
+from optax_lowmem._backward.stacked_state import over_pages, stacked_state
 from optax_lowmem._backward.stacks import count_of
+from optax_lowmem._host_memory.capacity import devices_of
+from optax_lowmem._host_memory.pages import is_paged
 from optax_lowmem._masters.position_noise import numbered_from
+from optax_lowmem._paging.lazy_state import committed
 
 
 class BackwardTraining(NamedTuple):
@@ -151,7 +154,8 @@ def update_in_backward(
     state = {"outer": outer.init(params["outer"]), "layers": stacked_state(tx, params["layers"])}
     check_state("tx", state["layers"])
     check_state("tx" if outer_tx is None else "outer_tx", state["outer"])
-    return state
+    paged = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
+    return committed(state, devices_of(params)) if paged else state
 
   def step(params, state, batch, inputs=None, **extra_args):
     check_params(params, inputs)
@@ -184,7 +188,10 @@ def update_in_backward(
         updates, state = each.update(clipped(grads), state, p, **extra)
       return optax.apply_updates(p, updates), state
 
-    layers, new, dx = backward(body, update, layers, state["layers"], given, dx)
+    def loop(state):
+      return backward(body, update, layers, state, given, dx)
+
+    new, (layers, dx) = over_pages(loop, state["layers"], layers)
     grads = clipped(of_outer(dx))
     with numbered_from(count_of(layers) * arrays):
       updates, outer_state = outer.update(grads, state["outer"], params["outer"], **extra)
