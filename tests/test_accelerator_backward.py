@@ -1,6 +1,7 @@
 """What the update in the backward pass holds, compiled for an H100 that is not here."""
 
 import functools
+import re
 
 import jax.numpy as jnp
 import optax
@@ -8,7 +9,17 @@ import pytest
 
 import optax_lowmem as lowmem
 from compiled import compile_for, missing
-from compiled.layers import LAYER_SIZE, SIZE, WORKSPACE, activations, in_backward
+from compiled.hlo import nbytes
+from compiled.layers import (
+  LAYER_SIZE,
+  LAYERS,
+  MATRICES,
+  SIZE,
+  WORKSPACE,
+  activations,
+  in_backward,
+)
+from host_copies import loops, overlaps
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"not installed: {missing()}")
 MASTERS, BF16, F32 = lowmem.master_weights, jnp.bfloat16, jnp.float32
@@ -51,3 +62,48 @@ def test_temporaries_are_two_gradients_of_a_layer(case):
 def test_the_norm_of_all_gradients_costs_time_and_not_memory():
   make, dtype, most = CASES["8 bits"]
   assert compile_for(*in_backward(make(), dtype, clip_norm=1.0)).device_bytes / SIZE <= most
+
+
+PAGED = ["float32", "16 bits", "8 bits, 4-bit state", "stochastic", "came", "adafactor"]
+
+
+@functools.cache
+def paged_step(case):
+  """With the layers' state in host memory, and the bytes of that."""
+  make, dtype, _ = CASES[case]
+  given = in_backward(lowmem.offloaded(make()), dtype)
+  return compile_for(*given), lowmem.state_bytes(given[1][1])["pinned_host"]
+
+
+@pytest.mark.parametrize("case", PAGED)
+def test_paged_state_of_two_layers_is_on_the_device(case):
+  paged, state = paged_step(case)
+  assert paged.device_bytes <= step(case).device_bytes - state + 2 * state / LAYERS
+  assert paged.host_temp_bytes == 0
+  assert not paged.traffic.host_compute
+
+
+@pytest.mark.parametrize("case", ["float32", "16 bits"])
+def test_copies_go_both_ways_beside_computation(case):
+  """Each array of the state is fetched and stored, and something is computed meanwhile."""
+  paged, _ = paged_step(case)
+  (lines,) = loops(paged.text)
+  fetched, stored = (
+    [op for op, kind in lines if kind == "fusion-start" and op.startswith(name)]
+    for name in ("dynamic-slice", "dynamic-update-slice")
+  )
+  assert len(fetched) >= len(stored) >= 2 * len(MATRICES)
+  assert overlaps(lines)
+
+
+def test_each_layer_is_copied_from_where_xla_says():
+  """A layer further each trip: the last comes first."""
+  paged, _ = paged_step("16 bits")
+  found = re.findall(
+    rf" = (\w+)\[(?:1,)*{LAYERS},([\d,]+)\]\S*S\(5\)\}} dynamic-update-slice\(.*"
+    r'dynamic_slice_config":\{.*"byte_offset":"0","byte_stride":"(\d+)"',
+    paged.text,
+  )
+  assert len(found) >= 2 * len(MATRICES)
+  for dtype, shape, stride in found:
+    assert int(stride) == nbytes(f"{dtype}[{shape}]")
