@@ -47,7 +47,7 @@ def over_pages(loop: Callable[[Any], tuple[Any, T]], state: Any, layers: Any) ->
   shapes_only = in_eval_shape()
   if not shapes_only:
     check_on_host(state)
-  with within(Stack(count_of(layers), ())):
+  with within(Stack(count_of(layers), [])):
     new, rest = loop(jax.tree.map(_known_on_host, state, is_leaf=is_paged))
   if shapes_only:  # what JAX keeps of it must not abort when it is called with pages elsewhere
     new = jax.tree.map(_typed_as, new, state, is_leaf=is_paged)

@@ -72,6 +72,10 @@ def update_in_backward(
   before the last gradient, so there is a first backward pass for the norm alone, which costs the
   time of one.
 
+  Of a `tx` that is `offloaded`, or has that within, the state of layers rests in host memory, the
+  last layer first. What a parameter has in one layer is fetched while gradients are computed, and
+  stored while the next parameter is updated. `unpaged` and `paged` convert the state.
+
   Call `step` under `jax.jit` and donate parameters and state; else there are two of each::
 
     step = jax.jit(training.step, donate_argnums=(0, 1))
@@ -87,8 +91,9 @@ def update_in_backward(
       shapes and dtypes of the old. Gradients do not go through `batch` and `inputs`.
     head: ``head(outer, x, batch) -> loss``, a scalar; ``(loss, aux)`` with `has_aux`.
     tx: the transformation, for each layer and, without `outer_tx`, for `outer`: quantized or not,
-      within `master_weights` or `stochastic_rounding`, whose random bits differ between layers.
-    outer_tx: the transformation for `outer`, which may be `offloaded`.
+      `offloaded` or not, within `master_weights` or `stochastic_rounding`, whose random bits differ
+      between layers.
+    outer_tx: the transformation for `outer`, which may be `offloaded`, too.
     clip_norm: the largest global norm of all gradients, those of `outer` too; larger ones are
       scaled as by `optax.clip_by_global_norm`.
     has_aux: whether `head` returns a pair.
@@ -107,8 +112,9 @@ def update_in_backward(
       it is given, or an `x` that has no gradient.
     ValueError: if `clip_norm` is not positive; for a transformation that accumulates gradients over
       steps (`optax.MultiSteps`): to hold them is what this does without; for line searches, which
-      want the loss at other parameters; for a `tx` that is `offloaded`. From `init` and `step`, for
-      parameters or `inputs` that are not as above.
+      want the loss at other parameters. From `init` and `step`, for parameters or `inputs` that are
+      not as above; from `init`, as `offloaded` raises; from `step`, for pages that are not in host
+      memory, or not those of stacked layers.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_lowmem as lowmem

@@ -74,6 +74,10 @@ def offloaded(
   `unpaged` and `paged` convert the state to and from that of `inner`, for checkpoints of runs
   without `offloaded`.
 
+  In `update_in_backward` the whole state of a parameter in one layer is fetched at a time, on
+  meshes of automatic axes too: a layer's is the bound, and not `max_bytes`. There `min_bytes` and
+  `where` are asked of a layer's arrays, and `device_budget` is for those of all layers.
+
   Put it outermost, around `optax.MultiSteps`, `optax.apply_if_finite` and
   `optax.conditionally_transform`; within them it refuses to work. Their choice is then part of the
   loop: of a condition both sides are computed, and one is stored.

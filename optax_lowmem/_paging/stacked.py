@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ class Stack:
   """
 
   count: int
-  devices: Sequence[Any]
+  devices: list[Any]
 
 
 @jax.tree_util.register_dataclass
