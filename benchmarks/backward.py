@@ -1,6 +1,6 @@
 """The update in the backward pass beside the ordinary step, compiled for an H100.
 
-python benchmarks/backward.py [--unrolled] [--json FILE]
+python benchmarks/backward.py [--unrolled] [--only {stacked,paged}] [--json FILE]
 
 24 layers of a language model (1.2 G parameters, `compiled/layers.py`), 64 tokens, so that
 activations are small (`benchmarks/compiled` says what is needed). Bytes a parameter are all that is
@@ -18,7 +18,7 @@ import optax
 import optax_lowmem as lowmem
 from _measure import write
 from compiled import compile_for
-from compiled.layers import LAYER_SIZE, SIZE, in_backward, ordinary, unrolled
+from compiled.layers import LAYER_SIZE, LAYERS, SIZE, in_backward, ordinary, unrolled
 
 MASTERS = lowmem.master_weights
 RULES = {
@@ -91,13 +91,58 @@ def not_stacked() -> dict[str, dict[str, float]]:
   return found
 
 
+def paged() -> dict[str, dict[str, float]]:
+  """The update in the backward pass, state on the device and in host memory, B/param."""
+  print("\n| | on the device, B/param | with `offloaded` | the bound | on the host | launches |")
+  print("|---|---|---|---|---|---|")
+  found = {}
+  for name in PAGED:
+    tx, dtype = RULES[name]
+    plain = compile_for(*in_backward(tx, dtype))
+    step = in_backward(lowmem.offloaded(tx), dtype)
+    ours, state = compile_for(*step), lowmem.state_bytes(step[1][1])["pinned_host"]
+    one = found[name] = {
+      "plain": plain.device_bytes / SIZE,
+      "paged": ours.device_bytes / SIZE,
+      "bound": (plain.device_bytes - state + 2 * state / LAYERS) / SIZE,
+      "host": ours.host_bytes / SIZE,
+      "host temporaries": ours.host_temp_bytes / SIZE,
+      "launches": plain.kernels,
+      "launches, paged": ours.kernels,
+    }
+    print(
+      f"| {name} | {one['plain']:.2f} | **{one['paged']:.2f}** | {one['bound']:.2f} "
+      f"| {one['host']:.2f} | {plain.kernels} → {ours.kernels} |",
+      flush=True,
+    )
+  return found
+
+
+PAGED = [
+  "optax.adamw, float32",
+  "adamw, float32",
+  "stochastic_rounding(adamw)",
+  "master_weights(adamw)",
+  "master_weights(adamw, bits=8)",
+  "the same, adamw with bits=4",
+  "master_weights(adafactor)",
+  "master_weights(came)",
+  "master_weights(optax.adamw)",
+]
+
+
 def main() -> None:
   """Prints the tables."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--unrolled", action="store_true", help="layers not stacked, too: minutes")
   parser.add_argument("--json", help="also write the result to this file")
+  parser.add_argument("--only", choices=["stacked", "paged"], help="one of the tables")
   arguments = parser.parse_args()
-  result: dict[str, Any] = {"stacked": both()}
+  result: dict[str, Any] = {}
+  if arguments.only != "paged":
+    result["stacked"] = both()
+  if arguments.only != "stacked":
+    result["paged"] = paged()
   if arguments.unrolled:
     result["unrolled"] = not_stacked()
   write(arguments.json, result)
