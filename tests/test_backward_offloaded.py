@@ -127,9 +127,9 @@ def test_what_cannot_be_paged_so_is_refused():
     training_of(optax.apply_if_finite(OFFLOADED(tx), 3)).init(parameters())
   training, params = training_of(OFFLOADED(tx)), parameters()
   state: Any = training.init(params)
-  layers: Any = state["layers"]
-  pages: Any = OFFLOADED(tx).init(params["layers"])[0]
-  wrong = layers[0]._replace(mu=pages.mu, nu=pages.nu), *layers[1:]
+  layers = state["layers"]
+  pages: Any = OFFLOADED(tx).init(params["layers"])
+  wrong = layers[0]._replace(mu=pages[0].mu, nu=pages[0].nu), *layers[1:]
   with pytest.raises(ValueError, match="is not of layers, the last of them first"):
     training.step(params, {**state, "layers": wrong}, BATCH)
   with pytest.warns(UserWarning, match="the state has no pages"):
