@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from typing import Any
 
 import chex
 import jax
@@ -125,8 +126,10 @@ def test_what_cannot_be_paged_so_is_refused():
   with pytest.raises(ValueError, match=r"Swap them: `offloaded\(optax.apply_if_finite"):
     training_of(optax.apply_if_finite(OFFLOADED(tx), 3)).init(parameters())
   training, params = training_of(OFFLOADED(tx)), parameters()
-  state = training.init(params)
-  wrong = OFFLOADED(tx).init(params["layers"])
+  state: Any = training.init(params)
+  layers: Any = state["layers"]
+  pages: Any = OFFLOADED(tx).init(params["layers"])[0]
+  wrong = layers[0]._replace(mu=pages.mu, nu=pages.nu), *layers[1:]
   with pytest.raises(ValueError, match="is not of layers, the last of them first"):
     training.step(params, {**state, "layers": wrong}, BATCH)
   with pytest.warns(UserWarning, match="the state has no pages"):

@@ -31,6 +31,11 @@ INNER = {
   "came": lambda: lowmem.came(1e-3),
   "offloaded": lambda: lowmem.offloaded(lowmem.adamw(1e-3), min_bytes=64),
 }
+PAGED = {  # where every moment is quantized, codes and scales are what is paged
+  "8 bits": lambda: lowmem.adamw(1e-3, min_size=1),
+  "4 bits": lambda: lowmem.adamw(1e-3, bits=4, min_size=1),
+  "float32": lambda: optax.adamw(1e-3),
+}
 SHAPES = {"w": (64, 128), "lora": (512, 16), "norm": (128,)}
 
 
@@ -218,6 +223,64 @@ def test_extra_arguments_reach_the_inner_transformation(wrapper):
   updates: Any
   updates, _ = tx.update(tree(1), tx.init(params), params, value=0.5)
   np.testing.assert_array_equal(updates["norm"], -0.5 * tree(1)["norm"])
+
+
+@every_wrapper
+def test_extra_arguments_may_have_any_name(wrapper):
+  """Also those that the wrappers and the engine use for arguments of their own."""
+
+  def update(updates, state, params=None, **extra):
+    del params
+    scale = extra["first"] + extra["given"] + extra["index"] + extra["grads"]
+    return jax.tree.map(lambda g: -scale * g, updates), state
+
+  inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  params, tx = tree(0), WRAPPERS[wrapper](inner)
+  given = {"first": 1.0, "given": 2.0, "index": 3.0, "grads": 4.0}
+  updates: Any
+  updates, _ = jax.jit(tx.update)(tree(1), tx.init(params), params, **given)
+  np.testing.assert_array_equal(updates["norm"], -10 * tree(1)["norm"])
+
+
+@every_wrapper
+@pytest.mark.parametrize("inner", PAGED)
+def test_moments_in_host_memory_change_nothing(wrapper, inner):
+  build = WRAPPERS[wrapper]
+  params, state = steps(build(PAGED[inner]()), 3, tree(0))
+  paged = lowmem.offloaded(PAGED[inner](), min_bytes=1)
+  moved, moved_state = steps(build(paged), 3, tree(0))
+  chex.assert_trees_all_equal(weights_of(moved, moved_state), weights_of(params, state))
+
+
+@every_wrapper
+def test_python_numbers_are_arrays(wrapper):
+  """A parameter may be one, and so may its gradient, under `jit` and eagerly."""
+  params, grads = {"w": tree(0)["w"], "scale": 0.5}, {"w": tree(1)["w"], "scale": 1.0}
+  tx = WRAPPERS[wrapper](optax.sgd(0.25))
+  state = tx.init(params)
+  eager: Any = tx.update(grads, state, params)[0]
+  held: Any = jax.jit(lambda state: tx.update(grads, state, params)[0])(state)
+  assert float(eager["scale"]) == float(held["scale"]) == -0.25
+  chex.assert_trees_all_equal(held["w"], eager["w"])
+
+
+@every_wrapper
+def test_a_state_in_float64_stays_in_float64(wrapper):
+  """As a transformation may hold a sum that has to be exact."""
+
+  def update(updates, state, params=None):
+    del params
+    state = jax.tree.map(lambda s, g: s + g.astype(jnp.float64) / 3, state, updates)
+    return jax.tree.map(lambda s: s.astype(jnp.float32), state), state
+
+  def init(params):
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float64), params)
+
+  with jax.enable_x64(True):
+    params, tx = tree(0), WRAPPERS[wrapper](optax.GradientTransformation(init, update))
+    state: Any = jax.jit(tx.update)(tree(1), tx.init(params), params)[1]
+    want = tree(1)["w"].astype(jnp.float64) / 3
+    np.testing.assert_array_equal(state.inner_state["w"], want)
 
 
 @every_wrapper

@@ -1,6 +1,7 @@
 """`quantized` beyond the contract: rules on whole arrays, storages by field."""
 
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -74,6 +75,26 @@ def test_a_field_that_is_not_known_is_left_alone_and_can_be_given_a_storage():
   np.testing.assert_array_equal(state.z["w"], params()["w"])
   given = lowmem.quantized(optax.adan(1e-3), storage={"m": lowmem.Blockwise("log8")})
   assert is_quantized(optax.tree.get(given.init(params()), "m")["w"])
+
+
+def test_a_state_of_which_nothing_is_quantized_warns():
+  """With the field to name; not of integers, which no storage of a moment holds."""
+
+  def holding(dtype):
+    def init(params):
+      return Held(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+  with pytest.warns(UserWarning, match=r'storage=\{"seen": Blockwise\("power8"\)\}'):
+    lowmem.quantized(holding(jnp.float32)).init(params())
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    lowmem.quantized(holding(jnp.int32)).init(params())
+
+
+class Held(NamedTuple):
+  seen: Any
 
 
 def test_state_that_starts_above_zero():

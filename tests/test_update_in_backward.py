@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optax_lowmem as lowmem
+from optax_lowmem._backward.layer_loops import squares
 from programs import temporaries_of
 
 LAYERS, WIDTH, ROWS = 3, 64, 8
@@ -258,6 +259,45 @@ def test_what_cannot_work_is_refused():
   cast = make(tx=tx, layer=lambda p, x, batch: x.astype(jnp.bfloat16))
   with pytest.raises(TypeError, match="returns bfloat16"):
     cast.step(params, training.init(params), BATCH)
+
+
+def test_a_loss_that_is_none_is_refused():
+  params, tx = parameters(), optax.sgd(0.1)
+  heads = {
+    r"float32\[8, 64\]": lambda outer, x, batch: x,
+    "got int32": lambda outer, x, batch: jnp.sum(batch["tokens"]),
+    "has_aux=True": lambda outer, x, batch: (head(outer, x, batch), x),
+  }
+  for message, this in heads.items():
+    training = lowmem.update_in_backward(embed, layer, this, tx)
+    with pytest.raises(TypeError, match=message):
+      training.step(params, training.init(params), BATCH)
+
+
+def test_layers_and_states_that_do_not_fit_are_refused():
+  training = lowmem.update_in_backward(**PARTS, tx=lowmem.adamw(1e-3))
+  params = parameters()
+  layers = params["layers"]
+  with pytest.raises(ValueError, match=r"layers\['n'\]` is int32, and only floats are trained"):
+    training.init({**params, "layers": {**layers, "n": jnp.arange(LAYERS)}})
+  with pytest.raises(ValueError, match="has no layers"):
+    training.init({**params, "layers": jax.tree.map(lambda a: a[:0], layers)})
+  with pytest.raises(ValueError, match="has no arrays"):
+    training.init({**params, "layers": {}})
+  state = training.init(params)
+  with pytest.raises(ValueError, match='`state` must be a dict with the keys "outer" and "layers"'):
+    training.step(params, state["layers"], BATCH)
+  with pytest.raises(ValueError, match="must have an axis over the 2 layers"):
+    training.step({**params, "layers": jax.tree.map(lambda a: a[:2], layers)}, state, BATCH)
+
+
+def test_the_norm_of_complex_and_wide_gradients():
+  """Of a complex gradient both parts count, and float64 is summed in float64."""
+  assert float(squares({"a": jnp.array([3 + 4j, 1j]), "b": jnp.array([2.0])})) == 30
+  with jax.enable_x64(True):
+    total = squares([jnp.array([1e-5, 1.0], jnp.float64), jnp.ones(1, jnp.float32)])
+    assert total.dtype == jnp.float64
+    assert float(total) > 2
 
 
 PARTS = {"embed": embed, "layer": layer, "head": head}

@@ -98,15 +98,22 @@ def squares_of_all(
     grads, dx = pull(dx)
     return total + squares(grads), dx
 
-  return jax.lax.fori_loop(0, count, loop, (jnp.zeros((), jnp.float32), dx))
+  return jax.lax.fori_loop(0, count, loop, (squares(()).astype(_wide(layers)), dx))
 
 
 def squares(grads: Any) -> jax.Array:
-  """The sum of squares, in float32."""
-  total = jnp.zeros((), jnp.float32)
+  """The sum of squares of magnitudes, in float32, or in float64 if there are such."""
+  total = jnp.zeros((), _wide(grads))
   for g in jax.tree.leaves(grads):
-    total += jnp.sum(jnp.square(g.astype(jnp.float32)))
+    x = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    square = x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x * x
+    total += jnp.sum(square)
   return total
+
+
+def _wide(tree: Any) -> Any:
+  """The dtype of a sum over arrays of floats."""
+  return jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(tree))).dtype
 
 
 def _check_alike(x: Any, new: Any) -> None:

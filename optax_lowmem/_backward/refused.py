@@ -79,26 +79,59 @@ def check_params(params: Any, inputs: Any = None) -> None:
   for name, tree in (("layers", params["layers"]), ("inputs", inputs)):
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
       shape, key = jnp.shape(x), name + jax.tree_util.keystr(path)
+      if name == "layers" and not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        raise ValueError(
+          f"`{key}` is {jnp.result_type(x)}, and only floats are trained. What a layer needs "
+          "besides goes into `inputs`, which `step` takes."
+        )
       count, known = (shape[0], key) if count is None and shape else (count, known)
       if not shape or shape[0] != count:
         raise ValueError(
           f"`{key}` must have an axis over the layers first, of length "
           f"{'one a layer' if count is None else f'{count} as `{known}` has'}, got shape {shape}."
         )
-  if count is None:
-    raise ValueError("`params['layers']` has no arrays. Train what is not stacked as usual.")
+  if not count:
+    what = "no arrays" if count is None else "no layers, its arrays have a leading axis of 0"
+    raise ValueError(f"`params['layers']` has {what}. Train what is not stacked as usual.")
 
 
-def check_pages(state: Any) -> None:
-  """Refuses pages that are not of stacked layers, as `init` makes them.
+def check_stacked_state(state: Any, count: int) -> None:
+  """Refuses a state that is not of so many layers.
 
   Raises:
-    ValueError: if there is one.
+    ValueError: if it is not as `init` makes it.
   """
-  for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]:
+  remedy = "Make it with `init` of what `update_in_backward` returns."
+  if not isinstance(state, dict) or set(state) != {"outer", "layers"}:
+    raise ValueError(
+      f'`state` must be a dict with the keys "outer" and "layers", got {type(state).__name__}. '
+      + remedy
+    )
+  for path, x in jax.tree_util.tree_flatten_with_path(state["layers"], is_leaf=is_paged)[0]:
+    shape = x.shape if is_paged(x) else jnp.shape(x)
+    if not shape or shape[0] != count:
+      raise ValueError(
+        f"`state['layers']{jax.tree_util.keystr(path)}` must have an axis over the {count} layers "
+        f"first, got shape {shape}. {remedy}"
+      )
     if is_paged(x) and not x.last_first:
       raise ValueError(
         f"the page `state['layers']{jax.tree_util.keystr(path)}` is not of layers, the last of "
-        "them first. Make the state with `init` of what `update_in_backward` returns, or page it "
-        "with `lowmem.paged(lowmem.unpaged(state), like=init(params))`."
+        f"them first. {remedy[:-1]}, or page it with "
+        "`lowmem.paged(lowmem.unpaged(state), like=init(params))`."
       )
+
+
+def check_loss(loss: Any) -> None:
+  """Refuses what is no scalar loss.
+
+  Raises:
+    TypeError: if it is none.
+  """
+  is_scalar = isinstance(loss, jax.Array) and loss.ndim == 0
+  if not is_scalar or not jnp.issubdtype(loss.dtype, jnp.floating):
+    what = f"{loss.dtype}{list(loss.shape)}" if isinstance(loss, jax.Array) else type(loss).__name__
+    raise TypeError(
+      f"`head` must return a scalar loss of floats, got {what}. Take the mean over rows, "
+      "`loss.mean()`; for a pair `(loss, aux)`, pass `has_aux=True`."
+    )

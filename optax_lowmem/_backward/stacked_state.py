@@ -11,7 +11,6 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
-from optax_lowmem._backward.refused import check_pages
 from optax_lowmem._backward.stacks import count_of
 from optax_lowmem._host_memory.capacity import check_on_host, check_pool, devices_of, shard_bytes
 from optax_lowmem._host_memory.pages import as_typed, is_paged, known_on_host, store_stack
@@ -43,7 +42,6 @@ def over_pages(loop: Callable[[Any], tuple[Any, T]], state: Any, layers: Any) ->
   pages = [is_paged(x) for x in jax.tree.leaves(state, is_leaf=is_paged)]
   if not any(pages):
     return loop(state)
-  check_pages(state)
   shapes_only = in_eval_shape()
   if not shapes_only:
     check_on_host(state)

@@ -11,7 +11,13 @@ import optax
 
 from optax_lowmem._arguments.checks import check, check_transformation
 from optax_lowmem._backward.layer_loops import backward, forward, squares, squares_of_all
-from optax_lowmem._backward.refused import check_params, check_state, check_transformation_now
+from optax_lowmem._backward.refused import (
+  check_loss,
+  check_params,
+  check_stacked_state,
+  check_state,
+  check_transformation_now,
+)
 from optax_lowmem._backward.stacked_state import over_pages, stacked_state
 from optax_lowmem._backward.stacks import count_of
 from optax_lowmem._host_memory.capacity import devices_of
@@ -109,12 +115,13 @@ def update_in_backward(
   Raises:
     TypeError: if `embed`, `layer` or `head` is no function, or `tx` or `outer_tx` no
       transformation; from `step`, for a layer that returns another structure, shape or dtype than
-      it is given, or an `x` that has no gradient.
+      it is given, an `x` that has no gradient, or a loss that is no scalar of floats.
     ValueError: if `clip_norm` is not positive; for a transformation that accumulates gradients over
       steps (`optax.MultiSteps`): to hold them is what this does without; for line searches, which
       want the loss at other parameters. From `init` and `step`, for parameters or `inputs` that are
-      not as above; from `init`, as `offloaded` raises; from `step`, for pages that are not in host
-      memory, or not those of stacked layers.
+      not as above, and for layers that are not floats; from `init`, as `offloaded` raises; from
+      `step`, for a state of other layers, and for pages that are not in host memory, or not those
+      of stacked layers.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_lowmem as lowmem
@@ -166,6 +173,7 @@ def update_in_backward(
   def step(params, state, batch, inputs=None, **extra_args):
     check_params(params, inputs)
     layers = params["layers"]
+    check_stacked_state(state, count_of(layers))
 
     def body(p, x, own):
       return layer(p, x, batch) if inputs is None else layer(p, x, batch, own)
@@ -176,6 +184,7 @@ def update_in_backward(
     loss, pull_head, *aux = jax.vjp(
       lambda p, x: head(p, x, batch), params["outer"], x, has_aux=has_aux
     )
+    check_loss(loss)
     from_head, dx = pull_head(jnp.ones_like(loss))
 
     def of_outer(dx):

@@ -134,21 +134,21 @@ def master_weights(
     return MasterWeightsState(jnp.zeros((), jnp.int32), remainder, inner.init(in_float32(params)))
 
   def update(updates, state, params=None, **extra_args):
-    return run(updates, state, params, extra_args)
+    # A layer of a stack has other noise than the others (`numbered_from`). An argument, for what is
+    # compiled outside `jit` is kept.
+    return run(updates, state, params, {"first": number_of(0), "given": extra_args})
 
   @boxed_alike
   def checked(grads, state, params, extra_args):
     check_update("master_weights", grads, params)
     remainders(state, params, DTYPES[bits])
-    # A layer of a stack has other noise than the others (`numbered_from`).
-    extra_args = {"first": number_of(0), **extra_args}
     return update_narrow(split, grads, state, params, extra_args, indexed=bits == 8)
 
-  def split(grads, state, params, index, first, **extra_args):
+  def split(grads, state, params, index, first, given):
     """The bfloat16 at which each parameter is to be, in float32; of others, the update."""
     lows = aligned(state, params)
     masters = joined(params, lows)
-    changes, inner_state = inner.update(grads, state.inner_state, masters, **extra_args)
+    changes, inner_state = inner.update(grads, state.inner_state, masters, **given)
     targets, treedef = jax.tree.flatten(changes)
     new: list[Any] = [optax.MaskedNode()] * len(lows)
     flat = zip(jax.tree.leaves(params), lows, jax.tree.leaves(masters), strict=True)

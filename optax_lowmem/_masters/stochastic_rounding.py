@@ -107,19 +107,19 @@ def stochastic_rounding(
     return StochasticRoundingState(jnp.zeros((), jnp.int32), inner.init(in_float32(params)))
 
   def update(updates, state, params=None, **extra_args):
-    return run(updates, state, params, extra_args)
+    # A layer of a stack has other noise than the others (`numbered_from`). An argument, for what is
+    # compiled outside `jit` is kept.
+    return run(updates, state, params, {"first": number_of(0), "given": extra_args})
 
   @boxed_alike
   def checked(grads, state, params, extra_args):
     check_update("stochastic_rounding", grads, params)
-    # A layer of a stack has other noise than the others (`numbered_from`).
-    extra_args = {"first": number_of(0), **extra_args}
     return update_narrow(rounded, grads, state, params, extra_args, indexed=True)
 
-  def rounded(grads, state, params, index, first, **extra_args):
+  def rounded(grads, state, params, index, first, given):
     """The bfloat16 at which each parameter is to be, in float32; of others, the update."""
     weights = in_float32(params)
-    changes, inner_state = inner.update(grads, state.inner_state, weights, **extra_args)
+    changes, inner_state = inner.update(grads, state.inner_state, weights, **given)
     targets, treedef = jax.tree.flatten(changes)
     leaves = jax.tree.leaves(weights)
     for k in index:

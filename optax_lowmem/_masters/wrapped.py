@@ -13,9 +13,9 @@ from optax_lowmem._masters.bits import reach
 from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._quantization.positions import indices
 from optax_lowmem._state.gradients import check_gradients
-from optax_lowmem._state.moments import is_quantized
 from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.engine import in_phases_on_gpus, update_elementwise
+from optax_lowmem._update.whole_arrays import as_arrays
 
 
 def check_parameters(wrapper: str, params: Any) -> None:
@@ -85,14 +85,15 @@ def update_narrow(
   """The updates that take parameters in bfloat16 to where `rule` wants them, and the new state.
 
   If the whole of `rule` is elementwise, what is within it too, all of it is done in the pass that
-  updates the moments: a kernel, or tiles. If GPUs compute a part of it in phases, they so compute
-  all of it. Else its parts are updated, and one parameter at a time is in float32 in between.
+  updates the moments: a kernel, or tiles. If GPUs compute a part of it in phases, as CAME, they
+  so compute all of it. Else its parts are updated, and one parameter at a time is in float32 in
+  between.
 
   Args:
-    rule: of gradients and parameters in float32, a state with its moments decoded, and indices by
-      number of the parameter; it returns for each parameter in bfloat16 a float32 that one equals,
-      for others the update, and the new state. It may also be given the state and the parameters
-      as they are.
+    rule: of gradients and parameters in float32, a state with its moments decoded, indices by
+      number of the parameter, and, by name, `extra_args`; it returns for each parameter in bfloat16
+      a float32 that one equals, for others the update, and the new state. It may also be given the
+      state and the parameters as they are.
     grads, state, params, extra_args: its arguments.
     indexed: whether it needs indices.
   """
@@ -107,7 +108,8 @@ def update_narrow(
       updates[k] = reach(leaves[k], updates[k])
     return treedef.unflatten(updates), state
 
-  if not any(map(_stays_as_it_is, jax.tree.leaves(state, is_leaf=_is_held))):
+  grads, state, params = map(as_arrays, (grads, state, params))
+  if not any(map(_stays_as_it_is, jax.tree.leaves(state, is_leaf=is_paged))):
     try:
       return update_elementwise(rule, grads, state, params, extra_args, reach, indexed)
     except NotElementwise as reason:
@@ -116,14 +118,9 @@ def update_narrow(
   return in_parts(grads, state, params, extra_args)
 
 
-def _is_held(x: Any) -> bool:
-  return is_paged(x) or is_quantized(x)
-
-
 def _stays_as_it_is(x: Any) -> bool:
-  """Whether the engine would not give the rule what it gave: pages, and 16 bits of its own."""
-  narrow = not _is_held(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-  return is_paged(x) or narrow
+  """Whether the engine would not give back what the rule made: pages, floats not of 32 bits."""
+  return is_paged(x) or (jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float32)
 
 
 def boxed_alike(run: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

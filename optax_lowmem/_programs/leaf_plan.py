@@ -20,8 +20,8 @@ from optax_lowmem._quantization.positions import Positions
 from optax_lowmem._quantization.scales import healed
 from optax_lowmem._state.moments import is_quantized
 
-Tile = Any  # a jax.Array, or a QuantizedArray with a single level of scales, or VectorTile
-
+# A jax.Array, a QuantizedArray with a single level of scales, a VectorTile, or Positions.
+Tile = Any
 
 # Of a parameter and of what a rule gives in its update's place: the update. Elementwise.
 Emission = Callable[[jax.Array, jax.Array], jax.Array]

@@ -216,7 +216,8 @@ def rounding_point(x: jax.Array) -> jax.Array:
 
 def _is_rounding_point(op: Op) -> bool:
   precision = op.params.get("exponent_bits"), op.params.get("mantissa_bits")
-  return op.primitive.name == "reduce_precision" and precision == _FLOAT32
+  is_asked = op.primitive.name == "reduce_precision" and precision == _FLOAT32
+  return is_asked and op.outputs[0].aval.dtype == jnp.float32
 
 
 def _rounded(x: jax.Array) -> jax.Array:

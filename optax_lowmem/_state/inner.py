@@ -66,12 +66,13 @@ def warn_if_unknown(
   params: Sequence[Any],
   min_size: int,
 ) -> None:
-  """Warns of a state with arrays that are large enough to be quantized, of which none is."""
+  """Warns of a state with floats that are large enough to be quantized, of which none is."""
   sizes = [math.prod(jnp.shape(p)) for p in params]
   unknown = [
     m
-    for m in moments
+    for m, x in zip(moments, jax.tree.leaves(state), strict=True)
     if m.owner is not None and allowed[m.owner] and sizes[m.owner] >= min_size and field_of(m)
+    if jnp.issubdtype(x.dtype, jnp.floating)
   ]
   fields = sorted({str(field_of(m)) for m in unknown})
   if not fields:

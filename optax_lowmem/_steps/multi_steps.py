@@ -76,7 +76,8 @@ def multi_steps(
     ValueError: for bad `bits`, `every_k`, `block_size` or `min_size`; from `update`, for gradients
       of other shapes than the parameters, or a state made with other `bits`.
     TypeError: if `inner` is no transformation, `every_k` neither an integer nor a function,
-      `use_grad_mean` no bool, or `should_skip_update_fn` no function; from `init`, for parameters that are not floating.
+      `use_grad_mean` no bool, or `should_skip_update_fn` no function; from `init`, for parameters
+      that are not floating.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
