@@ -12,6 +12,8 @@ import optax_lowmem as lowmem
 import plan as bench
 from optax_lowmem._plan import compiler
 from optax_lowmem.qlora import cli, model_shapes
+from optax_lowmem.qlora.commands.asked import case_of, parser_for
+from optax_lowmem.qlora.kinds import kind_of
 from optax_lowmem.qlora.loading.config_files import config_from_hf
 from optax_lowmem.qlora.planning import changes, search
 from optax_lowmem.qlora.planning.budget import GIB, budget_of
@@ -19,6 +21,7 @@ from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.known_models import ALSO, MODELS
 from optax_lowmem.qlora.planning.model_source import config_of, name_of
 from optax_lowmem.qlora.planning.recipes import RECIPES, TASKS
+from optax_lowmem.qlora.run.arguments import given
 from optax_lowmem.qlora.run.settings import Settings
 from qlora_cases import save_model
 
@@ -281,9 +284,43 @@ def test_the_tables_are_whole(eight):
     others = case.but(full=False, quantize="none"), case.but(dtype="bfloat16")
     changed = next(filter(None, map(change.of, (case, *others))), None)
     assert changed is not None and changed != case, change.what
-  for recipe in RECIPES:
-    case.but(**recipe.settings)
   assert {kind for kinds, _ in TASKS.values() for kind in kinds} == {r.kind for r in RECIPES}
+
+
+ASKED = [
+  "--init loftq --batch-size 8",
+  "--grad-accum 4 --optim adafactor",
+  "--full --dtype float32 --optim adamw_torch",
+  "--full --masters 8 --grad-accum 4 --no-update-in-backward",
+  "--full --optim paged_adamw_8bit --no-update-in-backward --weight-decay 0.1",
+]
+
+
+@pytest.mark.parametrize("line", ASKED)
+def test_what_is_proposed_is_taken(line):
+  """As flags of the whole run, and added to those that were given."""
+
+  def asked(*flags):
+    return case_of(given(parser_for("plan"), ["llama-3.2-1b", *" ".join(flags).split()]))
+
+  case = asked(line)
+  changed = [change.of(case) for change in changes.CHANGES]
+  proposed = [*filter(None, changed), *(recipe.of(case) for recipe in RECIPES)]
+  assert any(each.full != case.full for each in proposed)
+  for each in proposed:
+    kind_of(each.settings).optimizer(each.settings)
+    assert asked(each.flags()).flags() == each.flags()
+    if each.full == case.full:
+      assert asked(line, each.flags(case)).flags() == each.flags()
+
+
+def test_what_is_of_all_parameters_is_left_out_with_adapters(capsys):
+  line = "plan llama-2-7b --full --masters 8 --max-grad-norm 0"
+  (remedy,) = record(capsys, f"{line} --memory 6GB")["remedies"]
+  assert "--no-full" in remedy["flags"] and remedy["without"] == ["--masters"]
+  assert f"{remedy['flags']} without --masters (" in ran(capsys, f"{line} --memory 6GB")
+  rest = line.replace("--masters 8", "")
+  assert record(capsys, f"{rest} {remedy['flags']} --memory 6GB")["fits"]
 
 
 REFUSED = {

@@ -28,6 +28,7 @@ from optax_lowmem.qlora.planning.changes import remedies
 from optax_lowmem.qlora.planning.model_source import config_of, name_of
 from optax_lowmem.qlora.run.arguments import parser_of, settings_of
 from optax_lowmem.qlora.run.checks import check_length, check_patterns, check_rank
+from optax_lowmem.qlora.run.settings import ONLY, flag_of, trained_by
 
 # What is asked of a plan beside the settings of a run.
 OWN = ("source", "memory", "card", "mesh", "max", "json", "plot", "task")
@@ -83,8 +84,17 @@ def described(case: Case, rows: bool = True) -> str:
   return f"{kind}, {s.optim}, {s.batch_size} x {s.seq_len:,} tokens{spread}."
 
 
-def remedies_of(case: Case, budget: Budget, answer: Any) -> list[tuple[dict[str, Any], str]]:
-  """What would make it fit, as data and as lines."""
+def remedies_of(
+  words: dict[str, Any], case: Case, budget: Budget, answer: Any
+) -> list[tuple[dict[str, Any], str]]:
+  """What would make it fit, as data and as lines.
+
+  Args:
+    words: what was asked for; what is not of what is trained then is to be left out.
+    case: the run that does not fit.
+    budget: what there is.
+    answer: what the run takes.
+  """
   estimated = case.plan().device_bytes
   ratio = answer.device_bytes / estimated if answer.method == "compiled" else 1.0
   found = []
@@ -92,8 +102,12 @@ def remedies_of(case: Case, budget: Budget, answer: Any) -> list[tuple[dict[str,
     what = " and ".join(change.what for change in each.changes)
     cost = "; ".join(change.cost for change in each.changes)
     flags = each.case.flags(case)
-    line = f"would fit, at about {each.device_bytes / GIB:.1f} GiB: {flags} ({what}; costs: {cost})"
-    found.append(({"flags": flags, "device_bytes": each.device_bytes, "costs": cost}, line))
+    trained = trained_by(each.case.settings)
+    without = [flag_of(name) for name in words if ONLY.get(name, trained) != trained]
+    said = f"{flags} without {' '.join(without)}" if without else flags
+    line = f"would fit, at about {each.device_bytes / GIB:.1f} GiB: {said} ({what}; costs: {cost})"
+    numbers = {"flags": flags, "without": without, "device_bytes": each.device_bytes}
+    found.append((numbers | {"costs": cost}, line))
   if not found:
     line = (
       "Nothing that can be given up makes it fit. Take a smaller model, or more devices (--mesh N"

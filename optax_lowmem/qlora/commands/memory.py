@@ -42,7 +42,8 @@ def plan(argv: list[str]) -> int:
       head += ", all of the model's positions" if found.bounded and found.value else ""
     else:
       found, head, answer = None, "", case.plan(card)
-    help_ = [] if budget is None or budget.fits(answer) else remedies_of(case, budget, answer)
+    fits = budget is None or budget.fits(answer)
+    help_ = remedies_of(words, case, budget, answer) if budget and not fits else []
     if "plot" in words:
       draw(Path(words["plot"]), {case.model: answer}, budget)
   if words.get("json"):

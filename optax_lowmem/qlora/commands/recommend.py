@@ -25,7 +25,7 @@ def recommend(argv: list[str]) -> int:
     fits = ranked(case, task, budget, words.get("card"))
     best = next((each for each in fits if each.fits), None)
     least = min(fits, key=lambda each: each.plan.device_bytes)
-    help_ = [] if best else remedies_of(least.case, budget, least.plan)
+    help_ = [] if best else remedies_of(words, least.case, budget, least.plan)
   if words.get("json"):
     rows = [
       record_of(f.case, f.plan, budget) | {"recipe": f.recipe.name, "reason": f.recipe.reason}

@@ -34,11 +34,17 @@ class Case:
     return self.settings.full
 
   def but(self, *, devices: int | None = None, **settings: Any) -> Case:
-    """The same with other settings; with another kind of training, its own defaults."""
+    """The same with other settings; with another kind of training, its own defaults.
+
+    A setting that is not named gives way where no run can have it beside those that are.
+    """
     changed = dataclasses.replace(self.settings, **settings)
     for each in dataclasses.fields(Settings) if changed.full != self.full else ():
       if each.name not in settings and getattr(changed, each.name) == usual_of(each, self.full):
         setattr(changed, each.name, usual_of(each, changed.full))
+    for name, value in _giving_way(changed).items():
+      if name not in settings:
+        setattr(changed, name, value)
     count = self.devices if devices is None else devices
     return Case(self.model, self.config, changed, count)
 
@@ -76,3 +82,15 @@ class Case:
       else:
         said.append(f"{flag} {','.join(value) if isinstance(value, list) else value}")
     return " ".join(said)
+
+
+def _giving_way(s: Settings) -> dict[str, Any]:
+  """What `check` refuses of these settings, and what it is to be in its place."""
+  found: dict[str, Any] = {}
+  if s.full and (s.grad_accum > 1 or s.optim.startswith("paged_")):
+    found["update_in_backward"] = False
+  if s.full and s.dtype == "float32":
+    found["masters"] = Settings.masters
+  if not s.full and s.quantize == "none" and s.init == "loftq":
+    found["init"] = Settings.init
+  return found

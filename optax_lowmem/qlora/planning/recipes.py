@@ -26,6 +26,11 @@ class Recipe(NamedTuple):
   settings: dict[str, Any]
   reason: str
 
+  def of(self, case: Case) -> Case:
+    """The run that it makes of one; on several devices each holds a part."""
+    changed = case.but(full=self.kind == "all parameters", **self.settings)
+    return changed.but(fsdp=True) if case.devices > 1 else changed
+
 
 _RANK = {"rank": 64}
 _NARROW = {"adapter_dtype": "bfloat16"}
@@ -59,10 +64,7 @@ RECIPES = (
   Recipe(
     "bfloat16 weights, 16-bit masters, 8-bit AdamW, all in host memory",
     "all parameters",
-    {
-      "dtype": "bfloat16", "masters": "16", "optim": "paged_adamw_8bit",
-      "update_in_backward": False,
-    },
+    {"dtype": "bfloat16", "masters": "16", "optim": "paged_adamw_8bit"},
     "no state on the device, but all gradients; it travels there and back in each step",
   ),
   Recipe(
@@ -137,10 +139,7 @@ def ranked(case: Case, task: str, budget: Budget, card: str | None = None) -> li
   order = [recipe for kind in kinds for recipe in RECIPES if recipe.kind == kind]
   found, chosen = [], False
   for recipe in order:
-    whole = recipe.kind == "all parameters"
-    changed = case.but(full=whole, **recipe.settings)
-    if case.devices > 1:
-      changed = changed.but(fsdp=True)
+    changed = recipe.of(case)
     plan = changed.plan()
     if card is not None and not chosen and budget.fits(plan):
       plan = changed.plan(card)
