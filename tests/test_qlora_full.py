@@ -246,7 +246,8 @@ REFUSED = {
   "--no-update-in-backward": "--update-in-backward is for --full",
   "--full --optim paged_adamw_8bit": "--optim paged_adamw_8bit: with --full each layer is updated",
   "--full --grad-accum 2": "--grad-accum 2: with --full each layer is updated as soon as",
-  "--full --dtype float32 --masters 8": "--masters 8 is for bfloat16 weights",
+  "--full --dtype float32 --masters 16": "--masters 16 is for bfloat16 weights",
+  "--full --masters none": "Add --dtype bfloat16, or leave it out",  # on a CPU
 }
 
 

@@ -31,7 +31,7 @@ from optax_lowmem.qlora.run.checks import check_length, check_patterns, check_ra
 from optax_lowmem.qlora.run.settings import ONLY, flag_of, trained_by
 
 # What is asked of a plan beside the settings of a run.
-OWN = ("source", "memory", "card", "mesh", "max", "json", "plot", "task")
+OWN = ("source", "memory", "card", "mesh", "max", "json", "plot", "task", "qlora")
 
 
 def parser_for(command: str) -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
   )
   parser.add_argument("--memory", metavar="SIZE", help="of each device: 24GB, 24GiB")
   parser.add_argument("--card", help="compile for it: h100, a100-40gb, rtx-4090, l4, v5e, ...")
-  parser.add_argument("--qlora", action="store_false", dest="full", help="the same as --no-full")
+  parser.add_argument("--qlora", action="store_true", help="the same as --no-full")
   parser.add_argument("--mesh", type=int, metavar="N", help="devices to spread the rows over")
   parser.add_argument("--json", action="store_true", help="print numbers, not tables")
   return parser
@@ -57,6 +57,10 @@ def case_of(words: dict[str, Any]) -> Case:
       jax.config.update("jax_platforms", "cpu")  # nothing is run, and no card need be held
       jax.config.update("jax_num_cpu_devices", count)
   rest = {name: value for name, value in words.items() if name not in (*OWN, "model")}
+  if words.get("qlora"):
+    if words.get("full"):
+      raise ValueError("--full trains all parameters, and --qlora adapters. Leave out one of them.")
+    rest["full"] = False
   if rest.get("dtype", "auto") == "auto":
     rest["dtype"] = "bfloat16"  # of the card, not of this machine
   settings = settings_of(rest)

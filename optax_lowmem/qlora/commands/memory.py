@@ -69,7 +69,7 @@ def compare(argv: list[str]) -> int:
   parser = parser_for("compare")
   with sentences():
     words = given(parser, argv)
-    words.setdefault("full", not {"rank", "targets", "quantize"} & set(words))
+    words.setdefault("full", not {"qlora", "rank", "targets", "quantize"} & set(words))
     chosen = words.pop("optim", None)
     case = case_of(words)
     names = {"optimizers": chosen.split(",")} if chosen else {}

@@ -99,6 +99,9 @@ RECIPES = (
   ),
 )  # fmt: skip
 
+# What recipes choose, and nobody else.
+CHOSEN = ("full", "qlora", *dict.fromkeys(name for each in RECIPES for name in each.settings))
+
 # What is to be learned -> which kind comes first, and why.
 TASKS: dict[str, tuple[tuple[Kind, ...], str]] = {
   "instructions": (

@@ -71,8 +71,8 @@ def settings_of(given: dict[str, Any]) -> Settings:
   Raises:
     ValueError, OSError: with a sentence for the user.
   """
-  if given.get("config"):
-    given = from_yaml(Path(given["config"])) | given
+  of_masters = "masters" in given  # of a file not the default, which that of a run in float32 has
+  given = with_file(given)
   if given.get("dtype") == "auto":
     given["dtype"] = _automatic_dtype()
   saved = {}
@@ -86,8 +86,18 @@ def settings_of(given: dict[str, Any]) -> Settings:
   check(settings)
   if settings.dtype == "auto":
     settings.dtype = _automatic_dtype()
-  check_masters(settings)
+  if of_masters or given.get("masters", Settings.masters) != Settings.masters:
+    check_masters(settings)
   return settings
+
+
+def with_file(given: dict[str, Any]) -> dict[str, Any]:
+  """What was given, and what the YAML file says that it names, if it names one.
+
+  Raises:
+    ValueError, OSError: as `from_yaml`.
+  """
+  return from_yaml(Path(given["config"])) | given if given.get("config") else given
 
 
 class _Parser(argparse.ArgumentParser):
