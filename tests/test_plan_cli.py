@@ -178,6 +178,16 @@ def test_full_training_and_pages(capsys):
   }  # fmt: skip
 
 
+def test_sums_of_several_passes_are_a_part(capsys):
+  line = "plan llama-2-7b --full --no-update-in-backward --batch-size 1 --memory 80GB"
+  one, four = record(capsys, line), record(capsys, f"{line} --grad-accum 4")
+  (sums,) = (p for p in four["parts"] if p["name"] == "sums of the gradients of 4 passes")
+  assert sums["device"] == next(p["device"] for p in one["parts"] if p["name"] == "gradients")
+  batches = [next(p["device"] for p in x["parts"] if p["name"] == "batch") for x in (one, four)]
+  more = four["device_bytes"] - one["device_bytes"]
+  assert more == sums["device"] + batches[1] - batches[0]
+
+
 @pytest.fixture
 def eight(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 8)  # as in a process that has them

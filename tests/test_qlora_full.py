@@ -205,6 +205,21 @@ class TestStep:
     )
     assert float(got["grad_norm"]) == pytest.approx(float(want["grad_norm"]), rel=1e-5)
 
+  def test_many_parts_add_up_in_bfloat16(self):
+    """The same rows 400 times have the gradient of once, where a plain sum would stand still."""
+    config = LlamaConfig(32, 8, 8, 1, 1, 1, 8, tie_word_embeddings=True)
+    model = Llama(config, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    graph, state, frozen = split(model, lambda trained: None, nnx.Param)
+    ids = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
+    part = batches.Batch(ids, ids + 1, ids >= 0, np.full((1, 1), 8, np.int32))
+    parts = jax.tree.map(lambda x: np.repeat(x, 400, 0), part)
+    (_, (once,)), (_, (many,)) = (
+      stepped(ordinary(graph, optax.sgd(1e-3)), None, state, frozen, batch, 1)
+      for batch in (part, parts)
+    )
+    assert float(many["loss"]) == pytest.approx(float(once["loss"]), rel=1e-3)
+    assert float(many["grad_norm"]) == pytest.approx(float(once["grad_norm"]), rel=0.01)
+
   @pytest.mark.parametrize("options", ["", "--no-update-in-backward --masters 8"])
   def test_a_plan_has_the_bytes_of_the_step(self, files, options):
     """Arguments and state are exact; the program is the run's own."""

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from optax_lowmem._plan.memory_plan import MemoryPlan, Part
+from optax_lowmem._plan.parts import of_gradients
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.planning.estimate import temporaries
 from optax_lowmem.qlora.planning.steps import Step, step_of
@@ -58,7 +59,8 @@ class Case:
     if card is not None:
       return step.compiled(card)
     known = step.shapes()
-    rest = temporaries(self.config, self.settings, known.of("gradients"), self.devices)
+    gradients = sum(part.device for part in of_gradients(step.at_a_time))
+    rest = temporaries(self.config, self.settings, gradients, self.devices)
     parts = (*known.parts, Part("activations, other temporaries", "temporaries", rest))
     return dataclasses.replace(known, parts=parts, method="estimate")
 
