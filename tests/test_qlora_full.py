@@ -1,7 +1,9 @@
 """All parameters trained: `lowmem finetune --full`, from its step to the model that it leaves."""
 
 import dataclasses
+import io
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,12 +87,28 @@ class TestRun:
     want = load_llama(run / "model")(jnp.asarray(ids))
     np.testing.assert_allclose(logits, want, atol=1e-4 * float(abs(want).max()))
 
-  def test_chat_takes_the_run_and_its_folders(self, run):
+  def test_chat_takes_the_run_and_its_folders(self, run, monkeypatch, capsys):
+    answers = []
     for folder, path in ((run, run / "last"), (run / "model", run / "model")):
       s, base, saved = of_run_or_model(folder)
       assert base == saved == path and s.full
-    model = kind_of(s).use(base, s, saved)
-    assert isinstance(model, Llama) and model.config == open_checkpoint(run / "model").config
+      monkeypatch.setattr(sys, "stdin", io.StringIO("say 7\n"))
+      assert main(["chat", str(folder), *"--temperature 0 --max-tokens 8".split()]) == 0
+      answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
+
+  @pytest.mark.parametrize(
+    ("folder", "flags", "message"),
+    [
+      (".", "--model {files}/model", "is the base of adapters, and {run} has trained all"),
+      ("model", "--model {files}/model", "is the base of adapters, and {run}/model is a model"),
+      ("model", "--best", "--best is of a run's folder, and {run}/model is a model"),
+    ],
+  )
+  def test_chat_refuses_what_it_would_ignore(self, run, files, folder, flags, message, capsys):
+    with pytest.raises(SystemExit):
+      main(["chat", str(run / folder), *flags.format(files=files).split()])
+    assert message.format(run=run) in capsys.readouterr().err
 
   @pytest.mark.parametrize("command", ["merge", "export"])
   def test_there_is_no_adapter(self, run, command, tmp_path, capsys):
