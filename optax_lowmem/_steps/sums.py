@@ -203,7 +203,7 @@ def _add(
   return mean, jnp.where(ends, 0.0, jnp.where(taken, new, total))
 
 
-def plus(sums: Any, grads: Any, words: Sequence[jax.Array]) -> Any:
+def plus(sums: Any, grads: Any, words: Sequence[jax.Array | int]) -> Any:
   """Sums of gradients and others, in the dtypes of the sums; bfloat16 is rounded at random.
 
   What is not finite stays so.
