@@ -204,6 +204,8 @@ class TestStep:
     )
     for one, other in zip(first, second, strict=True):
       assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
+      assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+    assert float(second[0]["grad_norm"]) > clip  # of what is clipped, the norm before
     for (path, x), y in zip(
       jax.tree_util.tree_leaves_with_path(a.trained), jax.tree.leaves(b.trained), strict=True
     ):
