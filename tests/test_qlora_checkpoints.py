@@ -131,6 +131,17 @@ def test_the_state_of_a_run_from_before_all_parameters_could_be_trained(tmp_path
     checkpoints.load_state(tmp_path / "s.safetensors", other)
 
 
+def test_the_room_that_folders_take(tmp_path):
+  """What is new, and the largest once more; nothing for what is there already."""
+  sizes = {tmp_path / "last": 7, tmp_path / "model": 4, tmp_path / "best": 4}
+  assert checkpoints.room(sizes) == 22
+  (tmp_path / "last.old").mkdir()  # killed while it was being replaced
+  (tmp_path / "best").mkdir()
+  assert checkpoints.room(sizes) == 11
+  (tmp_path / "model").mkdir()
+  assert checkpoints.room(sizes) == 7
+
+
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(files, tmp_path):
   """At a learning rate that ruins the model, the first measurements are the best."""
   options = "--steps 30 --eval-every 2 --patience 2 --lr 2.0 --warmup 0 --schedule constant"

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -65,6 +65,18 @@ def found(folder: Path) -> Path:
   """`folder`; or the one before it, where a process was killed while it was being replaced."""
   old = _beside(folder, "old")
   return old if old.exists() and not folder.exists() else folder
+
+
+def room(sizes: Mapping[Path, int]) -> int:
+  """The most bytes that folders take beside what there is, all of them written again and again.
+
+  One at a time has a new one beside the old.
+
+  Args:
+    sizes: what a folder holds, once it is written.
+  """
+  new = sum(size for folder, size in sizes.items() if not found(folder).exists())
+  return new + max(sizes.values())
 
 
 def whole_metrics(folder: Path) -> Path | None:

@@ -68,13 +68,12 @@ def split(model: nnx.Module, init: Any, wrt: Any = nnx.LoRAParam) -> tuple[Any, 
   return graph, State(trained, init(trained), rngs), frozen
 
 
-def abstract_state(init: Any, trained: Any) -> Any:
+def in_its_memory(state: Any) -> Any:
   """The shapes of an optimizer's state; those of pages say that they are in host memory."""
 
   def is_paged(x):
     return isinstance(x, lowmem.Paged)
 
-  state = jax.eval_shape(init, trained)
   pages = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
   return lowmem.paged(state) if pages else state
 
