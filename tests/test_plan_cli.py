@@ -295,7 +295,7 @@ def test_the_tables_are_whole(eight):
     others = case.but(full=False, quantize="none"), case.but(dtype="bfloat16")
     changed = next(filter(None, map(change.of, (case, *others))), None)
     assert changed is not None and changed != case, change.what
-  assert {kind for kinds, _ in TASKS.values() for kind in kinds} == {r.kind for r in RECIPES}
+  assert {kind for kinds, _ in TASKS.values() for kind in kinds} == {r.trained for r in RECIPES}
 
 
 ASKED = [

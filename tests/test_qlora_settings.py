@@ -8,7 +8,7 @@ import yaml
 
 from optax_lowmem.qlora.run.arguments import parse
 from optax_lowmem.qlora.run.runs import save_settings
-from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, flag_of, kind_of
+from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, flag_of, type_of
 
 
 def write(path, text):
@@ -116,4 +116,4 @@ def test_refused(options, message):
 
 
 def test_flags_are_named_like_settings():
-  assert flag_of("seq_len") == "--seq-len" and {kind_of(f) for f in fields(Settings)} >= {int, bool}
+  assert flag_of("seq_len") == "--seq-len" and {type_of(f) for f in fields(Settings)} >= {int, bool}

@@ -25,7 +25,7 @@ from optax_lowmem.qlora.run.settings import (
   Settings,
   default_of,
   flag_of,
-  kind_of,
+  type_of,
 )
 from optax_lowmem.qlora.run.spellings import instead, known_as, translated
 
@@ -46,7 +46,7 @@ def parser_of(description: str, prog: str | None = None) -> argparse.ArgumentPar
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   for each in fields(Settings):
-    flag, default, kind = flag_of(each.name), default_of(each), kind_of(each)
+    flag, default, kind = flag_of(each.name), default_of(each), type_of(each)
     text = HELP[each.name] + (f" (default: {default})" if default not in (None, {}, []) else "")
     if kind is bool:
       parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -186,7 +186,7 @@ def _reader(kind: Any) -> Callable[[str], Any]:
 
 def _converted(each: "Field[Any]", value: Any) -> Any:
   """A value of YAML as the setting wants it; YAML reads 1e-3 as a text."""
-  kind: Any = kind_of(each)
+  kind: Any = type_of(each)
   optional = default_of(each) is None
   if value is None and (optional or typing.get_origin(kind)):
     return default_of(each)

@@ -260,7 +260,7 @@ def usual_of(each: "Field[Any]", full: bool) -> Any:
   return FULL.get(each.name, default_of(each)) if full else default_of(each)
 
 
-def kind_of(each: "Field[Any]") -> Any:
+def type_of(each: "Field[Any]") -> Any:
   """A setting's type, without the None it may be."""
   given = each.type
   if isinstance(given, types.UnionType):
