@@ -110,7 +110,8 @@ def update_in_backward(
     the new parameters and the new state. `batch` is any tree, given to all three functions;
     `inputs` a tree of arrays with a leading axis over layers, which are not trained: windows, keys
     of random numbers, frozen weights. `extra_args` and the loss, as ``value``, are given to
-    updates, as `optax.contrib.reduce_on_plateau` wants it.
+    updates, as `optax.contrib.reduce_on_plateau` wants it; with `clip_norm` also the norm of all
+    gradients, as ``grad_norm``.
 
   Raises:
     TypeError: if `embed`, `layer` or `head` is no function, or `tx` or `outer_tx` no
@@ -190,11 +191,11 @@ def update_in_backward(
     def of_outer(dx):
       return jax.tree.map(jnp.add, from_head, *pull_embed(dx))
 
-    clipped = _identity
+    clipped, extra = _identity, {"value": loss, **extra_args}
     if clip_norm is not None:
       total, first = squares_of_all(body, layers, given, dx)
-      clipped = _clip(jnp.sqrt(total + squares(of_outer(first))), clip_norm)
-    extra = {"value": loss, **extra_args}
+      norm = jnp.sqrt(total + squares(of_outer(first)))
+      clipped, extra = _clip(norm, clip_norm), {"grad_norm": norm, **extra}
 
     arrays = len(jax.tree.leaves(layers))
 
