@@ -105,6 +105,29 @@ def test_the_table_of_costs_is_the_results(page):
     assert cells == want, name
 
 
+# Page, the script that prints its tables, what the script wrote, and which of the tables.
+PRINTED = [
+  ("docs/bf16.md", "bf16", "bf16-h100.json", ["step"]),
+  ("docs/full_finetuning.md", "plan", "plan-h100.json", ["backward"]),
+  (
+    "docs/planning.md",
+    "plan",
+    "plan-h100.json",
+    ["figure8", "lengths", "full", "masters", "devices", "state", "compilers", "seconds"],
+  ),
+]
+
+
+@pytest.mark.parametrize(("page", "script", "file", "names"), PRINTED, ids=lambda x: str(x)[:30])
+def test_tables_are_what_the_script_printed(page, script, file, names):
+  """Each line of them, made of the numbers that are committed; heads too."""
+  made = importlib.import_module(script).tables(result(file))
+  lines = {line.strip() for line in read(page).splitlines()}
+  for name in names:
+    missing = [line for line in made[name] if line not in lines]
+    assert not missing, "\n".join([f"{page} lacks of {name} in {file}:", *missing])
+
+
 def test_every_page_is_in_the_navigation():
   menu = read("mkdocs.yml")
   for page in PAGES[1:]:
