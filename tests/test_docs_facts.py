@@ -108,6 +108,12 @@ def test_the_table_of_costs_is_the_results(page):
 # Page, the script that prints its tables, what the script wrote, and which of the tables.
 PRINTED = [
   ("docs/bf16.md", "bf16", "bf16-h100.json", ["step"]),
+  (
+    "docs/mixed_precision.md",
+    "accumulation",
+    "accumulation-h100.json",
+    ["64", "1024", "memory", "temporaries"],
+  ),
   ("docs/full_finetuning.md", "plan", "plan-h100.json", ["backward"]),
   (
     "docs/planning.md",
