@@ -1,24 +1,34 @@
 """The update in the backward pass beside the ordinary step, compiled for an H100.
 
-python benchmarks/backward.py [--unrolled] [--json FILE]
+python benchmarks/backward.py [--only stacked unrolled cut] [--json FILE]
 
 24 layers of a language model (1.2 G parameters, `compiled/layers.py`), 64 tokens, so that
 activations are small (`benchmarks/compiled` says what is needed). Bytes a parameter are all that is
-on the device: parameters, state, gradients, activations.
+on the device: parameters, state, gradients, activations. `unrolled` are layers that are not
+stacked; `cut` is what it helps that each trip of the loop is cut, by the CPU's compiler, too.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 import optax_lowmem as lowmem
 from _measure import write
 from compiled import compile_for
-from compiled.layers import LAYER_SIZE, SIZE, in_backward, ordinary, unrolled
+from compiled.layers import (
+  LAYER_SIZE,
+  SIZE,
+  as_one_program,
+  in_backward,
+  ordinary,
+  unrolled,
+)
 
 MASTERS = lowmem.master_weights
 RULES = {
@@ -52,54 +62,97 @@ def measured(step: Any, dtype: Any) -> dict[str, float]:
   }
 
 
-def both() -> dict[str, dict[str, dict[str, float]]]:
+def stacked() -> Iterator[tuple[str, dict[str, Any]]]:
   """Each rule both ways."""
-  print(
-    "| | all, B/param: ordinary | in backward | temporaries, in gradients of a layer | ", end=""
-  )
-  print("moved, B/param | launches |\n|---|---|---|---|---|---|")
-  found = {}
   for name, (tx, dtype) in RULES.items():
     ways = {"ordinary": ordinary(tx, dtype), "in backward": in_backward(tx, dtype)}
     if name == "master_weights(adamw)":
       ways["clip_norm"] = in_backward(tx, dtype, clip_norm=1.0)
-    found[name] = {way: measured(step, dtype) for way, step in ways.items()}
-    old = found[name]["ordinary"]
-    for way, new in list(found[name].items())[1:]:
-      label = name if way == "in backward" else f"{name}, {way}"
-      print(
-        f"| {label} | {old['all']:.2f} | {new['all']:.2f} "
-        f"| {old[TEMPORARIES]:.1f} → {new[TEMPORARIES]:.1f} | {old['moved']:.0f} → "
-        f"{new['moved']:.0f} | {old['launches']} → {new['launches']} |",
-        flush=True,
-      )
-  return found
+    yield name, {way: measured(step, dtype) for way, step in ways.items()}
+
+
+def not_stacked() -> Iterator[tuple[str, dict[str, Any]]]:
+  """The ordinary step of layers that are not stacked."""
+  for name in ("optax.adamw, float32", "optax.sgd, bfloat16", "master_weights(adamw)"):
+    tx, dtype = RULES[name]
+    yield name, measured(unrolled(tx, dtype), dtype)
+
+
+def cut() -> Iterator[tuple[str, dict[str, Any]]]:
+  """Temporaries in gradients of a layer: an ordinary step, in the backward pass uncut, and cut."""
+  ways = {"ordinary": ordinary, "as one program": as_one_program, "cut": in_backward}
+  for name in ("optax.adamw, float32", "adamw, float32", "master_weights(adamw)"):
+    tx, dtype = RULES[name]
+    found: dict[str, Any] = {"h100": {}, "cpu": {}}
+    for way, make in ways.items():
+      step, args, donate = make(tx, dtype)
+      compiled: Any = jax.jit(step, donate_argnums=donate).lower(*args).compile()
+      held = compiled.memory_analysis().temp_size_in_bytes
+      found["cpu"][way] = held / (LAYER_SIZE * jnp.dtype(dtype).itemsize)
+      found["h100"][way] = measured((step, args, donate), dtype)[TEMPORARIES]
+    yield name, found
 
 
 TEMPORARIES = "layers' gradients"
+SECTIONS = {"stacked": stacked, "unrolled": not_stacked, "cut": cut}
+HEADS = {
+  "stacked": "| all, B/param: ordinary | in backward | temporaries, in gradients of a layer "
+  "| moved, B/param | launches",
+  "unrolled": "layers not stacked | all, B/param | temporaries, in gradients of a layer",
+  "cut": "temporaries, in gradients of a layer | ordinary | in backward, as one program | cut",
+}
 
 
-def not_stacked() -> dict[str, dict[str, float]]:
-  """The ordinary step of layers that are not stacked."""
-  print("\n| layers not stacked | all, B/param | temporaries, in gradients of a layer |")
-  print("|---|---|---|")
-  found = {}
-  for name in ("optax.adamw, float32", "optax.sgd, bfloat16", "master_weights(adamw)"):
-    tx, dtype = RULES[name]
-    one = found[name] = measured(unrolled(tx, dtype), dtype)
-    print(f"| {name} | {one['all']:.2f} | {one[TEMPORARIES]:.1f} |", flush=True)
-  return found
+def head(section: str) -> list[str]:
+  """The first lines of a section's table."""
+  columns = HEADS[section]
+  return [f"| {columns} |", "|---" * (columns.count("| ") + 1) + "|"]
+
+
+def lines(section: str, name: str, one: dict[str, Any]) -> list[str]:
+  """A rule's lines of a section's table."""
+  if section == "unrolled":
+    return [f"| {name} | {one['all']:.2f} | {one[TEMPORARIES]:.1f} |"]
+  if section == "cut":
+    wheres = {"h100": "an H100", "cpu": "a CPU"}
+    return [
+      f"| {name}, {where} | {' | '.join(f'{x:.1f}' for x in one[key].values())} |"
+      for key, where in wheres.items()
+    ]
+  old, made = one["ordinary"], []
+  for way, new in list(one.items())[1:]:
+    label = name if way == "in backward" else f"{name}, {way}"
+    made.append(
+      f"| {label} | {old['all']:.2f} | {new['all']:.2f} "
+      f"| {old[TEMPORARIES]:.1f} → {new[TEMPORARIES]:.1f} | {old['moved']:.0f} → "
+      f"{new['moved']:.0f} | {old['launches']} → {new['launches']} |"
+    )
+  return made
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of each section's table."""
+  made = {}
+  for section in (name for name in SECTIONS if name in found):
+    made[section] = head(section)
+    for name, one in found[section].items():
+      made[section] += lines(section, name, one)
+  return made
 
 
 def main() -> None:
   """Prints the tables."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--unrolled", action="store_true", help="layers not stacked, too: minutes")
+  parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
   parser.add_argument("--json", help="also write the result to this file")
   arguments = parser.parse_args()
-  result: dict[str, Any] = {"stacked": both()}
-  if arguments.unrolled:
-    result["unrolled"] = not_stacked()
+  result: dict[str, Any] = {}
+  for section in arguments.only:
+    result[section] = {}
+    print("", *head(section), sep="\n", flush=True)
+    for name, one in SECTIONS[section]():
+      result[section][name] = one
+      print(*lines(section, name, one), sep="\n", flush=True)
   write(arguments.json, result)
 
 
