@@ -103,6 +103,7 @@ PRINTED = [
   ("docs/planning.md", "plan", "plan-h100.json", [
     "figure8", "lengths", "full", "masters", "devices", "state", "compilers", "seconds",
   ]),
+  ("docs/qlora.md", "accelerator_qlora", "attention-h100.json", []),
   ("docs/reliability.md", "reliability", "reliability-cpu.json", []),
   ("docs/scale.md", "scale", "scale-h100.json", []),
   ("docs/scale.md", "one_billion", "one-billion-cpu.json", []),
