@@ -279,6 +279,23 @@ def written(key: str, value: Any) -> str:
   return str(value)
 
 
+def line(found: dict[str, Any]) -> str:
+  """A row as a line of its section's table."""
+  return "| " + " | ".join(written(k, v) for k, v in found.items()) + " |"
+
+
+def tables(result: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of each section's table."""
+  return {
+    name: [*head(result[name][0]), *map(line, result[name])] for name in SECTIONS if name in result
+  }
+
+
+def head(found: dict[str, Any]) -> list[str]:
+  """The first lines of the table of such rows."""
+  return [f"| {' | '.join(found)} |", "|---" * len(found) + "|"]
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--card", default="h100", help=f"{', '.join(CARDS)}, or a TPU such as v5e")
@@ -295,9 +312,9 @@ def main() -> None:
     result[name] = []
     for found in section(args.card, RULES):
       if not result[name]:
-        print("| " + " | ".join(found) + " |\n" + "|---" * len(found) + "|")
+        print(*head(found), sep="\n")
       result[name].append(found)
-      print("| " + " | ".join(written(k, v) for k, v in found.items()) + " |", flush=True)
+      print(line(found), flush=True)
   write(args.json, result)
 
 

@@ -1,18 +1,21 @@
 """Device memory of the QLoRA example's training step, as an accelerator's own compiler plans it.
 
     python benchmarks/accelerator_qlora.py [--card h100] [--only 65B] [--json rows.json]
+    python benchmarks/accelerator_qlora.py --attention [--json rows.json]
 
 Nothing is run and no weight is made: the step that `finetune.py` compiles is compiled from shapes,
 for a card that need not be there.
 
 The base is NF4, doubly quantized; everything else of it bfloat16; adapters of rank 64 on all linear
-layers but the head; 8-bit AdamW; layers recomputed in the backward pass; one row.
+layers but the head; 8-bit AdamW; layers recomputed in the backward pass; one row. With
+`--attention`: what the ways to attend take in one layer of a 7B, and in its step in all.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -23,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from _measure import write
 from compiled import compile_for
 from optax_lowmem.qlora.data.batches import Batch
+from optax_lowmem.qlora.models.attention import AttentionKind, attend_within
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
 from optax_lowmem.qlora.run.settings import Settings
@@ -141,8 +145,49 @@ def rows(compile: Compile, only: str | None = None) -> Iterator[dict[str, Any]]:
     }
 
 
+def attention(compile: Compile) -> Iterator[dict[str, Any]]:
+  """Of each way to attend: one layer's attention and its gradient; the step, 16-bit adapters.
+
+  `cudnn` only where cuDNN is installed.
+  """
+  kinds: list[AttentionKind] = ["chunked", "xla"]
+  if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn"):
+    kinds.append("cudnn")
+  for kind in kinds:
+    for tokens in (4096, 32768):
+      attend = attend_within(None, None, kind)
+
+      def summed(q, k, v, attend=attend):
+        return attend(q, k, v)[0].astype(jnp.float32).sum()
+
+      heads = jax.ShapeDtypeStruct((1, tokens, 32, 128), jnp.bfloat16)
+      one = compile(jax.grad(summed, (0, 1, 2)), (heads, heads, heads), ())
+      options: dict[str, Any] = {"attention": kind, "adapter_dtype": "bfloat16"}
+      whole = compile(*training_step(MODELS["7B"], tokens, **options))
+      yield {
+        "attention": kind,
+        "tokens": tokens,
+        "temporaries GiB": one.temp_bytes / GIB,
+        "step GiB": whole.device_bytes / GIB,
+      }
+
+
 def _nbytes(tree: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+HEAD = ["| `--attention` | tokens | one layer's, GiB | the step, GiB |", "|---|---|---|---|"]
+
+
+def line(row: dict[str, Any]) -> str:
+  """A way to attend as a line of its table."""
+  sizes = f"{row['temporaries GiB']:.2f} | {row['step GiB']:.2f}"
+  return f"| {row['attention']} | {row['tokens']:,} | {sizes} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the table of ways to attend."""
+  return {"attention": [*HEAD, *map(line, found["attention"])]}
 
 
 def main() -> None:
@@ -150,9 +195,17 @@ def main() -> None:
   parser.add_argument("--card", default="h100")
   parser.add_argument("--only", choices=MODELS, help="the one model to compile")
   parser.add_argument("--json", help="file to write the result to")
+  parser.add_argument("--attention", action="store_true", help="the ways to attend instead")
   args = parser.parse_args()
   compile = functools.partial(compile_for, card=args.card)
-  found = []
+  found: list[dict[str, Any]] = []
+  if args.attention:
+    print(*HEAD, sep="\n", flush=True)
+    for row in attention(compile):
+      print(line(row), flush=True)
+      found.append(row)
+    write(args.json, {"card": args.card, "attention": found})
+    return
   for row in rows(compile, args.only):
     print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     found.append(row)

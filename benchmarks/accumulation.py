@@ -1,6 +1,6 @@
 """Accumulated gradients in few bits: the error of their mean, and what they cost on an H100.
 
-python benchmarks/accumulation.py [--json FILE]
+python benchmarks/accumulation.py [--only temporaries …] [--json FILE]
 
 Error: 64 or 1,024 gradients of 2^17 elements, root of the mean square of their mean's error, as a
 part of that of the mean; and the mean of the errors, in standard errors, where more than 4 is a
@@ -11,7 +11,8 @@ element's error as a part of its own size; *constant* the same gradient 64 times
 signal, of which the second half has no mean.
 
 Cost: a training step of 16 matrices of 2048 x 2048 with gradients from a backward pass of 256 rows,
-8-bit AdamW (`benchmarks/compiled` says what is needed).
+8-bit AdamW (`benchmarks/compiled` says what is needed). Temporaries: of an update of one array, by
+the CPU's compiler, too.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ FLOATS = (  # of which many gradients are summed, too
   "**`bits=8`**: `sum8`",
 )
 KINDS = ("noise", "signal", "decades", "constant")
+MANY = ("signal", "fading")
 
 
 def gradients(kind: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,10 +121,8 @@ def candidates(count: int) -> dict[str, tuple[float, Callable[[jax.Array], jax.A
 
 
 def errors(count: int, kinds: Sequence[str], names: Sequence[str] | None = None) -> dict[str, Any]:
-  """Prints and returns the error of each candidate."""
+  """The error of each candidate."""
   found: dict[str, Any] = {}
-  print(f"\n| mean of {count:,} | B/param | {' | '.join(kinds)} | mean error, standard errors |")
-  print("|---" * (len(kinds) + 3) + "|")
   data = {kind: gradients(kind, count) for kind in kinds}
   for name, (held, run) in candidates(count).items():
     if names is not None and name not in names:
@@ -137,13 +137,11 @@ def errors(count: int, kinds: Sequence[str], names: Sequence[str] | None = None)
       if size:
         biases.append(max(abs(error.mean()), abs(along)) / size * math.sqrt(error.size))
     found[name] = {"bytes": held, "errors": sizes, "biases": biases}
-    columns = " | ".join(f"{100 * x:.2g} %" for x in sizes)
-    print(f"| {name} | {held:.4g} | {columns} | {max(biases):.1f} |", flush=True)
   return found
 
 
 def memory() -> dict[str, Any]:
-  """Prints and returns bytes a parameter, launches and traffic of a training step."""
+  """Bytes a parameter, launches and traffic of a training step."""
   matrices, width = 16, 2048
   adamw = functools.partial(lowmem.adamw, 1e-4)
   rules = {
@@ -159,33 +157,89 @@ def memory() -> dict[str, Any]:
     "multi_steps(optax.adamw), bits=8": lowmem.multi_steps(optax.adamw(1e-4), 4, bits=8),
   }
   found = {}
-  print("\n| | all, B/param | of it temporaries | moved, B/param | launches |")
-  print("|---|---|---|---|---|")
   size = matrices * width**2
   for name, tx in rules.items():
     compiled: Any = compile_for(*training_step(tx, parameters(matrices, width)))
-    one = found[name] = {
+    found[name] = {
       "all": compiled.device_bytes / size,
       "temporaries": compiled.temp_bytes / size,
       "moved": compiled.traffic.hbm / size,
       "launches": compiled.kernels,
     }
-    print(
-      f"| `{name}` | {one['all']:.2f} | {one['temporaries']:.2f} | {one['moved']:.0f} "
-      f"| {one['launches']} |",
-      flush=True,
-    )
   return found
 
 
+def temporaries() -> dict[str, dict[str, float]]:
+  """Bytes a parameter that an update of one array needs beside its arguments and results."""
+  ours, theirs = lowmem.adamw(1e-4), optax.adamw(1e-4)
+  cases: dict[str, tuple[Any, Any, int]] = {}
+  for dtype, said in ((jnp.float32, ""), (jnp.bfloat16, ", gradients in bfloat16")):
+    for name, inner in (("adamw", ours), ("optax.adamw", theirs)):
+      for bits in (8, 16):
+        tx = lowmem.multi_steps(inner, 4, bits=bits)
+        cases[f"`multi_steps({name}), bits={bits}`{said}"] = tx, dtype, 2048
+  cases["`loss_scaling(adamw)`"] = lowmem.loss_scaling(ours), jnp.float32, 2048
+  small = ", 1024 x 1024"
+  bare = lowmem.multi_steps(optax.identity(), 4, bits=8)
+  cases[f"`multi_steps(optax.identity()), bits=8`{small}"] = bare, jnp.float32, 1024
+  cases[f"`adamw` alone{small}"] = ours, jnp.float32, 1024
+  found = {}
+  for name, (tx, dtype, side) in cases.items():
+    params, grads = ({"w": jax.ShapeDtypeStruct((side, side), d)} for d in (jnp.float32, dtype))
+    args = grads, jax.eval_shape(tx.init, params), params
+    here: Any = jax.jit(tx.update, donate_argnums=(0, 1)).lower(*args).compile().memory_analysis()
+    there = compile_for(tx.update, args, (0, 1))
+    found[name] = {
+      "cpu": here.temp_size_in_bytes / side**2,
+      "h100": there.temp_bytes / side**2,
+    }
+  return found
+
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+  "64": lambda: errors(64, KINDS),
+  "1024": lambda: errors(1024, MANY, FLOATS),
+  "memory": memory,
+  "temporaries": temporaries,
+}
+_COMPILED = ("memory", "temporaries")
+
+
+def _head(*columns: str) -> list[str]:
+  return [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of each section's table."""
+  made: dict[str, list[str]] = {}
+  for section, kinds in (("64", KINDS), ("1024", MANY)):
+    name, last = f"mean of {int(section):,}", "mean error, standard errors"
+    made[section] = _head(name, "B/param", *kinds, last)
+    for name, one in found.get(section, {}).items():
+      sizes = " | ".join(f"{100 * x:.2g} %" for x in one["errors"])
+      made[section].append(f"| {name} | {one['bytes']:.4g} | {sizes} | {max(one['biases']):.1f} |")
+  made["memory"] = _head("", "all, B/param", "of it temporaries", "moved, B/param", "launches")
+  for name, one in found.get("memory", {}).items():
+    cells = f"{one['all']:.2f} | {one['temporaries']:.2f} | {one['moved']:.0f} | {one['launches']}"
+    made["memory"].append(f"| `{name}` | {cells} |")
+  made["temporaries"] = _head("", "on a CPU", "on an H100")
+  for name, one in found.get("temporaries", {}).items():
+    made["temporaries"].append(f"| {name} | {one['cpu']:.2f} | {one['h100']:.2f} |")
+  return made
+
+
 def main() -> None:
-  """Prints both tables."""
+  """Prints the tables."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
   parser.add_argument("--json", help="also write the result to this file")
   arguments = parser.parse_args()
-  found = {"64": errors(64, KINDS), "1024": errors(1024, ("signal", "fading"), FLOATS)}
-  if missing() is None:
-    found["memory"] = memory()
+  found: dict[str, Any] = {}
+  for name in arguments.only:
+    if name in _COMPILED and missing() is not None:
+      continue
+    found[name] = SECTIONS[name]()
+    print("", *tables(found)[name], sep="\n", flush=True)
   write(arguments.json, found)
 
 

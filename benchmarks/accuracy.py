@@ -230,8 +230,7 @@ def main() -> None:
   gradients, names = kinds(args.steps), list(forms())
 
   result: dict[str, Any] = {"drift": {}, "reach": {}, "weights": {}, "peers": {}}
-  print(f"| rule | gradients | {' | '.join(names)} |")
-  print("|---|---|" + "---|" * len(names))
+  print(*head("rule", "gradients", *names), sep="\n")
   for rule_name, rule in rules().items():
     runs = {name: runner(hold(rule)) for name, hold in forms().items()}
     exact_run = runner(rule)
@@ -239,23 +238,18 @@ def main() -> None:
       exact = np.asarray(exact_run(kind))
       row = {name: drift(np.asarray(run(kind)), exact) for name, run in runs.items()}
       result["drift"].setdefault(rule_name, {})[kind_name] = row
-      cells = (" ".join(shown(x) for x in row[name][1:]) for name in names)
-      print(f"| {rule_name} | {kind_name} | {' | '.join(cells)} |", flush=True)
+      print(line(rule_name, kind_name, *map(many, row.values())), flush=True)
 
-  print(f"\n| reach: r, signal | {' | '.join(names)} |")
-  print("|---|" + "---|" * len(names))
+  print("", *head("r", *names), sep="\n")
   for ratio in (100, 1000):
     for signal in (0.0, 1.0):
       row = result["reach"][f"{ratio}, {signal:g}"] = reach(ratio, signal)
-      cells = (f"{row[name]:.3g}" for name in names)
-      print(f"| {ratio}, {signal:g} | {' | '.join(cells)} |", flush=True)
+      print(reached(f"{ratio}, {signal:g}", row), flush=True)
 
-  print(f"\n| weight | reach, and a signal | {' | '.join(gradients)} |")
-  print("|---|---|" + "---|" * len(gradients))
-  for weight, reached, found in weights():
-    result["weights"][f"{weight:g}"] = {"reach": reached, "drift": found}
-    cells = " | ".join(map(shown, found))
-    print(f"| {weight:g} | {' '.join(f'{x:.2f}' for x in reached)} | {cells} |", flush=True)
+  print("", *head("w", "reach at r = 100, and with a signal", *WEIGHED), sep="\n")
+  for weight, ends, found in weights():
+    result["weights"][f"{weight:g}"] = {"reach": ends, "drift": found}
+    print(weighed(f"{weight:g}", result), flush=True)
 
   exact_run = runner(rules()["adamw"])
   for name, make in peers():
@@ -264,6 +258,59 @@ def main() -> None:
       result["peers"].setdefault(name, {})[kind_name] = found
       print(f"{name}, {kind_name}: {' '.join(map(shown, found[1:]))}", flush=True)
   write(args.json, result)
+
+
+def head(*columns: str) -> list[str]:
+  """The first lines of a table."""
+  return [line(*columns), "|---" * len(columns) + "|"]
+
+
+def line(*cells: str) -> str:
+  return f"| {' | '.join(cells)} |"
+
+
+def many(drifts: list[float]) -> str:
+  """Distances after 2, 5, 20 and 50 steps."""
+  return " ".join(map(shown, drifts[1:]))
+
+
+def tables(result: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the tables, without their heads."""
+  drift = [
+    line(rule, kind, *map(many, row.values()))
+    for rule, kinds in result["drift"].items()
+    for kind, row in kinds.items()
+  ]
+  reach = [reached(*one) for one in result["reach"].items()]
+  return {
+    "drift": drift,
+    "reach": reach,
+    "weights": [weighed(weight, result) for weight in result["weights"]],
+  }
+
+
+# The gradients that are shown of other weights.
+WEIGHED = (
+  "independent normal",
+  "with lognormal scales",
+  "one in 64 is 100 times larger",
+  "model",
+)
+
+
+def weighed(weight: str, result: dict[str, Any]) -> str:
+  """A line of the table of weights."""
+  found = result["weights"][weight]
+  drifts = dict(zip(result["drift"]["adamw"], found["drift"], strict=True))
+  both = ", ".join(f"{x:.2f}" for x in found["reach"])
+  return line(weight, both, *(shown(drifts[kind]) for kind in WEIGHED))
+
+
+def reached(key: str, row: dict[str, float]) -> str:
+  """A line of the table of reach; the key is the ratio and the size of the signal."""
+  ratio, signal = key.split(", ")
+  name = ratio if signal == "0" else f"{ratio}, and a signal"
+  return line(name, *(f"{x:.3g}" for x in row.values()))
 
 
 def shown(x: float) -> str:

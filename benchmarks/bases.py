@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,21 @@ def bits(model: nnx.Module) -> float:
   return 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed) if packed else 32.0
 
 
+HEAD = ["| base | bits a parameter | perplexity | against none |", "|---|---|---|---|"]
+
+
+def line(row: dict[str, Any], none: dict[str, Any]) -> str:
+  """A base as a line of the table; `none` is the row without one."""
+  ratio = row["perplexity"] / none["perplexity"] - 1
+  return f"| {row['base']} | {row['bits']:.3f} | {row['perplexity']:.3f} | {ratio:+.1%} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the table."""
+  rows = found["rows"]
+  return {"bases": [*HEAD, *(line(row, rows[0]) for row in rows)]}
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--model", type=pathlib.Path, help="a Hugging Face folder or a GGUF file")
@@ -50,15 +66,14 @@ def main() -> None:
     held[: args.rows]
   )
   checkpoint, rows = open_checkpoint(path), []
-  print("| base | bits a parameter | perplexity | against none |\n|---|---|---|---|")
+  print(*HEAD, sep="\n")
   for base in (None, "int8", "nf4", "fp4"):
     model = load_llama(checkpoint, base, dtype=jnp.float32)
     graph, random, weights = nnx.split(model, nnx.RngState, ...)
     held_out = HeldOut(graph, weights, batches)
     found = held_out(State(nnx.State({}), None, random))["perplexity"]
     rows.append({"base": base or "none", "bits": bits(model), "perplexity": found})
-    ratio = found / rows[0]["perplexity"] - 1
-    print(f"| {base or 'none'} | {bits(model):.3f} | {found:.3f} | {ratio:+.1%} |", flush=True)
+    print(line(rows[-1], rows[0]), flush=True)
     jax.clear_caches()
   counted = {"tokens": held_out.tokens, "model": path.name, "text": text.name}
   write(args.json, counted | {"rows": rows})

@@ -105,6 +105,38 @@ def distances(ours: Any, exact: Any, begin: Any, held: Any) -> dict[str, float]:
   }
 
 
+def head(before: list[float]) -> list[str]:
+  """The first lines of the table of ways, and the losses before."""
+  return [
+    "| | held-out loss, by seed | against float32, by seed | weights that changed |",
+    "|---|---|---|---|",
+    f"| before | {', '.join(f'{x:.4f}' for x in before)} | | |",
+  ]
+
+
+def line(name: str, ways: dict[str, Any]) -> str:
+  """A way to hold parameters as a line of its table."""
+  losses, theirs = ways[name]["loss"], ways["float32"]["loss"]
+  against = ", ".join(f"{100 * (x / y - 1):+.2f}" for x, y in zip(losses, theirs, strict=True))
+  changed = f"{100 * np.mean(ways[name]['changed']):.1f} %"
+  return f"| {name} | {', '.join(f'{x:.4f}' for x in losses)} | {against} % | {changed} |"
+
+
+def distance(rate: str, each: list[dict[str, float]]) -> str:
+  """The largest distances over seeds as a line of their table."""
+  worst = (max(one[key] for one in each) for key in each[0])
+  return f"| {rate} | {' | '.join(f'{x:.1e}' for x in worst)} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of both tables, of the second without its head."""
+  ways = found["ways"]
+  return {
+    "ways": [*head(found["before"]), *(line(name, ways) for name in ways)],
+    "distances": [distance(*one) for one in found["distances"].items()],
+  }
+
+
 def run(steps: int, seeds: int) -> dict[str, Any]:
   """All of it; prints a table for each of the two questions."""
   learn, held = text()
@@ -119,9 +151,7 @@ def run(steps: int, seeds: int) -> dict[str, Any]:
   result: dict[str, Any] = {"before": before, "ways": {}, "distances": {}}
   ends: dict[str, list[Any]] = {}
   print(f"{steps} steps at {RATE:g} after {FIRST} at {LR:g} in float32, {seeds} seeds\n")
-  print("| | held-out loss, by seed | against float32, by seed | weights that changed |")
-  print("|---|---|---|---|")
-  print(f"| before | {', '.join(f'{x:.4f}' for x in before)} | | |")
+  print(*head(before), sep="\n")
   for name, way in WAYS.items():
     tx, losses, changed = way(RATE), [], []
     for begin, batch in zip(begins, tokens, strict=True):
@@ -133,13 +163,7 @@ def run(steps: int, seeds: int) -> dict[str, Any]:
       changed.append(float(np.mean(flat(weights) != flat(then))))
       ends.setdefault(name, []).append(weights)
     result["ways"][name] = {"loss": losses, "changed": changed}
-    theirs = result["ways"]["float32"]["loss"]
-    against = [100 * (x / y - 1) for x, y in zip(losses, theirs, strict=True)]
-    print(
-      f"| {name} | {', '.join(f'{x:.4f}' for x in losses)} "
-      f"| {', '.join(f'{x:+.2f}' for x in against)} % | {100 * np.mean(changed):.1f} % |",
-      flush=True,
-    )
+    print(line(name, result["ways"]), flush=True)
   exact, eight = MASTERS
   print(f"\n| {eight}: after {steps} steps at | RMS | of the weights | of the way | of the loss |")
   print("|---|---|---|---|---|")
@@ -159,8 +183,7 @@ def run(steps: int, seeds: int) -> dict[str, Any]:
       ours, theirs = weights
       each.append(distances(ours, theirs, begin, held))
     result["distances"][f"{rate:g}"] = each
-    worst = {key: max(one[key] for one in each) for key in each[0]}
-    print(f"| {rate:g} | {' | '.join(f'{x:.1e}' for x in worst.values())} |", flush=True)
+    print(distance(f"{rate:g}", each), flush=True)
   return result
 
 

@@ -224,6 +224,28 @@ def cost(mu: Held, nu: Held, elements: int) -> dict[str, float]:
   return {name: 1e9 / elements * seconds(run, 15)["min"] for name, run in runs.items()}
 
 
+HEAD = [
+  "| | B/param | one store: mean | median | p99 | closed loop: mean | median | p99 "
+  "| rms | log v | v -> 0 | encode | decode |",
+  "|---" * 13 + "|",
+]
+
+
+def line(name: str, r: dict[str, Any]) -> str:
+  """A format as a line of the table."""
+  cells = [f"{r['bytes']:.3f}"]
+  cells += [f"{r['one_store'][c]:.4f}" for c in ("mean", "median", "p99")]
+  cells += [f"{r['closed_loop'][c]:.3f}" for c in ("mean", "median", "p99", "rms", "log_v")]
+  cells += [f"{100 * r['closed_loop']['v_to_0']:.2f} %"]
+  cells += [f"{r[c]:.2f} ns" for c in ("encode_ns", "decode_ns")]
+  return f"| {name} | {' | '.join(cells)} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the table."""
+  return {"moments": [*HEAD, *(line(*one) for one in found["rows"].items())]}
+
+
 def main() -> None:
   """Prints the table."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -237,9 +259,7 @@ def main() -> None:
 
   grads = record(args.steps, args.lr)
   print(f"{args.steps} recorded steps, {grads.shape[1]:,} parameters, peak lr {args.lr}\n")
-  print("| | B/param | one store: mean | median | p99 | closed loop: mean | median | p99 ", end="")
-  print("| rms | log v | v -> 0 | encode | decode |")
-  print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+  print(*HEAD, sep="\n")
   results = {}
   for name, (mu, nu) in rows().items():
     r: dict[str, Any] = (
@@ -248,12 +268,7 @@ def main() -> None:
       | {"bytes": sum(h.bits / 8 + 4 / h.block for h in (mu, nu))}
     )
     results[name] = r
-    cells = [f"{r['bytes']:.3f}"]
-    cells += [f"{r['one_store'][c]:.4f}" for c in ("mean", "median", "p99")]
-    cells += [f"{r['closed_loop'][c]:.3f}" for c in ("mean", "median", "p99", "rms", "log_v")]
-    cells += [f"{100 * r['closed_loop']['v_to_0']:.2f} %"]
-    cells += [f"{r[c]:.2f} ns" for c in ("encode_ns", "decode_ns")]
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    print(line(name, r), flush=True)
   write(args.json, {"steps": args.steps, "lr": args.lr, "rows": results})
 
 

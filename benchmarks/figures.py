@@ -52,13 +52,13 @@ def memory() -> Figure:
   rows = [r for r in found["full"] + found["masters"] if r["weights"] == "bfloat16"]
   names = [row["optimizer"] for row in rows]
   left = np.zeros(len(rows))
-  parts = (("weights GiB", "weights"), ("state GiB", "state"), ("temporaries GiB", "gradients, …"))
+  parts = (("weights GB", "weights"), ("state GB", "state"), ("temporaries GB", "gradients, …"))
   for (key, label), color in zip(parts, (GREY, ORANGE, PALE), strict=True):
-    value = np.array([gigabytes(row, key) for row in rows])
+    value = np.array([row[key] for row in rows])
     whole.barh(names, value, left=left, color=color, label=label)
     left += value
   for y, (total, row) in enumerate(zip(left, rows, strict=True)):
-    held = gigabytes(row, "host GiB")
+    held = row["host GB"]
     host = f" (+{held:.0f} on the host)" if held else ""
     whole.text(total + 1, y, f"{total:.0f}{host}", va="center", fontsize=8)
   whole.axvline(80, color="k", lw=0.6, ls=":")
@@ -83,10 +83,6 @@ def memory() -> Figure:
   state.set(title="Llama 2 70B: GB of optimizer state", xlim=(0, 640))
   state.invert_yaxis()
   return figure
-
-
-def gigabytes(row: dict[str, Any], key: str) -> float:
-  return row[key] * 2**30 / 1e9
 
 
 def loss() -> Figure:

@@ -101,6 +101,34 @@ def temporaries(width: int, tokens: int, base: str, scanned: bool, remat: bool) 
   return {"layers": memory.temp_size_in_bytes / one, "compile_s": time.perf_counter() - start}
 
 
+# Of a model's layers: scanned or not, with `jax.checkpoint` or not.
+FORMS = [(s, r) for s in (True, False) for r in (False, True)]
+NAMES = {
+  "nf4 dora": "nf4, DoRA",
+  "float32": "float32 base",
+  "plain": "NF4, decode, then multiply",
+}
+
+
+def head() -> list[str]:
+  """The first lines of the table."""
+  columns = [f"{'scanned' if s else 'unrolled'}{', remat' if r else ''}" for s, r in FORMS]
+  return ["| base | tokens | " + " | ".join(columns) + " |", "|" + "---|" * (len(FORMS) + 2)]
+
+
+def line(rows: list[dict[str, Any]]) -> str:
+  """The forms of one base and number of tokens as a line of the table."""
+  base, tokens = rows[0]["base"], rows[0]["tokens"]
+  cells = " | ".join(f"{row['layers']:.2f}" for row in rows)
+  return f"| {NAMES.get(base, base)} | {tokens} | {cells} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the table."""
+  rows, n = found["rows"], len(FORMS)
+  return {"temporaries": [*head(), *(line(rows[i : i + n]) for i in range(0, len(rows), n))]}
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--width", type=int, default=512)
@@ -109,23 +137,14 @@ def main() -> None:
   parser.add_argument("--bases", nargs="+", default=bases)
   parser.add_argument("--json", help="also write the numbers here")
   args = parser.parse_args()
-  names = {
-    "nf4 dora": "nf4, DoRA",
-    "float32": "float32 base",
-    "plain": "NF4, decode, then multiply",
-  }
-  forms = [(s, r) for s in (True, False) for r in (False, True)]
-  heads = [f"{'scanned' if s else 'unrolled'}{', remat' if r else ''}" for s, r in forms]
-  print("| base | tokens | " + " | ".join(heads) + " |\n|" + "---|" * (len(forms) + 2))
+  print(*head(), sep="\n")
   rows = []
   for base in args.bases:
     for tokens in args.tokens:
-      cells = []
-      for scanned, remat in forms:
+      for scanned, remat in FORMS:
         found = temporaries(args.width, tokens, base, scanned, remat)
         rows.append({"base": base, "tokens": tokens, "scanned": scanned, "remat": remat} | found)
-        cells.append(f"{found['layers']:.2f}")
-      print(f"| {names.get(base, base)} | {tokens} | {' | '.join(cells)} |", flush=True)
+      print(line(rows[-len(FORMS) :]), flush=True)
   write(args.json, {"layers": LAYERS, "width": args.width, "rows": rows})
 
 

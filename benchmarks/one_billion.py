@@ -140,6 +140,29 @@ def train(name: str, tokens: int, steps: int, limit: int) -> dict[str, Any]:
   }
 
 
+HEAD = [
+  "| | weights, GB | state | gradients | planned, whole step | grown to | error | seconds a step "
+  "| loss |",
+  "|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def line(row: dict[str, Any]) -> str:
+  """An optimizer as a line of the table."""
+  shapes = (f"{row[f'{k} GB']:.2f}" for k in ("weights", "state", "gradients", "planned"))
+  first = f"| {row['optimizer']} | {' | '.join(shapes)} |"
+  if row["grown GB"] is None:
+    return f"{first} not run | | | |"
+  losses = ", ".join(f"{x:.2f}" for x in row["losses"])
+  ran = f"{row['grown GB']:.2f} | {row['error %']:.1f} % | {row['seconds a step']:.0f} | {losses}"
+  return f"{first} {ran} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the table."""
+  return {"rows": [*HEAD, *map(line, found["rows"])]}
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--only", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
@@ -157,9 +180,7 @@ def main() -> None:
   rows: dict[str, Any] = {}
   if args.json and pathlib.Path(args.json).exists():
     rows = {r["optimizer"]: r for r in json.loads(pathlib.Path(args.json).read_text())["rows"]}
-  shown = ("weights GB", "state GB", "gradients GB", "planned GB", "grown GB", "error %")
-  shown += ("seconds a step",)
-  print("| | " + " | ".join(shown) + " | losses |\n" + "|---" * (len(shown) + 2) + "|", flush=True)
+  print(*HEAD, sep="\n", flush=True)
   for name in args.only:
     with tempfile.TemporaryDirectory() as folder:
       command = [sys.executable, __file__, "--only", name, "--tokens", str(args.tokens)]
@@ -168,9 +189,7 @@ def main() -> None:
       env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
       subprocess.run(command, check=True, env=env)
       row = rows[name] = json.loads(pathlib.Path(folder, "row").read_text())
-    cells = ["not run" if row[k] is None else f"{row[k]:.2f}" for k in shown]
-    losses = ", ".join(f"{x:.2f}" for x in row["losses"])
-    print(f"| {name} | {' | '.join(cells)} | {losses} |", flush=True)
+    print(line(row), flush=True)
     ordered = [rows[n] for n in OPTIMIZERS if n in rows]
     write(args.json, {"model": MODEL, "tokens": args.tokens, "rows": ordered})
 

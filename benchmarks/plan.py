@@ -4,8 +4,8 @@
 
 QLoRA with rank 64 on all linear layers, one row, 8-bit AdamW, beside Figure 8 of the QLoRA paper
 (Dettmers et al. 2023); a 7B model at growing lengths on a card of 24 GB; all parameters of a 7B
-model by optimizer; the state of a 70B model by optimizer; and how long such answers take. Nothing
-is run, no weight is made.
+model by optimizer; the state of a 70B model by optimizer; one step by two compilers; and how long
+such answers take. Nothing is run, no weight is made. GB are 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 import optax_lowmem as lowmem
 from _measure import write
@@ -31,7 +33,7 @@ from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.model_source import config_of
 from optax_lowmem.qlora.run.settings import Settings
 
-GB, GIB = 10**9, 2**30
+GB = 10**9
 # Figure 8: GB of device memory, one row of 512 tokens.
 PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
 CARDS = {"llama-7b": "8GB", "llama-13b": "12GB", "llama-33b": "24GB", "llama-65b": "48GB"}
@@ -86,11 +88,10 @@ def whole(model: str, masters: str = "none", backward: bool = False, **settings:
 def row(planned: lowmem.MemoryPlan, memory: str | None = None) -> dict[str, Any]:
   found: dict[str, Any] = {
     "device GB": planned.device_bytes / GB,
-    "device GiB": planned.device_bytes / GIB,
-    "host GiB": planned.host_bytes / GIB,
+    "host GB": planned.host_bytes / GB,
   }
   for kind in ("weights", "adapters", "state", "temporaries"):
-    found[f"{kind} GiB"] = planned.of(kind) / GIB
+    found[f"{kind} GB"] = planned.of(kind) / GB
   if memory is not None:
     budget = budget_of(memory, None)
     assert budget is not None
@@ -186,6 +187,27 @@ def state(card: str) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
 
 
+def compilers(card: str) -> Iterator[dict[str, Any]]:
+  """The step of the example in docs/planning.md, by the card's compiler and by the CPU's."""
+  params = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
+  batch = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+  tx = lowmem.adamw(3e-4)
+
+  def train_step(params, state, batch):
+    grads = jax.grad(lambda p: jnp.mean((batch @ p["w"]) ** 2))(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  planned = lowmem.plan(params, tx, step=train_step, args=(batch,), card=card)
+  yield {"compiler": card, "device MB": planned.device_bytes / 10**6}
+  lowered = jax.jit(train_step, donate_argnums=(0, 1)).lower(
+    params, jax.eval_shape(tx.init, params), batch
+  )
+  of: Any = lowered.compile().memory_analysis()
+  held = of.argument_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes
+  yield {"compiler": "cpu", "device MB": (held + of.temp_size_in_bytes) / 10**6}
+
+
 # Questions to the command, and what they are an example of.
 ASKED = {
   "it fits": "plan llama-2-7b --memory 24GB --rank 64",
@@ -211,8 +233,65 @@ def seconds(card: str) -> Iterator[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
-  f.__name__: f for f in (figure8, lengths, full, masters, backward, devices, state, seconds)
+  f.__name__: f
+  for f in (figure8, lengths, full, masters, backward, devices, state, compilers, seconds)
 }
+
+
+# The tables of the pages: the head, and how a row is written.
+_FULL = (
+  "optimizer | weights | on the device, GB | of it weights | state | gradients, activations "
+  "| on the host | fits 80GB",
+  "{optimizer} | {weights} | {device GB:.1f} | {weights GB:.1f} | {state GB:.1f} "
+  "| {temporaries GB:.1f} | {host GB:.1f} | {fits}",
+)
+TABLES = {
+  "figure8": (
+    "model | adapters | paper, GB | here, GB | of it base | adapters and state "
+    "| gradients, activations | card | fits",
+    "{model} | {adapters} | {paper GB} | {device GB:.2f} | {weights GB:.2f} | {trained GB:.2f} "
+    "| {temporaries GB:.2f} | {memory} | {fits}",
+  ),
+  "lengths": ("tokens | GB | fits 24GB", "{tokens:,} | {device GB:.2f} | {fits}"),
+  "full": _FULL,
+  "masters": _FULL,
+  "backward": (
+    "model | optimizer | masters | tokens | on the device, GB | of it weights | state "
+    "| gradients, activations | B/param",
+    "{model} | {optimizer} | {masters} | {tokens:,} | {device GB:.1f} | {weights GB:.1f} "
+    "| {state GB:.1f} | {temporaries GB:.1f} | {B/param:.2f}",
+  ),
+  "devices": (
+    "model | on each card, GB | of it base | fits 24GB",
+    "{model} | {device GB:.2f} | {weights GB:.2f} | {fits}",
+  ),
+  "state": (
+    "optimizer | device, GB | host, GB | B/param",
+    "{optimizer} | {device GB:.2f} | {host GB:.2f} | {B/param:.3f}",
+  ),
+  "compilers": ("compiler | on the device, MB", "{compiler} | {device MB:.1f}"),
+  "seconds": ("question | command | seconds", "{question} | `{command}` | {seconds:.1f}"),
+}
+
+
+def head(section: str) -> Iterator[str]:
+  """The first lines of a section's table."""
+  columns = TABLES[section][0]
+  yield f"| {columns} |"
+  yield "|---" * (columns.count(" | ") + 1) + "|"
+
+
+def line(section: str, found: dict[str, Any]) -> str:
+  """A row of a section as a line of its table."""
+  values = found | {"fits": "yes" if found.get("fits") else "**no**"}
+  values["trained GB"] = found.get("adapters GB", 0.0) + found.get("state GB", 0.0)
+  return f"| {TABLES[section][1].format_map(values)} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of each section's table."""
+  there = [name for name in SECTIONS if name in found]
+  return {name: [*head(name), *(line(name, row) for row in found[name])] for name in there}
 
 
 def main() -> None:
@@ -225,12 +304,10 @@ def main() -> None:
   for name in args.only:
     print(f"\n### {name}: {SECTIONS[name].__doc__}\n", flush=True)
     rows = found[name] = []
+    print("\n".join(head(name)), flush=True)
     for each in SECTIONS[name](args.card):
-      if not rows:
-        print("| " + " | ".join(each) + " |\n" + "|---" * len(each) + "|", flush=True)
       rows.append(each)
-      cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in each.values())
-      print("| " + " | ".join(cells) + " |", flush=True)
+      print(line(name, each), flush=True)
   write(args.json, found)
 
 

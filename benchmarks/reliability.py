@@ -252,29 +252,31 @@ def fuzz(folder: pathlib.Path, cases: int, seed: int) -> dict[str, dict[str, flo
   return table
 
 
-def show(result: dict) -> None:
-  print("| fault | tried | survived | |\n|---|---|---|---|")
+def tables(result: dict) -> dict[str, list[str]]:
+  """The lines of the table."""
+  lines = ["| fault | tried | survived | |", "|---|---|---|---|"]
   k = result["kills"]
   said = f"of one run, which ended after {k.get('steps')} steps bit for bit as one left alone"
-  print(f"| kill -9 at a random moment | {k['tried']} | {k['survived']} | {said} |")
+  lines.append(f"| kill -9 at a random moment | {k['tried']} | {k['survived']} | {said} |")
   first = result["first saves"]
   said = (
     f"{first['early']} had nothing to resume and were begun again; results bit for bit the same"
   )
-  print(f"| kill -9 in the first save | {first['tried']} | {first['survived']} | {said} |")
+  lines.append(f"| kill -9 in the first save | {first['tried']} | {first['survived']} | {said} |")
   for name, what in (
     ("two processes", "one goes on, the other says why it does not"),
     ("full disks", "a sentence; with room, the results of a run that had it"),
   ):
-    print(f"| {name} | {result[name]['tried']} | {result[name]['survived']} | {what} |")
+    lines.append(f"| {name} | {result[name]['tried']} | {result[name]['survived']} | {what} |")
   d = result["damaged"]
   said = f"{d['files']} files, each with a flipped bit, and cut off or emptied: refused by name, "
   said += "or the same results"
-  print(f"| a damaged file of a run | {d['tried']} | {d['survived']} | {said} |")
+  lines.append(f"| a damaged file of a run | {d['tried']} | {d['survived']} | {said} |")
   for kind, row in result["fuzz"].items():
     said = f"{row['refused']} refused with a sentence, {row['read']} read"
     limits = f"at most {row['seconds']:.1f} s and {row['memory'] / 1e6:.0f} MB"
-    print(f"| damaged: {kind} | {row['tried']} | {row['survived']} | {said}; {limits} |")
+    lines.append(f"| damaged: {kind} | {row['tried']} | {row['survived']} | {said}; {limits} |")
+  return {"faults": lines}
 
 
 def main() -> None:
@@ -303,7 +305,7 @@ def main() -> None:
     for name, part in parts.items():
       if name in (options.only or parts):
         result[name] = part()
-  show(result)
+  print(*tables(result)["faults"], sep="\n")
   write(options.json, {"seed": options.seed} | {name: result[name] for name in parts})
 
 

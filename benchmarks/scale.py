@@ -158,18 +158,58 @@ def check() -> Iterator[dict[str, Any]]:
     }
 
 
-def tables(rows: list[dict[str, Any]]) -> None:
-  """Of `memory`: a table for each model, a row for each optimizer."""
+def of_memory(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """A table for each model, a row for each optimizer."""
   for model in MODELS:
-    print(
-      f"\n**{model}**\n\n| | " + " | ".join(f"{n:,}" for n in DEVICES) + " | host, of 8 | fits |"
-    )
-    print("|---" * (len(DEVICES) + 3) + "|")
+    yield from (f"**{model}**", "")
+    yield "| | " + " | ".join(f"{n:,}" for n in DEVICES) + " | host, of 8 | fits |"
+    yield "|---" * (len(DEVICES) + 3) + "|"
     for name in RECIPES:
       mine = [r for r in rows if (r["model"], r["optimizer"]) == (model, name)]
       cells = [f"{r['device GB']:.1f}" for r in mine]
       least = next((r["devices"] for r in mine if r["device GB"] <= CARD_GB - 0.54), None)
-      print(f"| {name} | {' | '.join(cells)} | {mine[0]['host GB']:.1f} | {least or 'none'} |")
+      yield f"| {name} | {' | '.join(cells)} | {mine[0]['host GB']:.1f} | {least or 'none'} |"
+    yield ""
+
+
+# Of `traffic`: the heads of the columns, of which optimizer, and what of it.
+_UPDATE, _LINK = "update, device memory GB", "host link, both ways GB"
+TRAFFIC = (
+  ("network", "adamw, 32 bits", "network GB"),
+  ("update, 32 bits, float32", "adamw, 32 bits, float32 weights", _UPDATE),
+  ("8 bits", "adamw, 8 bits", _UPDATE),
+  ("4 bits", "adamw, 4 bits", _UPDATE),
+  ("CAME, 8 bits", "came, 8 bits", _UPDATE),
+  ("host link, paged 32 bits", "offloaded(adamw, 32 bits)", _LINK),
+  ("8 bits", "offloaded(adamw, 8 bits)", _LINK),
+  ("masters, 8 bits", "offloaded(master_weights(adamw, 8 bits))", _LINK),
+)
+
+
+def of_traffic(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """A row for each model."""
+  yield "| | " + " | ".join(head for head, *_ in TRAFFIC) + " |"
+  yield "|---" * (len(TRAFFIC) + 1) + "|"
+  for model in MODELS:
+    mine = {r["optimizer"]: r for r in rows if r["model"] == model}
+    cells = (f"{mine[name][key]:.{1 if key[0] == 'n' else 2}f}" for _, name, key in TRAFFIC)
+    yield f"| {model} | {' | '.join(cells)} |"
+
+
+def of_check(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """A row for each step that was compiled."""
+  yield "| model | optimizer | planned | compiled | error | host, planned | host, compiled |"
+  yield "|---|---|---|---|---|---|---|"
+  for r in rows:
+    found = f"{r['planned GB']:.2f} | {r['compiled GB']:.2f} | {r['error %']:.1f} %"
+    host = f"{r['host, planned GB']:.2f} | {r['host, compiled GB']:.2f}"
+    yield f"| {r['model']} | {r['optimizer']} | {found} | {host} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of each section's tables."""
+  made = {"memory": of_memory, "traffic": of_traffic, "check": of_check}
+  return {name: list(lines(found[name])) for name, lines in made.items() if name in found}
 
 
 SECTIONS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
@@ -190,16 +230,10 @@ def main() -> None:
     print(f"\n### {name}: {SECTIONS[name].__doc__}\n", flush=True)
     rows = found[name] = []
     for each in SECTIONS[name]():
-      if not rows and name != "memory":
-        print("| " + " | ".join(each) + " |\n" + "|---" * len(each) + "|", flush=True)
       rows.append(each)
-      if name != "memory":
-        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in each.values())
-        print("| " + " | ".join(cells) + " |", flush=True)
       if name == "check":  # a minute each: what is done is kept
         write(args.json, found)
-    if name == "memory":
-      tables(rows)
+    print(*tables(found)[name], sep="\n", flush=True)
   write(args.json, found)
 
 

@@ -182,6 +182,29 @@ def peers(shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
     pass
 
 
+HEAD = [
+  "| | state | of (4096, 16) | temporaries | step | against optax |",
+  "|---|---|---|---|---|---|",
+]
+
+
+def line(name: str, r: dict[str, Any]) -> str:
+  """A rule as a line of the table."""
+  sizes = " | ".join(f"{r[key]:.3f} B/param" for key in ("state", "small", "temporaries"))
+  return f"| {name} | {sizes} | {1e3 * r['step']['median']:.1f} ms | {r['ratio']:.2f} |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the table of steps, and those of the time to compile, without their head."""
+  rows = {name: r for name, r in found["rows"].items() if "ratio" in r}
+  taken = {name: r["compile"] for name, r in rows.items() if "compile" in r}
+  base = taken.get("optax.adamw", 1.0)
+  return {
+    "step": [*HEAD, *(line(*one) for one in rows.items())],
+    "compile": [f"| {name} | {x:.1f} s | {x / base:.1f} |" for name, x in taken.items()],
+  }
+
+
 def main() -> None:
   """Prints the tables."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -194,8 +217,7 @@ def main() -> None:
 
   jax.block_until_ready(jnp.zeros(1))  # start the backend before a compile is timed
   print(f"one float32 array of shape {shape}, {jax.devices()[0].platform}\n")
-  print("| | state | of (4096, 16) | temporaries | step | against optax |")
-  print("|---|---|---|---|---|---|")
+  print(*HEAD, sep="\n")
   results: dict[str, Any] = {}
   for family in rows().values():
     seconds = times(family, shape, args.repeat)
@@ -204,12 +226,7 @@ def main() -> None:
       r = results[name] = sizes(tx, shape) | {"step": seconds[name]}
       r["small"] = sizes(tx, (4096, 16))["state"]
       r["ratio"] = seconds[name]["median"] / base["median"]
-      print(
-        f"| {name} | {r['state']:.3f} B/param | {r['small']:.3f} B/param "
-        f"| {r['temporaries']:.3f} B/param | {1e3 * seconds[name]['median']:.1f} ms "
-        f"| {r['ratio']:.2f} |",
-        flush=True,
-      )
+      print(line(name, r), flush=True)
 
   if args.leaves:
     print(f"\n| {args.leaves} arrays | trace and compile | against optax |\n|---|---|---|")

@@ -241,15 +241,22 @@ def run(
       curves.append(curve)
       held_bytes = sum(lowmem.state_bytes(state).values())
     result[name] = curves
-    last = np.array(curves)[:, -1]
-    change = 100 * (last / np.array(next(iter(result.values())))[:, -1] - 1)
-    print(
-      f"| {name} | {', '.join(f'{x:.4f}' for x in last)} "
-      f"| {', '.join(f'{x:+.2f}' for x in change)} % | {change.mean():+.2f} % "
-      f"| {held_bytes / 1e6:.2f} MB |",
-      flush=True,
-    )
+    print(f"{line(name, result)} {held_bytes / 1e6:.2f} MB |", flush=True)
   return result
+
+
+def line(name: str, curves: dict[str, list[list[float]]]) -> str:
+  """An optimizer as a line of the table, but for its last column, the bytes of its state."""
+  last, first = (np.array(c)[:, -1] for c in (curves[name], next(iter(curves.values()))))
+  change = 100 * (last / first - 1)
+  by_seed = f"{', '.join(f'{x:.4f}' for x in last)} | {', '.join(f'{x:+.2f}' for x in change)} %"
+  return f"| {name} | {by_seed} | {change.mean():+.2f} % |"
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[str]]:
+  """The lines of the table, each but for its last column."""
+  curves = found["held_out_loss"]
+  return {"losses": [line(name, curves) for name in curves]}
 
 
 def plot(path: str, steps: int, result: dict[str, list[list[float]]]) -> None:

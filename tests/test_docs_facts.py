@@ -1,13 +1,10 @@
-"""Names, links, numbers and pictures of README and docs are those of the repository."""
+"""Names, links and pictures of README and docs are those of the repository."""
 
 from __future__ import annotations
 
-import decimal
 import importlib
-import json
 import re
 
-import numpy as np
 import pytest
 
 from doc_pages import PAGES, ROOT, read
@@ -28,16 +25,6 @@ def test_names_are_there(page):
 def slug(heading):
   """A heading's anchor, as GitHub and the site make it."""
   return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", re.sub(r"[`*]", "", heading).strip().lower()))
-
-
-def decimals(value, count):
-  """As one rounds by hand: 30.25 is 30.3."""
-  step = decimal.Decimal(1).scaleb(-count)
-  return str(decimal.Decimal(value).quantize(step, decimal.ROUND_HALF_UP))
-
-
-def result(name):
-  return json.loads(read(f"benchmarks/results/{name}"))
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
@@ -73,36 +60,6 @@ def test_pictures_are_what_the_script_draws(tmp_path):
     )
     assert fresh.stat().st_size < 60_000
   assert {p.name for p in figures.OUT.iterdir()} == {f"{name}.svg" for name in figures.FIGURES}
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
-def test_the_table_of_costs_is_the_results(page):
-  """Each number of it, from the files that the commands beside it write."""
-  step, card = result("step-cpu.json")["rows"], result("accelerator-h100.json")
-  on_card = card["step"] + [r for r in card["norms"] if r["program"] == "step"]
-  on_card = {r["rule"]: r for r in on_card if r["dtype"] == "float32"}
-  losses = result("factored-cpu.json")["held_out_loss"] | result("train-cpu.json")["held_out_loss"]
-  last = {name: np.array(curves)[:, -1] for name, curves in losses.items()}
-  _, _, table = read(page).partition("| CPU step")
-  rows = [line.split("|")[1:-1] for line in table.partition("\n\n")[0].splitlines()[2:]]
-  for name, *cells in rows:
-    name = (
-      name.strip()
-      .replace("`", "")
-      .replace(" with momentum", "")
-      .replace("(debias=True)", ", debiased")
-    )
-    want = [f"{step[name.replace(', debiased', '')]['state']:.3f}"]  # as step.py prints it
-    if found := on_card.get(name):
-      want += [decimals(found["device_bytes"] / 2**20, 0)]
-      want += [decimals(found["hbm"], 1), decimals(found["kernels"], 1)]
-    else:
-      want += [""] * 3
-    want += [decimals(step[name]["ratio"], 2) if name in step else ""]
-    change = 100 * (last[name] / last["optax.adamw"] - 1).mean() if name in last else None
-    want += ["" if change is None else f"{decimals(change, 2)} %" if change else "0"]
-    cells = [cell.strip().lstrip("+").replace("not run", "") for cell in cells]
-    assert cells == want, name
 
 
 def test_every_page_is_in_the_navigation():

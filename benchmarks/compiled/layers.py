@@ -101,5 +101,35 @@ def in_backward(
   return training.step, (params, state, _x(dtype)), (0, 1)
 
 
+def as_one_program(
+  tx: optax.GradientTransformation, dtype: Any
+) -> tuple[Any, Any, tuple[int, ...]]:
+  """What `in_backward` would be if a trip of its loop were not cut: as one writes it first."""
+
+  def step(layers, state, x):
+    x, inputs = jax.lax.scan(lambda x, p: (layer(p, x), x), x, layers)
+    value, gradient = jax.value_and_grad(lambda x: head(None, x, None))(x)
+
+    def trip(i, carry):
+      k = LAYERS - 1 - i
+      layers, state, gradient = carry
+      p, s, x = jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a, k, keepdims=False), (layers, state, inputs)
+      )
+      grads, gradient = jax.vjp(layer, p, x)[1](gradient)
+      updates, s = tx.update(grads, s, p)
+      new = optax.apply_updates(p, updates), s
+      layers, state = jax.tree.map(
+        lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, k, 0), (layers, state), new
+      )
+      return layers, state, gradient
+
+    layers, state, _ = jax.lax.fori_loop(0, LAYERS, trip, (layers, state, gradient))
+    return value, layers, state
+
+  _, (params, state, x), donate = in_backward(tx, dtype)
+  return step, (params["layers"], state["layers"], x), donate
+
+
 def _x(dtype: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1, ROWS, WIDTH), dtype)
