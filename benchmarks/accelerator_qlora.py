@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from _measure import write
 from compiled import compile_for
 from optax_lowmem.qlora.data.batches import Batch
-from optax_lowmem.qlora.models.attention import Kind, attend_within
+from optax_lowmem.qlora.models.attention import AttentionKind, attend_within
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
 from optax_lowmem.qlora.run.settings import Settings
@@ -150,7 +150,7 @@ def attention(compile: Compile) -> Iterator[dict[str, Any]]:
 
   `cudnn` only where cuDNN is installed.
   """
-  kinds: list[Kind] = ["chunked", "xla"]
+  kinds: list[AttentionKind] = ["chunked", "xla"]
   if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn"):
     kinds.append("cudnn")
   for kind in kinds:

@@ -1,6 +1,6 @@
 """The update in the backward pass beside the ordinary step, compiled for an H100.
 
-python benchmarks/backward.py [--only stacked unrolled cut] [--json FILE]
+python benchmarks/backward.py [--only stacked unrolled cut paged] [--json FILE]
 
 24 layers of a language model (1.2 G parameters, `compiled/layers.py`), 64 tokens, so that
 activations are small (`benchmarks/compiled` says what is needed). Bytes a parameter are all that is
@@ -23,6 +23,7 @@ from _measure import write
 from compiled import compile_for
 from compiled.layers import (
   LAYER_SIZE,
+  LAYERS,
   SIZE,
   as_one_program,
   in_backward,
@@ -93,13 +94,48 @@ def cut() -> Iterator[tuple[str, dict[str, Any]]]:
     yield name, found
 
 
+PAGED = [
+  "optax.adamw, float32",
+  "adamw, float32",
+  "stochastic_rounding(adamw)",
+  "master_weights(adamw)",
+  "master_weights(adamw, bits=8)",
+  "the same, adamw with bits=4",
+  "master_weights(adafactor)",
+  "master_weights(came)",
+  "master_weights(optax.adamw)",
+]
+
+
+def paged() -> Iterator[tuple[str, dict[str, Any]]]:
+  """The update in the backward pass, state on the device and in host memory, B/param."""
+  for name in PAGED:
+    tx, dtype = RULES[name]
+    plain = compile_for(*in_backward(tx, dtype))
+    step = in_backward(lowmem.offloaded(tx), dtype)
+    ours, state = compile_for(*step), lowmem.state_bytes(step[1][1])["pinned_host"]
+    yield (
+      name,
+      {
+        "plain": plain.device_bytes / SIZE,
+        "paged": ours.device_bytes / SIZE,
+        "bound": (plain.device_bytes - state + 2 * state / LAYERS) / SIZE,
+        "host": ours.host_bytes / SIZE,
+        "host temporaries": ours.host_temp_bytes / SIZE,
+        "launches": plain.kernels,
+        "launches, paged": ours.kernels,
+      },
+    )
+
+
 TEMPORARIES = "layers' gradients"
-SECTIONS = {"stacked": stacked, "unrolled": not_stacked, "cut": cut}
+SECTIONS = {"stacked": stacked, "unrolled": not_stacked, "cut": cut, "paged": paged}
 HEADS = {
   "stacked": "| all, B/param: ordinary | in backward | temporaries, in gradients of a layer "
   "| moved, B/param | launches",
   "unrolled": "layers not stacked | all, B/param | temporaries, in gradients of a layer",
   "cut": "temporaries, in gradients of a layer | ordinary | in backward, as one program | cut",
+  "paged": "| on the device, B/param | with `offloaded` | the bound | on the host | launches",
 }
 
 
@@ -113,6 +149,9 @@ def lines(section: str, name: str, one: dict[str, Any]) -> list[str]:
   """A rule's lines of a section's table."""
   if section == "unrolled":
     return [f"| {name} | {one['all']:.2f} | {one[TEMPORARIES]:.1f} |"]
+  if section == "paged":
+    held = f"{one['plain']:.2f} | **{one['paged']:.2f}** | {one['bound']:.2f} | {one['host']:.2f}"
+    return [f"| {name} | {held} | {one['launches']} → {one['launches, paged']} |"]
   if section == "cut":
     wheres = {"h100": "an H100", "cpu": "a CPU"}
     return [

@@ -12,6 +12,7 @@ import optax_lowmem as lowmem
 import own_process
 from compiled import compile_for, missing
 from compiled.steps import loss
+from host_copies import loops, overlaps
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"not installed: {missing()}")
 
@@ -104,30 +105,12 @@ def test_hyperparameters_may_be_injected_around_pages():
   assert not found.traffic.host_compute
 
 
-def loops(text):
-  """The bodies of loops that copy to and from host memory: what is begun and ended, in order."""
-  for body in re.split(r"\n(?=%|ENTRY)", text):
-    lines = re.findall(
-      r"%([\w.\-]+) = [^\n]*? (fusion-start|fusion-done|fusion|custom-call)\(", body
-    )
-    if not body.startswith("ENTRY") and any("dynamic-update-slice-start" in n for n, _ in lines):
-      yield lines
-
-
 @pytest.mark.parametrize("name", ["optax.adamw", "adamw 8"])
 def test_copies_go_both_ways_beside_each_other_and_computation(name):
   paged, _ = compiled(name, (16, 2048))
   bodies = list(loops(paged.text))
   assert len(bodies) == 16
-  for lines in bodies:
-    fetching, storing, together, beside = 0, 0, False, False
-    for op, kind in lines:
-      step = {"fusion-start": 1, "fusion-done": -1}.get(kind, 0)
-      fetching += step * op.startswith("dynamic-slice")
-      storing += step * op.startswith("dynamic-update-slice")
-      together |= fetching > 0 and storing > 0
-      beside |= not step and fetching + storing > 0
-    assert together and beside and fetching == storing == 0
+  assert all(map(overlaps, bodies))
 
 
 def test_each_trip_copies_from_where_xla_says():

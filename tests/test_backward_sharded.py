@@ -67,6 +67,7 @@ def run(tx, params, where=None):
   training = lowmem.update_in_backward(lambda outer, x: x, layer, head, tx, clip_norm=0.1)
   state, x = training.init(params), jnp.sin(jnp.arange(8.0 * WIDTH)).reshape(8, WIDTH)
   before = jax.tree.map(lambda a: a.sharding, (params, state))
+  kinds = jax.tree.map(lambda a: a.sharding.memory_kind, (params, state))
   # Automatic axes are laid out by XLA, unless it is told.
   out: Any = {} if where != AxisType.Auto else {"out_shardings": (None, *before)}
   step = jax.jit(chex.assert_max_traces(training.step, n=1), donate_argnums=(0, 1), **out)
@@ -78,7 +79,8 @@ def run(tx, params, where=None):
       lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), (params, state), before
     )
     assert all(jax.tree.leaves(after))
-    codes = state["layers"][0].mu["w"].codes.sharding
+    assert jax.tree.map(lambda a: a.sharding.memory_kind, (params, state)) == kinds
+    codes = lowmem.unpaged(state)["layers"][0].mu["w"].codes.sharding
     assert codes.shard_shape((LAYERS, WIDTH, 128)) == (LAYERS, WIDTH // 8, 128)
   return jax.tree.map(np.asarray, params)
 
@@ -92,7 +94,9 @@ def main(kind):
   where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS, is_leaf=is_spec)
   with jax.set_mesh(mesh):
     got = run(tx, jax.device_put(parameters(), where), kind)
+    paged = run(lowmem.offloaded(tx), jax.device_put(parameters(), where), kind)
   chex.assert_trees_all_close(got, want, atol=2e-4)  # a gradient's last bit may turn a code
+  chex.assert_trees_all_equal(paged, got)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 
 import pytest
 from safetensors.numpy import load_file
 
+from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.run.arguments import parse
+from optax_lowmem.qlora.run.checks import check
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 READ = ["tiny_gpt.py", "minimal_qlora.py", "training_loop.py", "several_hosts.py"]
@@ -109,7 +112,32 @@ def test_full_finetune_is_made_of_settings():
   settings = parse("", names["USUAL"])
   assert settings.full and settings.update_in_backward and not settings.max_grad_norm
   for way in names["WAYS"].values():
-    assert dataclasses.replace(settings, **way).full
+    check(dataclasses.replace(settings, **way))
+  flags_of = names["flags_of"]
+  assert flags_of(["--lr", "1e-5"]) == [*names["USUAL"], "--lr", "1e-5"]
+  for other in (["--config=run.yaml"], ["--resume_from_checkpoint", "run"]):
+    assert flags_of(other) == ["--full", *other]
+
+
+@pytest.mark.parametrize(
+  ("options", "said"),
+  [("--lr 0", "error: --lr must be a positive"), ("--resume nowhere", "error: --resume nowhere")],
+)
+def test_full_finetune_says_what_is_wrong_in_a_sentence(options, said, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["full_finetune.py", *options.split()])
+  with pytest.raises(SystemExit) as ended:
+    runpy.run_path(str(EXAMPLES / "full_finetune.py"), run_name="__main__")
+  assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_full_finetune_measures_no_way_that_is_refused(files, capsys):
+  names = runpy.run_path(str(EXAMPLES / "full_finetune.py"))
+  settings = parse("", "--full --grad-accum 2 --no-update-in-backward".split())
+  config = open_checkpoint(files / "model").config
+  for name in [*names["WAYS"]][:2]:  # which would be compiled
+    del names["WAYS"][name]
+  names["print_memory"](types.SimpleNamespace(settings=settings, config=config))
+  assert "in the backward pass  refused: --grad-accum 2" in capsys.readouterr().out
 
 
 def test_full_finetune(files, tmp_path):

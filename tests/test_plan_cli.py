@@ -12,6 +12,8 @@ import optax_lowmem as lowmem
 import plan as bench
 from optax_lowmem._plan import compiler
 from optax_lowmem.qlora import cli, model_shapes
+from optax_lowmem.qlora.commands.asked import case_of, parser_for
+from optax_lowmem.qlora.kinds import kind_of
 from optax_lowmem.qlora.loading.config_files import config_from_hf
 from optax_lowmem.qlora.planning import changes, search
 from optax_lowmem.qlora.planning.budget import GIB, budget_of
@@ -19,6 +21,7 @@ from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.known_models import ALSO, MODELS
 from optax_lowmem.qlora.planning.model_source import config_of, name_of
 from optax_lowmem.qlora.planning.recipes import RECIPES, TASKS
+from optax_lowmem.qlora.run.arguments import given
 from optax_lowmem.qlora.run.settings import Settings
 from qlora_cases import save_model
 
@@ -175,6 +178,16 @@ def test_full_training_and_pages(capsys):
   }  # fmt: skip
 
 
+def test_sums_of_several_passes_are_a_part(capsys):
+  line = "plan llama-2-7b --full --no-update-in-backward --batch-size 1 --memory 80GB"
+  one, four = record(capsys, line), record(capsys, f"{line} --grad-accum 4")
+  (sums,) = (p for p in four["parts"] if p["name"] == "sums of the gradients of 4 passes")
+  assert sums["device"] == next(p["device"] for p in one["parts"] if p["name"] == "gradients")
+  batches = [next(p["device"] for p in x["parts"] if p["name"] == "batch") for x in (one, four)]
+  more = four["device_bytes"] - one["device_bytes"]
+  assert more == sums["device"] + batches[1] - batches[0]
+
+
 @pytest.fixture
 def eight(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 8)  # as in a process that has them
@@ -239,6 +252,7 @@ def test_a_local_config_and_a_directory(folder, capsys):
   by_folder = record(capsys, f"plan {folder} --memory 1GB")
   assert by_file["parts"] == by_folder["parts"] and by_file["fits"]
   by_flag = record(capsys, f"plan --model {folder} --memory 1GB")
+  assert record(capsys, f"plan --model {folder} --qlora")["parts"] == by_flag["parts"]
   assert by_flag["parts"] == by_file["parts"]
 
 
@@ -255,7 +269,7 @@ def test_a_picture(tmp_path, capsys):
 def test_compare(capsys):
   said = ran(capsys, "compare llama-2-7b")
   assert "adamw             53.91 GB   0.00 GB    8.000" in said
-  rows = record(capsys, "compare llama-2-7b --optim adamw,came --rank 64")
+  rows = record(capsys, "compare llama-2-7b --optim adamw,came --qlora --rank 64")
   assert [row["name"] for row in rows] == ["adamw", "came"]
   assert rows[0]["device"] == pytest.approx(8 * 159_907_840, abs=16)
 
@@ -281,9 +295,42 @@ def test_the_tables_are_whole(eight):
     others = case.but(full=False, quantize="none"), case.but(dtype="bfloat16")
     changed = next(filter(None, map(change.of, (case, *others))), None)
     assert changed is not None and changed != case, change.what
-  for recipe in RECIPES:
-    case.but(**recipe.settings)
-  assert {kind for kinds, _ in TASKS.values() for kind in kinds} == {r.kind for r in RECIPES}
+  assert {kind for kinds, _ in TASKS.values() for kind in kinds} == {r.trained for r in RECIPES}
+
+
+ASKED = [
+  "--init loftq --batch-size 8",
+  "--grad-accum 4 --optim adafactor",
+  "--full --dtype float32 --optim adamw_torch",
+  "--full --masters 8 --grad-accum 4 --no-update-in-backward",
+  "--full --optim paged_adamw_8bit --no-update-in-backward --weight-decay 0.1",
+]
+
+
+@pytest.mark.parametrize("line", ASKED)
+def test_what_is_proposed_is_taken(line):
+  """As flags of the whole run, and added to those that were given."""
+
+  def asked(*flags):
+    return case_of(given(parser_for("plan"), ["llama-3.2-1b", *" ".join(flags).split()]))
+
+  case = asked(line)
+  changed = [*filter(None, (change.of(case) for change in changes.CHANGES))]
+  for each in (*changed, *(recipe.of(case) for recipe in RECIPES)):
+    kind_of(each.settings).optimizer(each.settings)
+    assert asked(each.flags()).flags() == each.flags()
+  for each in changed:
+    if each.full == case.full:
+      assert asked(line, each.flags(case)).flags() == each.flags()
+
+
+def test_what_is_of_all_parameters_is_left_out_with_adapters(capsys):
+  line = "plan llama-2-7b --full --masters 8 --max-grad-norm 0"
+  (remedy,) = record(capsys, f"{line} --memory 6GB")["remedies"]
+  assert "--no-full" in remedy["flags"] and remedy["without"] == ["--masters"]
+  assert f"{remedy['flags']} without --masters (" in ran(capsys, f"{line} --memory 6GB")
+  rest = line.replace("--masters 8", "")
+  assert record(capsys, f"{rest} {remedy['flags']} --memory 6GB")["fits"]
 
 
 REFUSED = {
@@ -299,7 +346,10 @@ REFUSED = {
   "plan --memory 24GB": "Name a model",
   "plan nothing.json --memory 24GB": "There is no file nothing.json",
   "plan llama-2-7b --full --rank 8 --memory 1GB": "--rank is for adapters, and --full trains all",
+  "plan llama-2-7b --full --qlora --memory 1GB": "--full trains all parameters, and --qlora",
   "plan llama-2-7b --memmory 24GB": "unrecognized arguments: --memmory",
+  "recommend llama-2-7b --memory 9GB --masters 8": "--masters is what `lowmem recommend` chooses",
+  "recommend llama-2-7b --memory 9GB --full": "Leave it out, or ask `lowmem plan`",
   "recommend llama-2-7b": "Say what there is: --memory 24GB",
   "compare llama-2-7b --optim adamw,lyon": "optimizer name 'lyon' is unknown. Did you mean 'lion'",
 }

@@ -1,5 +1,6 @@
 """A run that is killed goes on as if it had not been."""
 
+import collections
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 import optax_lowmem as lowmem
 from optax_lowmem.qlora.commands import training_run
 from optax_lowmem.qlora.run import checkpoints
+from optax_lowmem.qlora.training.step import State
 from qlora_cases import SCRIPT, adapter, arguments, main, records, same
 
 
@@ -114,6 +116,30 @@ def test_state_comes_back_to_the_memory_it_was_in(tmp_path, name):
     assert a.sharding == b.sharding and a.dtype == b.dtype and (a == b).all()
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(got["state"])}
   assert ("pinned_host" in kinds) == (name == "paged_adamw_8bit")
+
+
+def test_the_state_of_a_run_from_before_all_parameters_could_be_trained(tmp_path):
+  """What is trained was called `lora`."""
+  before = collections.namedtuple("State", ("lora", "opt_state", "rngs"))
+  arrays = {"q": {"lora_a": jnp.arange(6.0)}}, (jnp.int32(3), jnp.ones(4)), {}
+  checkpoints.save_state(tmp_path / "s.safetensors", before(*arrays), 7)
+  fresh = jax.tree.map(jnp.zeros_like, State(*arrays))
+  got, step = checkpoints.load_state(tmp_path / "s.safetensors", fresh)
+  assert step == 7 and jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), got, State(*arrays)))
+  other = fresh._replace(trained={"lora": jnp.zeros(6)})
+  with pytest.raises(ValueError, match=r"\.trained\['lora'\] is missing"):
+    checkpoints.load_state(tmp_path / "s.safetensors", other)
+
+
+def test_the_room_that_folders_take(tmp_path):
+  """What is new, and the largest once more; nothing for what is there already."""
+  sizes = {tmp_path / "last": 7, tmp_path / "model": 4, tmp_path / "best": 4}
+  assert checkpoints.room(sizes) == 22
+  (tmp_path / "last.old").mkdir()  # killed while it was being replaced
+  (tmp_path / "best").mkdir()
+  assert checkpoints.room(sizes) == 11
+  (tmp_path / "model").mkdir()
+  assert checkpoints.room(sizes) == 7
 
 
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(files, tmp_path):

@@ -153,6 +153,30 @@ def test_all_parameters_on_two_devices(files, in_backward):
     assert part < 0.6 * whole  # the table's 279 rows of one block are held by both
 
 
+DRY_RUNS = """
+import json, sys
+from optax_lowmem.qlora import cli
+from optax_lowmem.qlora.commands import setup
+
+def said(parts, temporaries, usual, devices):
+  print(json.dumps([[part.here for part in parts], temporaries, devices]))
+
+setup.print_bytes = said
+for more in ("--devices 1", "--devices 2 --fsdp"):
+  assert cli.main(["finetune", *sys.argv[1:], *more.split()]) == 0
+"""
+
+
+def test_a_dry_run_says_what_each_device_holds(files, tmp_path):
+  """With pages, and rows of which each device has half."""
+  options = "--full --dry-run --optim paged_adamw_8bit --no-update-in-backward --batch-size 16"
+  done = run(["-c", DRY_RUNS], *arguments(files, tmp_path / "out", *options.split()))
+  assert done.returncode == 0, done.stderr[-4000:]
+  one, two = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("[["))
+  assert one[2] == 1 and two[2] == 2 and two[1] < 0.8 * one[1]
+  assert all(half < 0.6 * whole for half, whole in zip(two[0], one[0], strict=True))
+
+
 @pytest.mark.slow
 def test_a_whole_run_of_all_parameters(files, tmp_path):
   """In parts, in the backward pass; stopped and resumed."""

@@ -1,7 +1,9 @@
 """All parameters trained: `lowmem finetune --full`, from its step to the model that it leaves."""
 
 import dataclasses
+import io
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,12 +87,28 @@ class TestRun:
     want = load_llama(run / "model")(jnp.asarray(ids))
     np.testing.assert_allclose(logits, want, atol=1e-4 * float(abs(want).max()))
 
-  def test_chat_takes_the_run_and_its_folders(self, run):
+  def test_chat_takes_the_run_and_its_folders(self, run, monkeypatch, capsys):
+    answers = []
     for folder, path in ((run, run / "last"), (run / "model", run / "model")):
       s, base, saved = of_run_or_model(folder)
       assert base == saved == path and s.full
-    model = kind_of(s).use(base, s, saved)
-    assert isinstance(model, Llama) and model.config == open_checkpoint(run / "model").config
+      monkeypatch.setattr(sys, "stdin", io.StringIO("say 7\n"))
+      assert main(["chat", str(folder), *"--temperature 0 --max-tokens 8".split()]) == 0
+      answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
+
+  @pytest.mark.parametrize(
+    ("folder", "flags", "message"),
+    [
+      (".", "--model {files}/model", "is the base of adapters, and {run} has trained all"),
+      ("model", "--model {files}/model", "is the base of adapters, and {run}/model is a model"),
+      ("model", "--best", "--best is of a run's folder, and {run}/model is a model"),
+    ],
+  )
+  def test_chat_refuses_what_it_would_ignore(self, run, files, folder, flags, message, capsys):
+    with pytest.raises(SystemExit):
+      main(["chat", str(run / folder), *flags.format(files=files).split()])
+    assert message.format(run=run) in capsys.readouterr().err
 
   @pytest.mark.parametrize("command", ["merge", "export"])
   def test_there_is_no_adapter(self, run, command, tmp_path, capsys):
@@ -186,6 +204,8 @@ class TestStep:
     )
     for one, other in zip(first, second, strict=True):
       assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
+      assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+    assert float(second[0]["grad_norm"]) > clip  # of what is clipped, the norm before
     for (path, x), y in zip(
       jax.tree_util.tree_leaves_with_path(a.trained), jax.tree.leaves(b.trained), strict=True
     ):
@@ -204,6 +224,21 @@ class TestStep:
       for method in (ordinary(graph, tx), within_backward(graph, tx))
     )
     assert float(got["grad_norm"]) == pytest.approx(float(want["grad_norm"]), rel=1e-5)
+
+  def test_many_parts_add_up_in_bfloat16(self):
+    """The same rows 400 times have the gradient of once, where a plain sum would stand still."""
+    config = LlamaConfig(32, 8, 8, 1, 1, 1, 8, tie_word_embeddings=True)
+    model = Llama(config, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    graph, state, frozen = split(model, lambda trained: None, nnx.Param)
+    ids = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
+    part = batches.Batch(ids, ids + 1, ids >= 0, np.full((1, 1), 8, np.int32))
+    parts = jax.tree.map(lambda x: np.repeat(x, 400, 0), part)
+    (_, (once,)), (_, (many,)) = (
+      stepped(ordinary(graph, optax.sgd(1e-3)), None, state, frozen, batch, 1)
+      for batch in (part, parts)
+    )
+    assert float(many["loss"]) == pytest.approx(float(once["loss"]), rel=1e-3)
+    assert float(many["grad_norm"]) == pytest.approx(float(once["grad_norm"]), rel=0.01)
 
   @pytest.mark.parametrize("options", ["", "--no-update-in-backward --masters 8"])
   def test_a_plan_has_the_bytes_of_the_step(self, files, options):
@@ -246,7 +281,8 @@ REFUSED = {
   "--no-update-in-backward": "--update-in-backward is for --full",
   "--full --optim paged_adamw_8bit": "--optim paged_adamw_8bit: with --full each layer is updated",
   "--full --grad-accum 2": "--grad-accum 2: with --full each layer is updated as soon as",
-  "--full --dtype float32 --masters 8": "--masters 8 is for bfloat16 weights",
+  "--full --dtype float32 --masters 16": "--masters 16 is for bfloat16 weights",
+  "--full --masters none": "Add --dtype bfloat16, or leave it out",  # on a CPU
 }
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from optax_lowmem.qlora.run.arguments import parse
 from optax_lowmem.qlora.run.runs import save_settings
-from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, flag_of, kind_of
+from optax_lowmem.qlora.run.settings import CHOICES, HELP, Settings, flag_of, type_of
 
 
 def write(path, text):
@@ -89,6 +89,15 @@ def test_saved_settings_give_the_same_run_again(tmp_path):
   assert json.loads((tmp_path / "run.json").read_text())["settings"]["rank"] == 8
 
 
+def test_masters_of_float32_weights_are_refused_where_they_were_asked_for(tmp_path):
+  save_settings(parse("", ["--full"]), tmp_path, "00")
+  assert "masters: '16'" in (tmp_path / "config.yaml").read_text()
+  assert parse("", ["--config", str(tmp_path / "config.yaml")]).full
+  write(tmp_path / "config.yaml", "full: true\nmasters: none\n")
+  with pytest.raises(ValueError, match="--masters none is for bfloat16 weights"):
+    parse("", ["--config", str(tmp_path / "config.yaml")])
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
@@ -107,4 +116,4 @@ def test_refused(options, message):
 
 
 def test_flags_are_named_like_settings():
-  assert flag_of("seq_len") == "--seq-len" and {kind_of(f) for f in fields(Settings)} >= {int, bool}
+  assert flag_of("seq_len") == "--seq-len" and {type_of(f) for f in fields(Settings)} >= {int, bool}

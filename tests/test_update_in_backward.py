@@ -242,8 +242,6 @@ def test_what_cannot_work_is_refused():
     make(tx=lowmem.loss_scaling(tx))
   with pytest.raises(ValueError, match="searches along a line"):
     make(tx=optax.lbfgs())
-  with pytest.raises(ValueError, match="`tx` is `offloaded`"):
-    make(tx=lowmem.offloaded(lowmem.adamw(1e-3)))
   with pytest.raises(TypeError, match="`layer` must be a function"):
     make(tx=tx, layer=3)
   with pytest.raises(TypeError, match="`tx` must be an optax transformation"):

@@ -223,10 +223,16 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_qlora_talk.py::test_a_name_of_the_hub_is_fetched": (),
   "test_qlora_talk.py::test_what_a_run_says": (),
   "test_qlora_packing.py::test_packed_rows_give_the_loss_and_gradient_of_padded_ones": (),
+  "test_backward_offloaded.py::test_it_is_the_step_without_pages_to_the_bit": (
+    "around masters",
+    "within masters",
+  ),
   "test_update_in_backward.py::test_it_is_the_ordinary_step": ("adamw", "came"),
   "test_update_in_backward.py::test_quantized_state_is_the_ordinary_one": ("adamw-8", "lion-4"),
   "test_update_in_backward.py::test_bfloat16_is_the_ordinary_one": ("masters 8", "rounding"),
   "test_accelerator_backward.py::test_bytes_of_all_training_state": ("16 bits", "[8 bits]"),
+  "test_accelerator_backward.py::test_paged_state_of_two_layers_is_on_the_device": ("16 bits",),
+  "test_accelerator_backward.py::test_copies_go_both_ways_beside_computation": ("16 bits",),
   "test_accelerator_backward.py::test_temporaries_are_two_gradients_of_a_layer": (
     "16 bits",
     "[8 bits]",

@@ -95,7 +95,10 @@ def in_backward(
     lambda outer, x: x, layer, head, tx, outer_tx=optax.identity(), **options
   )
   params = {"outer": {}, "layers": stack(dtype)}
-  return training.step, (params, jax.eval_shape(training.init, params), _x(dtype)), (0, 1)
+  state = jax.eval_shape(training.init, params)
+  if lowmem.state_bytes(state)["pinned_host"]:
+    state = lowmem.paged(state)  # shapes do not say in which memory they are
+  return training.step, (params, state, _x(dtype)), (0, 1)
 
 
 def as_one_program(

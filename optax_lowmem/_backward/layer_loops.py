@@ -6,6 +6,7 @@ were: XLA does so in place. As `xs` and `ys` of a scan, the new stacks would lie
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from optax_lowmem._backward.owners import owners
 from optax_lowmem._backward.stacks import count_of, take
 from optax_lowmem._backward.trip import trip
+from optax_lowmem._host_memory.pages import is_paged
 
 Body = Callable[[Any, Any, Any], Any]  # of a layer's parameters, x and its inputs; the new x
 
@@ -38,27 +40,29 @@ def backward(
   state: Any,
   given: tuple[Any, Any],
   dx: Any,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, tuple[Any, Any]]:
   """Goes through the layers from the last to the first, and updates each.
 
   Args:
     body: the layer.
     update: of a layer's number, gradients, state and parameters; its new parameters and state.
     layers: the parameters, stacked.
-    state: the state, stacked.
+    state: the state, stacked; what is paged, the last layer first.
     given: what each layer was given, x and inputs, stacked.
     dx: the gradient by what the last layer returned.
 
   Returns:
-    The parameters, the state, and the gradient by what the first layer was given.
+    The state, and the parameters with the gradient by what the first layer was given.
   """
   count = count_of(layers)
-  flat, treedef = jax.tree.flatten((layers, state))
   params = len(jax.tree.leaves(layers))
+  before, treedef = jax.tree.flatten((layers, state), is_leaf=is_paged)
+  on_host = [*map(is_paged, before)]
+  stacks = [x.lanes[0] if is_paged(x) else x for x in before]
   owned = owners(state, layers)
 
   def loop(i, carry):
-    flat, dx = carry
+    stacks, dx = carry
     k = count - 1 - i
 
     def one(arrays, rest):
@@ -69,10 +73,15 @@ def backward(
       new = update(number, grads, s, p)
       return jax.tree.leaves(grads), jax.tree.leaves(new), dx
 
-    return trip(one, flat, (take(given, k), dx, k), k, params, owned)
+    return trip(one, stacks, on_host, (take(given, k), dx, k), i, params, owned)
 
-  flat, dx = jax.lax.fori_loop(0, count, loop, (flat, dx))
-  return *treedef.unflatten(flat), dx
+  stacks, dx = jax.lax.fori_loop(0, count, loop, (stacks, dx))
+  new = [
+    dataclasses.replace(old, lanes=(stack,)) if is_paged(old) else stack
+    for old, stack in zip(before, stacks, strict=True)
+  ]
+  layers, state = treedef.unflatten(new)
+  return state, (layers, dx)
 
 
 def squares_of_all(

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 
+from optax_lowmem._host_memory.pages import is_paged
+
 
 def owners(state: Any, params: Any) -> list[int | None]:
-  """For each array of `state` the parameter whose key path is part of its own; None without one.
+  """For each array or page of `state` the parameter of which the key path is in its own; or None.
 
   It is asked for when things are to be done, not what: of an array that is ascribed to another
   parameter, the result is the same.
@@ -26,4 +28,5 @@ def owners(state: Any, params: Any) -> list[int | None]:
           return found
     return None
 
-  return [owner(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+  leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]
+  return [owner(path) for path, _ in leaves]

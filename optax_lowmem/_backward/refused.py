@@ -39,7 +39,7 @@ def check_state(name: str, state: Any) -> None:
     return isinstance(x, optax.MultiStepsState)
 
   def is_known(x: Any) -> bool:
-    return accumulates(x) or isinstance(x, (*_SEARCHES, LossScalingState)) or is_paged(x)
+    return accumulates(x) or isinstance(x, (*_SEARCHES, LossScalingState))
 
   for x in jax.tree.leaves(state, is_leaf=is_known):
     if accumulates(x):
@@ -54,11 +54,6 @@ def check_state(name: str, state: Any) -> None:
         f"`{name}` is scaled (`loss_scaling`): whether a step is skipped depends on gradients of "
         "all layers, and one is updated before the next are there. Train in bfloat16, or with an "
         "ordinary step."
-      )
-    if is_paged(x) and name == "tx":
-      raise ValueError(
-        "`tx` is `offloaded`, and pages of a stack of layers are not fetched a layer at a time. "
-        "Leave `offloaded` out, or pass it as `outer_tx`, for what is not a layer."
       )
     if isinstance(x, _SEARCHES):
       raise ValueError(
@@ -112,11 +107,18 @@ def check_stacked_state(state: Any, count: int) -> None:
       f'`state` must be a dict with the keys "outer" and "layers", got {type(state).__name__}. '
       + remedy
     )
-  for path, x in jax.tree_util.tree_flatten_with_path(state["layers"])[0]:
-    if not jnp.shape(x) or jnp.shape(x)[0] != count:
+  for path, x in jax.tree_util.tree_flatten_with_path(state["layers"], is_leaf=is_paged)[0]:
+    shape = x.shape if is_paged(x) else jnp.shape(x)
+    if not shape or shape[0] != count:
       raise ValueError(
         f"`state['layers']{jax.tree_util.keystr(path)}` must have an axis over the {count} layers "
-        f"first, got shape {jnp.shape(x)}. {remedy}"
+        f"first, got shape {shape}. {remedy}"
+      )
+    if is_paged(x) and not x.last_first:
+      raise ValueError(
+        f"the page `state['layers']{jax.tree_util.keystr(path)}` is not of layers, the last of "
+        f"them first. {remedy[:-1]}, or page it with "
+        "`lowmem.paged(lowmem.unpaged(state), like=init(params))`."
       )
 
 

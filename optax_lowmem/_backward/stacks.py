@@ -1,10 +1,19 @@
-"""One layer's arrays, in stacks of those of all layers."""
+"""One layer's arrays, in stacks of those of all layers.
+
+A stack in host memory is the lane of a page that is `last_first`: the backward pass comes to the
+layers in that order, and a layer's index into host memory has to be the number of the loop's trip,
+by which XLA works out where to copy from. docs/xla_notes.md#trip
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+from optax_lowmem._host_memory.pages import without_page_axes
+from optax_lowmem._host_memory.placement import DEVICE, placement_of
 
 
 def count_of(stacks: Any) -> int:
@@ -38,3 +47,29 @@ def put(stacks: Any, new: Any, k: Any) -> Any:
     return jax.lax.dynamic_update_index_in_dim(a, b, k, 0)
 
   return jax.tree.map(one, stacks, new)
+
+
+def fetch(lane: Any, i: Any) -> Any:
+  """What a page's lane has for trip `i`, on the device."""
+  count, *shape = without_page_axes(lane.shape)
+  del count
+  extent = (*lane.shape[: -len(shape) - 1], 1, *shape)
+
+  def cut(lane, i):
+    return jax.lax.dynamic_slice(lane, _index(lane, shape, i), extent)
+
+  def of_cpu(lane, i):  # as in `take_apart`
+    return jax.lax.cond(i >= 0, lambda a: cut(a, i), lambda a: cut(a, 0), lane)
+
+  return DEVICE.put(jax.lax.platform_dependent(lane, i, cpu=of_cpu, default=cut)).reshape(shape)
+
+
+def store(lane: Any, new: Any, i: Any) -> Any:
+  """A page's lane, what it has for trip `i` replaced."""
+  extent = (1,) * (lane.ndim - new.ndim) + new.shape
+  there = placement_of(lane).put(new.reshape(extent))
+  return jax.lax.dynamic_update_slice(lane, there, _index(lane, new.shape, i))
+
+
+def _index(lane: Any, shape: Sequence[int], i: Any) -> tuple[Any, ...]:
+  return (*(0,) * (lane.ndim - len(shape) - 1), i, *(0,) * len(shape))

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._backward.stacks import put, take, take_apart
+from optax_lowmem._backward.stacks import count_of, fetch, put, store, take, take_apart
 from optax_lowmem._programs.fences import fence
 from optax_lowmem._programs.inlined_calls import opened
 from optax_lowmem._programs.outputs import inputs_of, subprogram
@@ -31,34 +31,37 @@ _SMALL = 64
 def trip(
   fn: Callable[..., Any],
   stacks: Sequence[Any],
+  on_host: Sequence[bool],
   rest: Any,
-  k: Any,
+  i: Any,
   count: int,
   owners: Sequence[int | None],
 ) -> tuple[list[Any], Any]:
-  """Replaces what layer `k` has in the stacks.
+  """Replaces what a layer has in the stacks: in trip 0 the last layer, in the last trip the first.
 
   Args:
     fn: ``fn(arrays, rest) -> (grads, new, results)``, with lists of one layer's arrays: `new` takes
       the place of `arrays`, of which the first are parameters.
-    stacks: the arrays of all layers.
+    stacks: the arrays of all layers; those in host memory are lanes of pages.
+    on_host: which of them are.
     rest: the other argument, a tree.
-    k: the number of the layer.
+    i: the number of the trip.
     count: the number of parameters.
     owners: for each of the other arrays the parameter that it belongs to, or None.
 
   Returns:
     The new stacks, and the results.
   """
-  arrays = jax.eval_shape(lambda stacks: [take(a, 0) for a in stacks], list(stacks))
+  pairs = list(zip(stacks, on_host, strict=True))
+  arrays = jax.eval_shape(lambda: [fetch(a, 0) if host else take(a, 0) for a, host in pairs])
 
-  def cut(fn, stacks, rest, k):
+  def cut(fn, stacks, rest, i):
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(arrays, rest)
     everything = set(range(len(closed.jaxpr.invars)))
     closed = opened(closed, everything, lambda eqn: eqn.primitive.name == "cond")
     grads, outputs = closed.jaxpr.outvars[:count], closed.jaxpr.outvars[count:]
     new, results = outputs[: len(stacks)], outputs[len(stacks) :]
-    run = _Run(closed, stacks, jax.tree.leaves(rest), k, outputs)
+    run = _Run(closed, stacks, on_host, jax.tree.leaves(rest), i, outputs)
     for turn in _turns(grads, run.maker, [*range(count), *owners]):
       run.replace({i: new[i] for i in turn})
     run.finish()
@@ -71,7 +74,7 @@ def trip(
     with listening():
       return fn(arrays, rest)
 
-  args = list(stacks), rest, k
+  args = list(stacks), rest, i
   plain = functools.partial(cut, fn)
   if not heard.phases:
     return plain(*args)
@@ -100,10 +103,17 @@ class _Run:
   """
 
   def __init__(
-    self, closed: Any, stacks: Sequence[Any], rest: Sequence[Any], k: Any, outputs: Sequence[Any]
+    self,
+    closed: Any,
+    stacks: Sequence[Any],
+    on_host: Sequence[bool],
+    rest: Sequence[Any],
+    trip: Any,
+    outputs: Sequence[Any],
   ):
     jaxpr = closed.jaxpr
-    self.stacks, self._equations, self._jaxpr, self._k = list(stacks), jaxpr.eqns, jaxpr, k
+    self.stacks, self._equations, self._jaxpr = list(stacks), jaxpr.eqns, jaxpr
+    self._on_host, self._trip, self._k = on_host, trip, count_of(stacks) - 1 - trip
     self.maker = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
     self._of_layer = {v: i for i, v in enumerate(jaxpr.invars[: len(stacks)])}
     self._given = dict(zip(jaxpr.constvars, closed.consts, strict=True))
@@ -120,7 +130,7 @@ class _Run:
     values = self.values(new.values())
     for (i, v), value in zip(new.items(), values, strict=True):
       if self._of_layer.get(v if is_var(v) else None) != i:
-        self.stacks[i] = put(self.stacks[i], value, self._k)
+        self._put(i, value)
     old = {v for v, i in self._of_layer.items() if i in new}
     self._use_up(old)
     needed = {v for i in self._left for v in self._reads(i)} | self._outputs
@@ -184,5 +194,17 @@ class _Run:
     for known in (self._given, self._made, self._taken):
       if v in known:
         return known[v]
-    self._taken[v] = take_apart(self.stacks[self._of_layer[v]], self._k)
+    self._taken[v] = self._take(self._of_layer[v])
     return self._taken[v]
+
+  def _take(self, i: int) -> Any:
+    if self._on_host[i]:
+      return fetch(self.stacks[i], self._trip)
+    return take_apart(self.stacks[i], self._k)
+
+  def _put(self, i: int, new: Any) -> None:
+    stack = self.stacks[i]
+    if self._on_host[i]:
+      self.stacks[i] = store(stack, new, self._trip)  # by a number that has passed no fence
+    else:
+      self.stacks[i] = put(stack, new, self._k)

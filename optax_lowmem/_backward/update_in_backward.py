@@ -18,9 +18,12 @@ from optax_lowmem._backward.refused import (
   check_state,
   check_transformation_now,
 )
-from optax_lowmem._backward.stacked_state import stacked_state
+from optax_lowmem._backward.stacked_state import over_pages, stacked_state
 from optax_lowmem._backward.stacks import count_of
+from optax_lowmem._host_memory.capacity import devices_of
+from optax_lowmem._host_memory.pages import is_paged
 from optax_lowmem._masters.position_noise import numbered_from
+from optax_lowmem._paging.lazy_state import committed
 
 
 class BackwardTraining(NamedTuple):
@@ -75,6 +78,10 @@ def update_in_backward(
   before the last gradient, so there is a first backward pass for the norm alone, which costs the
   time of one.
 
+  Of a `tx` that is `offloaded`, or has that within, the state of layers rests in host memory, the
+  last layer first. What a parameter has in one layer is fetched while gradients are computed, and
+  stored while the next parameter is updated. `unpaged` and `paged` convert the state.
+
   Call `step` under `jax.jit` and donate parameters and state; else there are two of each::
 
     step = jax.jit(training.step, donate_argnums=(0, 1))
@@ -90,8 +97,9 @@ def update_in_backward(
       shapes and dtypes of the old. Gradients do not go through `batch` and `inputs`.
     head: ``head(outer, x, batch) -> loss``, a scalar; ``(loss, aux)`` with `has_aux`.
     tx: the transformation, for each layer and, without `outer_tx`, for `outer`: quantized or not,
-      within `master_weights` or `stochastic_rounding`, whose random bits differ between layers.
-    outer_tx: the transformation for `outer`, which may be `offloaded`.
+      `offloaded` or not, within `master_weights` or `stochastic_rounding`, whose random bits differ
+      between layers.
+    outer_tx: the transformation for `outer`, which may be `offloaded`, too.
     clip_norm: the largest global norm of all gradients, those of `outer` too; larger ones are
       scaled as by `optax.clip_by_global_norm`.
     has_aux: whether `head` returns a pair.
@@ -102,7 +110,8 @@ def update_in_backward(
     the new parameters and the new state. `batch` is any tree, given to all three functions;
     `inputs` a tree of arrays with a leading axis over layers, which are not trained: windows, keys
     of random numbers, frozen weights. `extra_args` and the loss, as ``value``, are given to
-    updates, as `optax.contrib.reduce_on_plateau` wants it.
+    updates, as `optax.contrib.reduce_on_plateau` wants it; with `clip_norm` also the norm of all
+    gradients, as ``grad_norm``.
 
   Raises:
     TypeError: if `embed`, `layer` or `head` is no function, or `tx` or `outer_tx` no
@@ -110,8 +119,10 @@ def update_in_backward(
       it is given, an `x` that has no gradient, or a loss that is no scalar of floats.
     ValueError: if `clip_norm` is not positive; for a transformation that accumulates gradients over
       steps (`optax.MultiSteps`): to hold them is what this does without; for line searches, which
-      want the loss at other parameters; for a `tx` that is `offloaded`. From `init` and `step`, for
-      parameters, `inputs` or a state that are not as above, and for layers that are not floats.
+      want the loss at other parameters. From `init` and `step`, for parameters or `inputs` that are
+      not as above, and for layers that are not floats; from `init`, as `offloaded` raises; from
+      `step`, for a state of other layers, and for pages that are not in host memory, or not those
+      of stacked layers.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_lowmem as lowmem
@@ -157,7 +168,8 @@ def update_in_backward(
     state = {"outer": outer.init(params["outer"]), "layers": stacked_state(tx, params["layers"])}
     check_state("tx", state["layers"])
     check_state("tx" if outer_tx is None else "outer_tx", state["outer"])
-    return state
+    paged = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
+    return committed(state, devices_of(params)) if paged else state
 
   def step(params, state, batch, inputs=None, **extra_args):
     check_params(params, inputs)
@@ -179,11 +191,11 @@ def update_in_backward(
     def of_outer(dx):
       return jax.tree.map(jnp.add, from_head, *pull_embed(dx))
 
-    clipped = _identity
+    clipped, extra = _identity, {"value": loss, **extra_args}
     if clip_norm is not None:
       total, first = squares_of_all(body, layers, given, dx)
-      clipped = _clip(jnp.sqrt(total + squares(of_outer(first))), clip_norm)
-    extra = {"value": loss, **extra_args}
+      norm = jnp.sqrt(total + squares(of_outer(first)))
+      clipped, extra = _clip(norm, clip_norm), {"grad_norm": norm, **extra}
 
     arrays = len(jax.tree.leaves(layers))
 
@@ -192,7 +204,10 @@ def update_in_backward(
         updates, state = each.update(clipped(grads), state, p, **extra)
       return optax.apply_updates(p, updates), state
 
-    layers, new, dx = backward(body, update, layers, state["layers"], given, dx)
+    def loop(state):
+      return backward(body, update, layers, state, given, dx)
+
+    new, (layers, dx) = over_pages(loop, state["layers"], layers)
     grads = clipped(of_outer(dx))
     with numbered_from(count_of(layers) * arrays):
       updates, outer_state = outer.update(grads, state["outer"], params["outer"], **extra)

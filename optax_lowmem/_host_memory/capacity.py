@@ -78,9 +78,13 @@ def check_on_host(state: Any) -> None:
 
 
 def choose(
-  state: Any, allowed: Callable[[str], bool], min_bytes: int, budget: int | None
+  state: Any,
+  allowed: Callable[[str], bool],
+  min_bytes: int,
+  budget: int | None,
+  layers: int = 1,
 ) -> set[int]:
-  """Positions in the flat state of what is to be paged."""
+  """Positions in the flat state of what is to be paged; the budget is for so many such states."""
   sizes = {}
   total = 0
   leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_paged)[0]
@@ -90,7 +94,7 @@ def choose(
     if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
       continue  # a random key, or what `optax.tree.map_params` puts in an array's place
     size = shard_bytes(x)
-    total += size
+    total += layers * size
     if size >= min_bytes and x.shape and allowed(_name(path)):
       sizes[k] = size
   if budget is None:
@@ -100,7 +104,7 @@ def choose(
     if total <= budget:
       break
     chosen.add(k)
-    total -= sizes[k]
+    total -= layers * sizes[k]
   return chosen
 
 

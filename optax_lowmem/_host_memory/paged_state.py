@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -101,13 +102,13 @@ def paged(state: Any, like: Any = None) -> Any:
       )
     if not is_paged(target):
       return jax.device_put(x, target.sharding) if isinstance(target, jax.Array) else x
-    if is_paged(x) and (len(x.lanes), x.axis) == (len(target.lanes), target.axis):
+    if is_paged(x) and _form(x) == _form(target):
       lanes = x.lanes
     else:
       lanes = _lanes(fetch(x) if is_paged(x) else x, target)
     pairs = zip(lanes, target.lanes, strict=True)
     lanes = [jax.device_put(lane, like.sharding) for lane, like in pairs]
-    return Paged(tuple(map(PINNED_HOST.put, lanes)), target.axis)
+    return dataclasses.replace(target, lanes=tuple(map(PINNED_HOST.put, lanes)))
 
   leaves, treedef = jax.tree.flatten(like, is_leaf=is_paged)
   given = jax.tree.leaves(state, is_leaf=is_paged)
@@ -140,9 +141,13 @@ def _put_back(state: Any) -> Any:
     return PINNED_HOST.put(lane)
 
   def one(x):
-    return Paged(tuple(map(put, x.lanes)), x.axis) if is_paged(x) else x
+    return dataclasses.replace(x, lanes=tuple(map(put, x.lanes))) if is_paged(x) else x
 
   return jax.tree.map(one, state, is_leaf=is_paged)
+
+
+def _form(page: Paged) -> tuple[int, int, bool]:
+  return len(page.lanes), page.axis, page.last_first
 
 
 def _lanes(x: Any, target: Paged) -> list[Any]:
@@ -150,6 +155,9 @@ def _lanes(x: Any, target: Paged) -> list[Any]:
   count, shape = len(target.lanes), target.lanes[0].shape
   if isinstance(x, jax.Array):
     x = DEVICE.put(x)  # XLA reshapes nothing on the host
+  if target.last_first:
+    x = x[::-1]
+  if isinstance(x, jax.Array):
     return list(split(x, target.axis)) if count > 1 else [x.reshape(shape)]
   at = (slice(None),) * target.axis
   return [x[(*at, slice(k, None, count))].reshape(shape) for k in range(count)]

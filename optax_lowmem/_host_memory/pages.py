@@ -35,15 +35,18 @@ class Paged:
 
   Invariants: lane `i` of n holds the indices `i::n` along `axis`, and its shape is that with six
   axes of 1 before it, so that JAX never gives the memory of a donated page to a parameter or an
-  update.
+  update. If it is `last_first`, there is one lane, which holds the first axis in reverse.
 
   Attributes:
     lanes: arrays of one shape and dtype.
     axis: the axis that is dealt out to the lanes.
+    last_first: whether it is of stacked layers, the last of which comes first, as in
+      `update_in_backward`.
   """
 
   lanes: tuple[Any, ...]
   axis: int = dataclasses.field(default=0, metadata={"static": True})
+  last_first: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def __post_init__(self):
     if isinstance(self.lanes, tuple):  # JAX and others put placeholders there
@@ -64,7 +67,8 @@ class Paged:
     ranks = [len(lane.shape) if hasattr(lane, "dtype") else 0 for lane in lanes]
     if min(ranks, default=0) <= _AXES + self.axis:  # a tree of something else, such as shardings
       return f"Paged(lanes={self.lanes}, axis={self.axis})"
-    return f"Paged({self.dtype}[{','.join(map(str, self.shape))}], lanes={len(lanes)})"
+    order = ", last first" if self.last_first else ""
+    return f"Paged({self.dtype}[{','.join(map(str, self.shape))}], lanes={len(lanes)}{order})"
 
 
 def is_paged(x: Any) -> bool:
@@ -127,9 +131,16 @@ def store(x: jax.Array, axis: int | None = None, placement: Placement = PINNED_H
   return Paged(tuple(map(placement.put, lanes)), axis or 0)
 
 
+def store_stack(x: jax.Array, placement: Placement = PINNED_HOST) -> Paged:
+  """`x`, arrays of stacked layers, moved to host memory with its sharding, the last layer first."""
+  return dataclasses.replace(store(jax.lax.rev(x, (0,)), None, placement), last_first=True)
+
+
 def store_as(x: jax.Array, page: Paged) -> Paged:
   """`x` in a page's place."""
   first, *others = page.lanes
+  if page.last_first:
+    return store_stack(x, placement_of(first))
   return store(x, page.axis if others else None, placement_of(first))
 
 
@@ -141,12 +152,13 @@ def known_on_host(lane: Any) -> Any:
 def as_typed(page: Paged, like: Paged) -> Paged:
   """A page, in the memories that the types of `like` name."""
   pairs = zip(page.lanes, like.lanes, strict=True)
-  return Paged(tuple(placement_of(y).put(x) for x, y in pairs), page.axis)
+  return dataclasses.replace(page, lanes=tuple(placement_of(y).put(x) for x, y in pairs))
 
 
 def fetch(paged: Paged) -> jax.Array:
   """The array, on the device."""
-  return joined([*map(DEVICE.put, paged.lanes)], paged.axis)
+  x = joined([*map(DEVICE.put, paged.lanes)], paged.axis)
+  return jax.lax.rev(x, (0,)) if paged.last_first else x
 
 
 def split(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:

@@ -58,3 +58,18 @@ def _on_all(state: Any, params: Sequence[Any]) -> Any:
 def made(x: Any) -> Any:
   """`x`, an array of a `lazy_state`, made."""
   return x() if isinstance(x, _Lazy) else x
+
+
+def committed(state: Any, devices: Sequence[Any]) -> Any:
+  """The state with all its arrays committed to the one device where its pages are.
+
+  What a step makes of pages is committed, its count too: were that uncommitted at first, JAX would
+  compile the second step anew.
+  """
+
+  def commit(x):
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array) or set(devices) != x.devices():
+      return x
+    return jax.device_put(x, x.sharding)
+
+  return jax.tree.map(commit, state) if len(devices) == 1 else state

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import optax
-from jax.core import Tracer
 
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.sizes import bytes_of
@@ -25,7 +24,8 @@ from optax_lowmem._host_memory.capacity import (
 )
 from optax_lowmem._host_memory.pages import as_typed, is_paged, lane_axis, store
 from optax_lowmem._host_memory.placement import DEVICE
-from optax_lowmem._paging.lazy_state import lazy_state, made
+from optax_lowmem._paging.lazy_state import committed, lazy_state, made
+from optax_lowmem._paging.stacked import ToPage, stack_of_layers
 from optax_lowmem._paging.stream import stream
 from optax_lowmem._paging.surroundings import check_keeps_memory, check_outermost, in_eval_shape
 from optax_lowmem._state.gradients import check_gradients
@@ -73,6 +73,10 @@ def offloaded(
 
   `unpaged` and `paged` convert the state to and from that of `inner`, for checkpoints of runs
   without `offloaded`.
+
+  In `update_in_backward` the whole state of a parameter in one layer is fetched at a time, on
+  meshes of automatic axes too: a layer's is the bound, and not `max_bytes`. There `min_bytes` and
+  `where` are asked of a layer's arrays, and `device_budget` is for those of all layers.
 
   Put it outermost, around `optax.MultiSteps`, `optax.apply_if_finite` and
   `optax.conditionally_transform`; within them it refuses to work. Their choice is then part of the
@@ -124,7 +128,8 @@ def offloaded(
 
   def init(params):
     params = unbox(params)
-    devices = devices_of(params)
+    stack = stack_of_layers()
+    devices = devices_of(params) if stack is None else stack.devices
     if not has_host_memory(devices, fallback):
       return inner.init(params)
     check_outermost()
@@ -132,6 +137,10 @@ def offloaded(
     state = lazy_state(inner.init, params, bound)
     leaves, treedef = jax.tree.flatten(state, is_leaf=is_paged)
     check_where(where, allowed, state)
+    if stack is not None:
+      chosen = choose(state, allowed, min_bytes, budget, stack.count)
+      marked = [ToPage(x) if k in chosen else x for k, x in enumerate(leaves)]
+      return treedef.unflatten(marked)
     chosen = choose(state, allowed, min_bytes, budget)
     axes = _lane_axes(state)
     del state
@@ -141,7 +150,7 @@ def offloaded(
     for k in sorted(chosen):
       leaves[k] = store(made(leaves[k]), axes[k])
     state = jax.tree.map(made, treedef.unflatten(leaves))
-    return _committed(state, devices) if chosen else state
+    return committed(state, devices) if chosen else state
 
   def update(updates, state, params=None, **extra_args):
     return compiled(updates, state, params, extra_args)
@@ -150,7 +159,8 @@ def offloaded(
     out_tree = jax.tree.structure((updates, state), is_leaf=is_paged)
     args = unbox((updates, state, params))
     if not any(map(is_paged, jax.tree.leaves(args[1], is_leaf=is_paged))):
-      warn_if_unpaged(args)
+      if stack_of_layers() is None:
+        warn_if_unpaged(args)
       new = inner.update(*args, **extra_args)
       return out_tree.unflatten(jax.tree.leaves(new))
     check_outermost()
@@ -207,18 +217,3 @@ def _lane_axes(state: Any) -> list[int | None]:
     parts = jax.tree.leaves(x, is_leaf=is_paged)
     axes += [axis(part, x) if hasattr(part, "shape") else None for part in parts]
   return axes
-
-
-def _committed(state: Any, devices: Sequence[Any]) -> Any:
-  """The state with all its arrays committed to the one device where its pages are.
-
-  What a step makes of pages is committed, its count too: were that uncommitted at first, JAX would
-  compile the second step anew.
-  """
-
-  def commit(x):
-    if isinstance(x, Tracer) or not isinstance(x, jax.Array) or set(devices) != x.devices():
-      return x
-    return jax.device_put(x, x.sharding)
-
-  return jax.tree.map(commit, state) if len(devices) == 1 else state

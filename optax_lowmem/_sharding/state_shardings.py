@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowmem._host_memory.paged_state import unpaged
-from optax_lowmem._host_memory.pages import Paged, as_page, is_paged
+from optax_lowmem._host_memory.pages import as_page, is_paged
 from optax_lowmem._host_memory.placement import PINNED_HOST
 from optax_lowmem._sharding.layout import laid_out
 
@@ -86,7 +87,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     spec = PartitionSpec() if like.sharding is None else like.sharding.spec
     if not is_paged(x):
       return laid_out(mesh, spec)
-    return Paged(tuple(laid_out(mesh, as_page(spec), PINNED_HOST.kind) for _ in x.lanes), x.axis)
+    where = laid_out(mesh, as_page(spec), PINNED_HOST.kind)
+    return dataclasses.replace(x, lanes=(where,) * len(x.lanes))
 
   flat, state_tree = jax.tree.flatten(state, is_leaf=is_paged)
   return state_tree.unflatten(map(one, flat, found))

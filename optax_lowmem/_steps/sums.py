@@ -203,6 +203,34 @@ def _add(
   return mean, jnp.where(ends, 0.0, jnp.where(taken, new, total))
 
 
+def plus(sums: Any, grads: Any, words: Sequence[jax.Array | int]) -> Any:
+  """Sums of gradients and others, in the dtypes of the sums; bfloat16 is rounded at random.
+
+  What is not finite stays so.
+
+  Args:
+    sums: bfloat16 or float32 arrays.
+    grads: a tree like them.
+    words: what the noise depends on by which bfloat16 is rounded, besides array and position.
+  """
+
+  def one(total, g, *words):
+    if total.dtype != jnp.bfloat16:
+      return total + g.astype(total.dtype)
+
+    def add(arrays, index):
+      total, g = arrays
+      new = total.astype(jnp.float32) + g.astype(jnp.float32)
+      rounded = _rounded(new, position_noise(index, 16, *words))
+      return [jnp.where(jnp.isfinite(new), rounded, new.astype(jnp.bfloat16)), g]
+
+    return in_place(add, [total, g])[0]
+
+  leaves, treedef = jax.tree.flatten(sums)
+  pairs = zip(leaves, treedef.flatten_up_to(grads), strict=True)
+  return treedef.unflatten([one(*pair, *words, k) for k, pair in enumerate(pairs)])
+
+
 def _rounded(x: jax.Array, noise: jax.Array) -> jax.Array:
   """Finite float32 rounded to bfloat16, up or down at random, so that the mean is right.
 

@@ -28,9 +28,10 @@ from optax_lowmem.qlora.planning.changes import remedies
 from optax_lowmem.qlora.planning.model_source import config_of, name_of
 from optax_lowmem.qlora.run.arguments import parser_of, settings_of
 from optax_lowmem.qlora.run.checks import check_length, check_patterns, check_rank
+from optax_lowmem.qlora.run.settings import ONLY, flag_of, trained_by
 
 # What is asked of a plan beside the settings of a run.
-OWN = ("source", "memory", "card", "mesh", "max", "json", "plot", "task")
+OWN = ("source", "memory", "card", "mesh", "max", "json", "plot", "task", "qlora")
 
 
 def parser_for(command: str) -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
   )
   parser.add_argument("--memory", metavar="SIZE", help="of each device: 24GB, 24GiB")
   parser.add_argument("--card", help="compile for it: h100, a100-40gb, rtx-4090, l4, v5e, ...")
-  parser.add_argument("--qlora", action="store_false", dest="full", help="the same as --no-full")
+  parser.add_argument("--qlora", action="store_true", help="the same as --no-full")
   parser.add_argument("--mesh", type=int, metavar="N", help="devices to spread the rows over")
   parser.add_argument("--json", action="store_true", help="print numbers, not tables")
   return parser
@@ -56,6 +57,10 @@ def case_of(words: dict[str, Any]) -> Case:
       jax.config.update("jax_platforms", "cpu")  # nothing is run, and no card need be held
       jax.config.update("jax_num_cpu_devices", count)
   rest = {name: value for name, value in words.items() if name not in (*OWN, "model")}
+  if words.get("qlora"):
+    if words.get("full"):
+      raise ValueError("--full trains all parameters, and --qlora adapters. Leave out one of them.")
+    rest["full"] = False
   if rest.get("dtype", "auto") == "auto":
     rest["dtype"] = "bfloat16"  # of the card, not of this machine
   settings = settings_of(rest)
@@ -83,8 +88,17 @@ def described(case: Case, rows: bool = True) -> str:
   return f"{kind}, {s.optim}, {s.batch_size} x {s.seq_len:,} tokens{spread}."
 
 
-def remedies_of(case: Case, budget: Budget, answer: Any) -> list[tuple[dict[str, Any], str]]:
-  """What would make it fit, as data and as lines."""
+def remedies_of(
+  words: dict[str, Any], case: Case, budget: Budget, answer: Any
+) -> list[tuple[dict[str, Any], str]]:
+  """What would make it fit, as data and as lines.
+
+  Args:
+    words: what was asked for; what is not of what is trained then is to be left out.
+    case: the run that does not fit.
+    budget: what there is.
+    answer: what the run takes.
+  """
   estimated = case.plan().device_bytes
   ratio = answer.device_bytes / estimated if answer.method == "compiled" else 1.0
   found = []
@@ -92,8 +106,12 @@ def remedies_of(case: Case, budget: Budget, answer: Any) -> list[tuple[dict[str,
     what = " and ".join(change.what for change in each.changes)
     cost = "; ".join(change.cost for change in each.changes)
     flags = each.case.flags(case)
-    line = f"would fit, at about {each.device_bytes / GIB:.1f} GiB: {flags} ({what}; costs: {cost})"
-    found.append(({"flags": flags, "device_bytes": each.device_bytes, "costs": cost}, line))
+    trained = trained_by(each.case.settings)
+    without = [flag_of(name) for name in words if ONLY.get(name, trained) != trained]
+    said = f"{flags} without {' '.join(without)}" if without else flags
+    line = f"would fit, at about {each.device_bytes / GIB:.1f} GiB: {said} ({what}; costs: {cost})"
+    numbers = {"flags": flags, "without": without, "device_bytes": each.device_bytes}
+    found.append((numbers | {"costs": cost}, line))
   if not found:
     line = (
       "Nothing that can be given up makes it fit. Take a smaller model, or more devices (--mesh N"

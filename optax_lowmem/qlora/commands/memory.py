@@ -42,7 +42,8 @@ def plan(argv: list[str]) -> int:
       head += ", all of the model's positions" if found.bounded and found.value else ""
     else:
       found, head, answer = None, "", case.plan(card)
-    help_ = [] if budget is None or budget.fits(answer) else remedies_of(case, budget, answer)
+    fits = budget is None or budget.fits(answer)
+    help_ = remedies_of(words, case, budget, answer) if budget and not fits else []
     if "plot" in words:
       draw(Path(words["plot"]), {case.model: answer}, budget)
   if words.get("json"):
@@ -68,7 +69,7 @@ def compare(argv: list[str]) -> int:
   parser = parser_for("compare")
   with sentences():
     words = given(parser, argv)
-    words.setdefault("full", not {"rank", "targets", "quantize"} & set(words))
+    words.setdefault("full", not {"qlora", "rank", "targets", "quantize"} & set(words))
     chosen = words.pop("optim", None)
     case = case_of(words)
     names = {"optimizers": chosen.split(",")} if chosen else {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from optax_lowmem._plan.memory_plan import aligned
 from optax_lowmem.qlora.commands.asked import case_of, parser_for, record_of, remedies_of
 from optax_lowmem.qlora.planning.budget import GIB, budget_of
-from optax_lowmem.qlora.planning.recipes import TASKS, Fit, ranked
-from optax_lowmem.qlora.run.arguments import given
+from optax_lowmem.qlora.planning.recipes import CHOSEN, TASKS, Fit, ranked
+from optax_lowmem.qlora.run.arguments import given, with_file
+from optax_lowmem.qlora.run.settings import flag_of
 from optax_lowmem.qlora.run.terminal import say, sentences
 
 
@@ -21,11 +23,12 @@ def recommend(argv: list[str]) -> int:
     budget = budget_of(words.get("memory"), words.get("card"))
     if budget is None:
       raise ValueError("Say what there is: --memory 24GB, or --card rtx-4090.")
+    _check_free(words)
     case, task = case_of(words), words.get("task", "instructions")
     fits = ranked(case, task, budget, words.get("card"))
     best = next((each for each in fits if each.fits), None)
     least = min(fits, key=lambda each: each.plan.device_bytes)
-    help_ = [] if best else remedies_of(least.case, budget, least.plan)
+    help_ = [] if best else remedies_of(words, least.case, budget, least.plan)
   if words.get("json"):
     rows = [
       record_of(f.case, f.plan, budget) | {"recipe": f.recipe.name, "reason": f.recipe.reason}
@@ -45,6 +48,16 @@ def recommend(argv: list[str]) -> int:
   for _, line in help_:
     say(line)
   return 0
+
+
+def _check_free(words: dict[str, Any]) -> None:
+  """Raises ValueError for a setting that each recipe would set anew."""
+  for name in CHOSEN:
+    if name in with_file(words):
+      raise ValueError(
+        f"{flag_of(name)} is what `lowmem recommend` chooses. Leave it out, or ask `lowmem plan`, "
+        "which takes all settings."
+      )
 
 
 def _taken(best: Fit) -> str:

@@ -5,24 +5,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from optax_lowmem.qlora.commands.inputs import read_data
-from optax_lowmem.qlora.data.batches import Batch
 from optax_lowmem.qlora.files.fetch import MODEL_NAME, default_model
 from optax_lowmem.qlora.files.hub import fetched
 from optax_lowmem.qlora.kinds import Kind, kind_of
 from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from optax_lowmem.qlora.planning.steps import step_of
 from optax_lowmem.qlora.run.checks import check, check_attention, check_length
 from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.run.terminal import print_bytes, print_shapes, say
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
-from optax_lowmem.qlora.training.devices import devices_in_a_row
-from optax_lowmem.qlora.training.step import Method, abstract_state, compiled, split
+from optax_lowmem.qlora.training.devices import devices_in_a_row, laid_on
+from optax_lowmem.qlora.training.step import Method, compiled, in_its_memory
 
 
 @dataclass(frozen=True)
@@ -79,28 +77,28 @@ class Setup:
     tx, schedule = self.kind.optimizer(s)
     return replace(self, settings=s, tx=tx, schedule=schedule)
 
+  @property
+  def devices(self) -> int:
+    """How many there are."""
+    return 1 if self.mesh is None else self.mesh.size
+
   def method(self, graph: Any) -> Method:
     """How a step of this graph's model is taken."""
-    shards = 1 if self.mesh is None else self.mesh.size
-    return self.kind.method(self.settings, graph, self.tx, shards)
+    return self.kind.method(self.settings, graph, self.tx, self.devices)
 
   def show(self) -> None:
-    """Prints the shapes of what would be trained and the memory of a step.
+    """Prints the shapes of what would be trained and the memory of a step on each device.
 
     The data are read if they were named, so that what is wrong with them is found here too.
     """
     s = self.settings
     if s.data:
       read_data(s, ChatTokenizer.from_model(self.model_path, s.chat_template))
-    graph, state, frozen = split(self.shapes, lambda trained: None, self.kind.variables)
-    method = self.kind.method(s, graph, self.tx)
-    state = state._replace(opt_state=abstract_state(method.init, state.trained))
-    shape = (s.grad_accum, s.batch_size, s.seq_len)
-    ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
-    packed = (ids, ids) if s.packing else ()
-    batch = Batch(ids, ids, mask, jax.ShapeDtypeStruct(shape[:2], jnp.int32), *packed)
+    step = step_of(self.config, s, devices=self.devices)
+    state, frozen, batch = laid_on(self.mesh, (step.state, step.frozen, step.batch))
+    state = state._replace(opt_state=in_its_memory(state.opt_state))
     print_shapes(self.kind.title, state.trained)
     say(f"Compiling a step of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens ...")
-    step = compiled(method.step, state, frozen, batch)
+    temporaries = compiled(step.fn, state, frozen, batch).memory_analysis().temp_size_in_bytes
     parts = self.kind.parts(frozen, state.trained, state.opt_state, s)
-    print_bytes(parts, step.memory_analysis().temp_size_in_bytes, self.kind.usual)
+    print_bytes(parts, temporaries, self.kind.usual, self.devices)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -24,6 +25,7 @@ from optax_lowmem.qlora.run.checkpoints import (
   found,
   load_state,
   replacing,
+  room,
   save_state,
   seal,
   whole_metrics,
@@ -47,7 +49,6 @@ from optax_lowmem.qlora.training.report import (
   count,
   loss_picture,
   memory_in_use,
-  nbytes,
   read_records,
 )
 from optax_lowmem.qlora.training.samples import Samples
@@ -107,21 +108,22 @@ class Run:
     state = state._replace(opt_state=self.method.init(state.trained))
     self.state = everywhere(state, self.mesh)
     self.frozen = (in_parts if s.fsdp else everywhere)(frozen, self.mesh)
-    if self.kind.whole:
-      check_room(self.out, self.to_be_written())
     if s.resume:
       kept, self.done = load_state(last / STATE, self.kind.kept(self.state))
       self.state = self.kind.restored(kept, self.state)
       self.records = read_records(whole_metrics(last) or self.before / METRICS, until=self.done)
       self.ended = only_results_left(s, self.done, self.before, self.records)
+    if self.kind.whole and not self.ended:
+      check_room(self.out, room(self.folders()))
     self.board = Board(self.out / "tensorboard", self.done) if s.tensorboard else None
 
-  def to_be_written(self) -> int:
-    """The most bytes that the run's folder takes beside what it has."""
-    s = self.settings
-    result, rest = (nbytes(tree) for tree in (self.state.trained, self.kind.kept(self.state)))
-    saves = 1 if found(self.out / "last").exists() else 2  # a new one is written beside the old
-    return saves * (result + rest) + result * (3 if s.eval_every else 1)
+  def folders(self) -> dict[Path, int]:
+    """The folders with what is trained that the run writes, and the bytes of each."""
+    trees = self.state.trained, self.kind.kept(self.state)
+    result, rest = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in trees)
+    sizes = {"last": result + rest, self.kind.noun: result}
+    sizes |= {"best": result} if self.settings.eval_every else {}
+    return {self.out / name: size for name, size in sizes.items()}
 
   def begin(self) -> None:
     """Measures what there is before the first step, and leaves a run that can be resumed."""
@@ -243,7 +245,7 @@ class Run:
     having = self.metrics.having
     loss_picture(self.out / "loss.png", having("loss"), having("held_out_loss"))
     parts = self.kind.parts(self.frozen, self.state.trained, self.state.opt_state, s)
-    print_bytes(parts, self.steps.temporaries(), self.kind.usual)
+    print_bytes(parts, self.steps.temporaries(), self.kind.usual, self.setup.devices)
     held = lowmem.memory_report((self.frozen, self.state.trained), self.state.opt_state)
     say(f"Held now: {held.line()}.")
     seconds = time.perf_counter() - begun

@@ -17,7 +17,7 @@ from optax_lowmem.qlora.kinds.kind import Kind, Source
 from optax_lowmem.qlora.kinds.model_folder import check_writable, save_model
 from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.llama import abstract_llama, load_llama
-from optax_lowmem.qlora.models.attention import Kind as Attention
+from optax_lowmem.qlora.models.attention import AttentionKind
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.models.neftune import with_noise, without_noise
 from optax_lowmem.qlora.run.called import called
@@ -41,11 +41,11 @@ class AllParameters(Kind):
     check_writable(s.model, base)
 
   def abstract(self, config: LlamaConfig, s: Settings) -> Any:
-    base = abstract_llama(config, None, jnp.dtype(s.dtype), cast(Attention, s.attention))
+    base = abstract_llama(config, None, jnp.dtype(s.dtype), cast(AttentionKind, s.attention))
     return nnx.eval_shape(partial(_noisy, s=s), base)
 
   def load(self, path: Path, s: Settings) -> Any:
-    attention = cast(Attention, s.attention)
+    attention = cast(AttentionKind, s.attention)
     return _noisy(load_llama(path, dtype=jnp.dtype(s.dtype), attention=attention), s)
 
   def optimizer(self, s: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:

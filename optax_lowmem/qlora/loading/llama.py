@@ -18,7 +18,7 @@ import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.loading.weights import open_checkpoint
-from optax_lowmem.qlora.models.attention import Kind
+from optax_lowmem.qlora.models.attention import AttentionKind
 from optax_lowmem.qlora.models.llama_config import LlamaConfig, linear_shapes, norm_sizes
 from optax_lowmem.qlora.models.llama_model import Llama as Llama
 
@@ -29,7 +29,7 @@ def abstract_llama(
   config: LlamaConfig,
   quantize: Quantize = None,
   dtype: Any = jnp.float32,
-  attention: Kind = "auto",
+  attention: AttentionKind = "auto",
 ) -> Any:
   """The model with shapes and dtypes in place of weights, for a look at its memory.
 
@@ -65,7 +65,7 @@ def load_llama(
   quantize: Quantize = None,
   *,
   dtype: Any = jnp.float32,
-  attention: Kind = "auto",
+  attention: AttentionKind = "auto",
 ) -> Llama:
   """Loads a model, quantizing each matrix as it is read.
 

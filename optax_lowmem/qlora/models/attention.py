@@ -51,7 +51,7 @@ def windows_of_layers(config: LlamaConfig) -> jax.Array | None:
   return jnp.array([unlimited if w is None else w for w in config.windows], jnp.int32)
 
 
-Kind = Literal["auto", "chunked", "xla", "cudnn"]
+AttentionKind = Literal["auto", "chunked", "xla", "cudnn"]
 KINDS = ("auto", "chunked", "xla", "cudnn")
 
 
@@ -64,7 +64,7 @@ def check_kind(kind: str) -> None:
 def attend_within(
   segments: jax.Array | None,
   window: jax.Array | None,
-  kind: Kind = "auto",
+  kind: AttentionKind = "auto",
   scoring: Scoring = PLAIN,
 ) -> Attend:
   """Causal attention of whole rows; each token sees its own segment up to itself.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowmem.qlora.models.attention import (
-  Kind,
+  AttentionKind,
   attend_within,
   check_kind,
   positions_in_segments,
@@ -37,9 +37,9 @@ class LlamaModel(nnx.Module):
   Invariants: every variable under `layers` has a leading axis of `config.num_hidden_layers`.
   """
 
-  def __init__(self, config: LlamaConfig, *, dtype: Any, attention: Kind, rngs: nnx.Rngs):
+  def __init__(self, config: LlamaConfig, *, dtype: Any, attention: AttentionKind, rngs: nnx.Rngs):
     self.config = config
-    self.attention: Kind = attention
+    self.attention: AttentionKind = attention
     self.scoring = Scoring(config.attention_scale, config.attn_logit_softcapping)
     self.embed_tokens = nnx.Embed(
       config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
@@ -136,7 +136,7 @@ class Llama(nnx.Module):
     config: LlamaConfig,
     *,
     dtype: Any = jnp.float32,
-    attention: Kind = "auto",
+    attention: AttentionKind = "auto",
     rngs: nnx.Rngs,
   ):
     check_kind(attention)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from optax_lowmem._plan.memory_plan import MemoryPlan, Part
+from optax_lowmem._plan.parts import of_gradients
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.planning.estimate import temporaries
 from optax_lowmem.qlora.planning.steps import Step, step_of
@@ -34,11 +35,17 @@ class Case:
     return self.settings.full
 
   def but(self, *, devices: int | None = None, **settings: Any) -> Case:
-    """The same with other settings; with another kind of training, its own defaults."""
+    """The same with other settings; with another kind of training, its own defaults.
+
+    A setting that is not named gives way where no run can have it beside those that are.
+    """
     changed = dataclasses.replace(self.settings, **settings)
     for each in dataclasses.fields(Settings) if changed.full != self.full else ():
       if each.name not in settings and getattr(changed, each.name) == usual_of(each, self.full):
         setattr(changed, each.name, usual_of(each, changed.full))
+    for name, value in _giving_way(changed).items():
+      if name not in settings:
+        setattr(changed, name, value)
     count = self.devices if devices is None else devices
     return Case(self.model, self.config, changed, count)
 
@@ -52,7 +59,8 @@ class Case:
     if card is not None:
       return step.compiled(card)
     known = step.shapes()
-    rest = temporaries(self.config, self.settings, known.of("gradients"), self.devices)
+    gradients = sum(part.device for part in of_gradients(step.at_a_time))
+    rest = temporaries(self.config, self.settings, gradients, self.devices)
     parts = (*known.parts, Part("activations, other temporaries", "temporaries", rest))
     return dataclasses.replace(known, parts=parts, method="estimate")
 
@@ -76,3 +84,15 @@ class Case:
       else:
         said.append(f"{flag} {','.join(value) if isinstance(value, list) else value}")
     return " ".join(said)
+
+
+def _giving_way(s: Settings) -> dict[str, Any]:
+  """What `check` refuses of these settings, and what it is to be in its place."""
+  found: dict[str, Any] = {}
+  if s.full and (s.grad_accum > 1 or s.optim.startswith("paged_")):
+    found["update_in_backward"] = False
+  if s.full and s.dtype == "float32":
+    found["masters"] = Settings.masters
+  if not s.full and s.quantize == "none" and s.init == "loftq":
+    found["init"] = Settings.init
+  return found

@@ -23,8 +23,8 @@ def _less_of_masters(case: Case) -> Case | None:
 
 def _update_in_backward(case: Case) -> Case | None:
   s = case.settings
-  possible = case.full and not s.update_in_backward and s.grad_accum == 1
-  return case.but(update_in_backward=True) if possible else None
+  possible = case.full and s.grad_accum == 1 and not s.optim.startswith("paged_")
+  return case.but(update_in_backward=True) if possible and not s.update_in_backward else None
 
 
 def _fewer_bits(case: Case, bits: int) -> Case | None:
@@ -54,8 +54,7 @@ def _in_parts(case: Case) -> Case | None:
 
 def _paged(case: Case) -> Case | None:
   name = case.settings.optim
-  changed = case.but(optim=f"paged_{name}", update_in_backward=not case.full)
-  return None if name.startswith("paged_") else changed
+  return None if name.startswith("paged_") else case.but(optim=f"paged_{name}")
 
 
 def _packed(case: Case) -> Case | None:

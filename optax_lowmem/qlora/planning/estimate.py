@@ -29,7 +29,7 @@ def temporaries(config: LlamaConfig, s: Settings, gradients: int, devices: int =
   Args:
     config: of the model.
     s: the settings.
-    gradients: bytes of the gradients, which are not counted here.
+    gradients: bytes of those of one pass; neither they nor their sums are counted here.
     devices: over how many the rows are spread.
   """
   width, size = config.hidden_size, jnp.dtype(s.dtype).itemsize
@@ -53,6 +53,4 @@ def temporaries(config: LlamaConfig, s: Settings, gradients: int, devices: int =
     quantized = re.search(r"_[48]bit$|^paged_", s.optim)
     each = 4 if _NORMS.match(s.optim) else size if quantized else 0
     found = max(found, each * largest // shard)
-  if s.grad_accum > 1:  # those of all passes, beside those of one
-    found += gradients
   return int(found)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from optax_lowmem._plan.memory_plan import MemoryPlan
 from optax_lowmem.qlora.planning.budget import Budget
 from optax_lowmem.qlora.planning.case import Case
-
-Kind = Literal["all parameters", "adapters"]
+from optax_lowmem.qlora.run.settings import Trained
 
 
 class Recipe(NamedTuple):
@@ -16,15 +15,20 @@ class Recipe(NamedTuple):
 
   Attributes:
     name: in words.
-    kind: what is trained.
+    trained: what is.
     settings: that differ from those of the run that was asked for.
     reason: why one would, and what it costs.
   """
 
   name: str
-  kind: Kind
+  trained: Trained
   settings: dict[str, Any]
   reason: str
+
+  def of(self, case: Case) -> Case:
+    """The run that it makes of one; on several devices each holds a part."""
+    changed = case.but(full=self.trained == "all parameters", **self.settings)
+    return changed.but(fsdp=True) if case.devices > 1 else changed
 
 
 _RANK = {"rank": 64}
@@ -59,10 +63,7 @@ RECIPES = (
   Recipe(
     "bfloat16 weights, 16-bit masters, 8-bit AdamW, all in host memory",
     "all parameters",
-    {
-      "dtype": "bfloat16", "masters": "16", "optim": "paged_adamw_8bit",
-      "update_in_backward": False,
-    },
+    {"dtype": "bfloat16", "masters": "16", "optim": "paged_adamw_8bit"},
     "no state on the device, but all gradients; it travels there and back in each step",
   ),
   Recipe(
@@ -97,8 +98,11 @@ RECIPES = (
   ),
 )  # fmt: skip
 
+# What recipes choose, and nobody else.
+CHOSEN = ("full", "qlora", *dict.fromkeys(name for each in RECIPES for name in each.settings))
+
 # What is to be learned -> which kind comes first, and why.
-TASKS: dict[str, tuple[tuple[Kind, ...], str]] = {
+TASKS: dict[str, tuple[tuple[Trained, ...], str]] = {
   "instructions": (
     ("adapters", "all parameters"),
     "Style, format, a task: adapters learn it, in a file that is small.",
@@ -133,14 +137,11 @@ def ranked(case: Case, task: str, budget: Budget, card: str | None = None) -> li
     card: whose compiler is asked of the first that fits by the estimate, and of those after it if
       it does not.
   """
-  kinds, _ = TASKS[task]
-  order = [recipe for kind in kinds for recipe in RECIPES if recipe.kind == kind]
+  order, _ = TASKS[task]
+  recipes = [recipe for trained in order for recipe in RECIPES if recipe.trained == trained]
   found, chosen = [], False
-  for recipe in order:
-    whole = recipe.kind == "all parameters"
-    changed = case.but(full=whole, **recipe.settings)
-    if case.devices > 1:
-      changed = changed.but(fsdp=True)
+  for recipe in recipes:
+    changed = recipe.of(case)
     plan = changed.plan()
     if card is not None and not chosen and budget.fits(plan):
       plan = changed.plan(card)

@@ -31,6 +31,7 @@ class Step(NamedTuple):
     batch: one batch.
     at_a_time: of what is trained, what has gradients at a time.
     whole: whether all of the model is trained, or adapters.
+    passes: how many a step has; with more than one, sums of all gradients are held as well.
     mesh: the devices; None for one.
   """
 
@@ -40,6 +41,7 @@ class Step(NamedTuple):
   batch: Batch
   at_a_time: Any
   whole: bool
+  passes: int
   mesh: AbstractMesh | None
 
   def shapes(self) -> MemoryPlan:
@@ -47,6 +49,9 @@ class Step(NamedTuple):
     name, kind = ("weights", "weights") if self.whole else ("adapters", "adapters")
     parts = of_weights(self.frozen, "frozen weights") + of_weights(self.state.trained, name, kind)
     parts += of_gradients(self.at_a_time)
+    if self.passes > 1:
+      name = f"sums of the gradients of {self.passes} passes"
+      parts.append(Part(name, "gradients", device_and_host(self.state.trained)[0]))
     parts += of_state(self.state.opt_state, self.state.trained)
     batch = Part("batch", "batch", device_and_host((self.batch, self.state.rngs))[0])
     return MemoryPlan((*parts, batch), devices=self.mesh.size if self.mesh else 1)
@@ -100,7 +105,7 @@ def step_of(config: LlamaConfig, s: Settings, *, devices: int = 1) -> Step:
   method = kind.method(s, graph, kind.optimizer(s)[0], devices)
   state = State(trained, state_shapes(method, trained, mesh), rngs)
   at_a_time = method.at_a_time(trained)
-  return Step(method.step, state, frozen, batch, at_a_time, kind.whole, mesh)
+  return Step(method.step, state, frozen, batch, at_a_time, kind.whole, s.grad_accum, mesh)
 
 
 def _laid(mesh: AbstractMesh, x: Any, *spec: str | None) -> Any:

@@ -25,7 +25,7 @@ from optax_lowmem.qlora.run.settings import (
   Settings,
   default_of,
   flag_of,
-  kind_of,
+  type_of,
 )
 from optax_lowmem.qlora.run.spellings import instead, known_as, translated
 
@@ -46,7 +46,7 @@ def parser_of(description: str, prog: str | None = None) -> argparse.ArgumentPar
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   for each in fields(Settings):
-    flag, default, kind = flag_of(each.name), default_of(each), kind_of(each)
+    flag, default, kind = flag_of(each.name), default_of(each), type_of(each)
     text = HELP[each.name] + (f" (default: {default})" if default not in (None, {}, []) else "")
     if kind is bool:
       parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -71,8 +71,8 @@ def settings_of(given: dict[str, Any]) -> Settings:
   Raises:
     ValueError, OSError: with a sentence for the user.
   """
-  if given.get("config"):
-    given = from_yaml(Path(given["config"])) | given
+  of_masters = "masters" in given  # of a file not the default, which that of a run in float32 has
+  given = with_file(given)
   if given.get("dtype") == "auto":
     given["dtype"] = _automatic_dtype()
   saved = {}
@@ -86,8 +86,18 @@ def settings_of(given: dict[str, Any]) -> Settings:
   check(settings)
   if settings.dtype == "auto":
     settings.dtype = _automatic_dtype()
-  check_masters(settings)
+  if of_masters or given.get("masters", Settings.masters) != Settings.masters:
+    check_masters(settings)
   return settings
+
+
+def with_file(given: dict[str, Any]) -> dict[str, Any]:
+  """What was given, and what the YAML file says that it names, if it names one.
+
+  Raises:
+    ValueError, OSError: as `from_yaml`.
+  """
+  return from_yaml(Path(given["config"])) | given if given.get("config") else given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,7 +186,7 @@ def _reader(kind: Any) -> Callable[[str], Any]:
 
 def _converted(each: "Field[Any]", value: Any) -> Any:
   """A value of YAML as the setting wants it; YAML reads 1e-3 as a text."""
-  kind: Any = kind_of(each)
+  kind: Any = type_of(each)
   optional = default_of(each) is None
   if value is None and (optional or typing.get_origin(kind)):
     return default_of(each)

@@ -9,8 +9,9 @@ checksums of its files: what is damaged is refused.
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -66,6 +67,18 @@ def found(folder: Path) -> Path:
   return old if old.exists() and not folder.exists() else folder
 
 
+def room(sizes: Mapping[Path, int]) -> int:
+  """The most bytes that folders take beside what there is, all of them written again and again.
+
+  One at a time has a new one beside the old.
+
+  Args:
+    sizes: what a folder holds, once it is written.
+  """
+  new = sum(size for folder, size in sizes.items() if not found(folder).exists())
+  return new + max(sizes.values())
+
+
 def whole_metrics(folder: Path) -> Path | None:
   """The metrics in a folder, if they are as `seal` saw them."""
   try:
@@ -110,6 +123,11 @@ def check_sealed(folder: Path) -> None:
     raise ValueError(f"{file} is damaged ({error}). {remedy}") from error
 
 
+def _before(name: str) -> str:
+  """An array's name in runs of before all parameters could be trained."""
+  return re.sub(r"^\.trained\b", ".lora", name)
+
+
 def save_state(path: Path, tree: object, step: int) -> None:
   """Writes every array of a tree, and the number of steps done, to one safetensors file."""
   arrays = {n: np.asarray(jax.random.key_data(x) if _is_key(x) else x) for n, x in _named(tree)}
@@ -139,7 +157,8 @@ def load_state(path: Path, like: T) -> tuple[T, int]:
       step, names = int((file.metadata() or {})["step"]), set(file.keys())
       for name, wanted in _named(like):
         data = jax.random.key_data(wanted) if _is_key(wanted) else wanted
-        found = file.get_tensor(name) if name in names else None
+        key = name if name in names else _before(name)
+        found = file.get_tensor(key) if key in names else None
         if found is None or found.shape != data.shape or found.dtype != data.dtype:
           has = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
           raise ValueError(

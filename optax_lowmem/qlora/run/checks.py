@@ -94,8 +94,8 @@ def check_sort(s: Settings, given: Sequence[str]) -> None:
 
 
 def check_masters(s: Settings) -> None:
-  """Raises ValueError for masters of weights that are masters themselves."""
-  if s.full and s.dtype == "float32" and s.masters in ("8", "stochastic"):
+  """Raises ValueError where masters are asked for of weights that are masters themselves."""
+  if s.full and s.dtype == "float32":
     raise ValueError(
       f"--masters {s.masters} is for bfloat16 weights: of float32 ones nothing is lost. Add "
       "--dtype bfloat16, or leave it out."

@@ -53,10 +53,19 @@ def of_run(
 def of_run_or_model(
   run: Path, *, best: bool = False, model: Path | None = None
 ) -> tuple[Settings, Path, Path]:
-  """As `of_run`; of a model, that model."""
-  if not (run / "run.json").exists() and ((run / "config.json").exists() or run.is_file()):
-    return settings_of({"full": True}), run, run
-  return of_run(run, best=best, model=model)
+  """As `of_run`; of a model, that model.
+
+  Raises:
+    ValueError: also for a base, or the best of several, where there is only a model.
+  """
+  lone = not (run / "run.json").exists() and ((run / "config.json").exists() or run.is_file())
+  if lone and best:
+    raise ValueError(f"--best is of a run's folder, and {run} is a model. Leave it out.")
+  taken = (settings_of({"full": True}), run, run) if lone else of_run(run, best=best, model=model)
+  if taken[0].full and model is not None:
+    what = "is a model" if lone else "has trained all parameters"
+    raise ValueError(f"--model {model} is the base of adapters, and {run} {what}. Leave it out.")
+  return taken
 
 
 def adapter_of(

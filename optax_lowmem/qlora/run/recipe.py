@@ -12,7 +12,7 @@ from flax import nnx
 import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
 from optax_lowmem.qlora.loading.llama import Quantize, abstract_llama, load_llama
-from optax_lowmem.qlora.models.attention import Kind
+from optax_lowmem.qlora.models.attention import AttentionKind
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.models.neftune import with_noise
 from optax_lowmem.qlora.run.settings import Settings
@@ -113,14 +113,14 @@ def _dense_linears(model: Any, kept: list[str]) -> list[str]:
 
 def abstract_model(config: LlamaConfig, s: Settings) -> Any:
   """The adapted model's shapes, without its weights."""
-  kind = cast(Kind, s.attention)
+  kind = cast(AttentionKind, s.attention)
   base = abstract_llama(config, packed_as_read(s), jnp.dtype(s.dtype), kind)
   return nnx.eval_shape(partial(adapted, s=s), base)
 
 
 def loaded_model(path: Path, s: Settings) -> Any:
   """The adapted model."""
-  kind = cast(Kind, s.attention)
+  kind = cast(AttentionKind, s.attention)
   base = load_llama(path, packed_as_read(s), dtype=jnp.dtype(s.dtype), attention=kind)
   return adapted(base, s)
 

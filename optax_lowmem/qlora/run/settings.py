@@ -53,7 +53,13 @@ class Settings:
     changeable=True,
   )
   batch_size: int = setting(4, "rows a forward pass", least=1, most=1 << 16)
-  grad_accum: int = setting(1, "forward passes a step", least=1, most=1 << 16)
+  grad_accum: int = setting(
+    1,
+    "forward passes a step; with several, all gradients are held twice, those of a pass and their "
+    "sums, in the same dtype: in bfloat16 sums are rounded at random",
+    least=1,
+    most=1 << 16,
+  )
   seed: int = setting(
     0,
     "of the adapters, the order of the rows, dropout, and what is rounded at random",
@@ -254,7 +260,7 @@ def usual_of(each: "Field[Any]", full: bool) -> Any:
   return FULL.get(each.name, default_of(each)) if full else default_of(each)
 
 
-def kind_of(each: "Field[Any]") -> Any:
+def type_of(each: "Field[Any]") -> Any:
   """A setting's type, without the None it may be."""
   given = each.type
   if isinstance(given, types.UnionType):

@@ -153,9 +153,10 @@ def print_shapes(title: str, trained: Any) -> None:
   console.print(table)
 
 
-def print_bytes(parts: list[Part], temporaries: int, usual: str) -> None:
-  """The table of where the bytes are; `usual` is what they are compared with."""
-  table = Table(title="Where the bytes are", title_justify="left")
+def print_bytes(parts: list[Part], temporaries: int, usual: str, devices: int = 1) -> None:
+  """The table of where the bytes are on each device; `usual` is what they are compared with."""
+  on = f", on each of {devices} devices" if devices > 1 else ""
+  table = Table(title=f"Where the bytes are{on}", title_justify="left")
   table.add_column("", no_wrap=True)
   for name in ("parameters", "here", usual):
     table.add_column(name, justify="right")

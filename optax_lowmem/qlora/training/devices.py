@@ -96,6 +96,18 @@ def in_parts(tree: T, mesh: Mesh | None) -> T:
   return jax.tree_util.tree_map_with_path(put, tree)
 
 
+def laid_on(mesh: Mesh | None, shapes: T) -> T:
+  """Shapes that lie on an abstract mesh, on these devices; shapes as they are, where it is one."""
+  if mesh is None:
+    return shapes
+
+  def lay(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else PartitionSpec()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+  return jax.tree.map(lay, shapes)
+
+
 def dealt(batch: Batch, mesh: Mesh | None) -> Batch:
   """Some rows of the batch on every device."""
   if mesh is None:

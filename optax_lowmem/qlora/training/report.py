@@ -17,7 +17,7 @@ from optax_lowmem.qlora.files.disk import write_whole
 
 
 class Part(NamedTuple):
-  """A line of the table: bytes here, and with a 16-bit base and 32-bit Adam."""
+  """A line of the table: bytes here, on each device, and with a 16-bit base and 32-bit Adam."""
 
   name: str
   parameters: int  # 0 where the part holds none
@@ -73,8 +73,13 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
-  """Bytes of a tree's arrays, packed ones as they are stored; shapes without data will do."""
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  """Bytes of a tree's arrays on each device, packed ones as they are stored; or of shapes."""
+
+  def part(x: Any) -> tuple[int, ...]:
+    where = getattr(x, "sharding", None)
+    return x.shape if where is None else where.shard_shape(x.shape)
+
+  return sum(math.prod(part(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def memory_in_use() -> int:

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 import optax_lowmem as lowmem
+from optax_lowmem._steps.sums import plus
 from optax_lowmem.qlora.data.batches import Batch
 
 
@@ -67,13 +68,12 @@ def split(model: nnx.Module, init: Any, wrt: Any = nnx.LoRAParam) -> tuple[Any, 
   return graph, State(trained, init(trained), rngs), frozen
 
 
-def abstract_state(init: Any, trained: Any) -> Any:
+def in_its_memory(state: Any) -> Any:
   """The shapes of an optimizer's state; those of pages say that they are in host memory."""
 
   def is_paged(x):
     return isinstance(x, lowmem.Paged)
 
-  state = jax.eval_shape(init, trained)
   pages = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
   return lowmem.paged(state) if pages else state
 
@@ -183,13 +183,17 @@ def hidden_states(model: Any, batch: Batch) -> jax.Array:
 def train_step(
   graph: Any, tx: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1
 ) -> tuple[State, Any]:
-  """One step of the optimizer; the gradients of `batch`'s leading axis are summed."""
+  """One step of the optimizer; the gradients of `batch`'s leading axis are summed.
+
+  In their dtype: sums in bfloat16 are rounded at random, so that their mean is right.
+  """
+  passes = batch.inputs.shape[0]
   learned = batch.learned.sum()
   tied = merged(graph, state, frozen).config.tie_word_embeddings
   numbers = of_head(state.trained, tied)
 
-  def accumulate(carry: Any, part: Batch) -> tuple[Any, jax.Array]:
-    total, rngs = carry
+  def accumulate(carry: Any, given: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
+    (total, rngs), (number, part) = carry, given
 
     def hidden_of(trained: Any) -> tuple[jax.Array, Any]:
       model = merged(graph, State(trained, None, rngs), frozen)
@@ -200,21 +204,36 @@ def train_step(
       graph, state._replace(rngs=rngs), frozen, hidden, part,
       divisor=learned, with_gradient=True, shards=shards,
     )  # fmt: skip
-    (grads,) = pull_back(head.hidden)
-    leaves, structure = jax.tree.flatten(grads)
-    for n, slope in zip(numbers, head.head, strict=True):
-      leaves[n] += slope
-    grads = structure.unflatten(leaves)
-    return (jax.tree.map(jnp.add, total, grads), head.rngs), head.loss
+    if passes == 1:
+      (grads,) = pull_back(head.hidden)
+      grads = _plus_some(grads, numbers, head.head)
+      return (jax.tree.map(jnp.add, total, grads), head.rngs), head.loss
+    # Noise has no key; the loss is another one in each step. The head's come first, and before the
+    # backward pass: XLA would hold them in float32 until its end.
+    words = jax.lax.bitcast_convert_type(head.loss, jnp.uint32), number
+    total = _plus_some(total, numbers, head.head, (*words, 0))
+    total, hidden = jax.lax.optimization_barrier((total, head.hidden))
+    (grads,) = pull_back(hidden)
+    return (plus(total, grads, (*words, 1)), head.rngs), head.loss
 
-  zeros = jax.tree.map(jnp.zeros_like, state.trained)
-  (grads, rngs), losses = jax.lax.scan(accumulate, (zeros, state.rngs), batch)
+  zeros, numbered = jax.tree.map(jnp.zeros_like, state.trained), (jnp.arange(passes), batch)
+  (grads, rngs), losses = jax.lax.scan(accumulate, (zeros, state.rngs), numbered)
   updates, opt_state = tx.update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   # Of bfloat16 parameters the gradients are bfloat16, and three digits are too few for a norm.
   norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
   measured = {"loss": losses.sum(), "grad_norm": norm}
   return State(trained, opt_state, rngs), measured
+
+
+def _plus_some(tree: Any, numbers: list[int], more: list[Any], words: Any = None) -> Any:
+  """A tree, and to the leaves of these numbers more is added; by `plus` if there are words."""
+  leaves, structure = jax.tree.flatten(tree)
+  some = [leaves[n] for n in numbers]
+  new = jax.tree.map(jnp.add, some, more) if words is None else plus(some, more, words)
+  for n, leaf in zip(numbers, new, strict=True):
+    leaves[n] = leaf
+  return structure.unflatten(leaves)
 
 
 def eval_step(graph: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1) -> jax.Array:

@@ -20,7 +20,7 @@ from optax_lowmem.qlora.training.step import Method, State, head_loss, merged, o
 
 
 class SquaredNorms(NamedTuple):
-  """State of `_measured`: for each parameter, the sum of squares of its last gradient."""
+  """State of `_measured`: of each parameter the sum of squares of its last gradient, unclipped."""
 
   squared_norms: Any
 
@@ -34,17 +34,19 @@ def within_backward(
 ) -> Method:
   """How a model is trained where one layer's gradients exist at a time.
 
-  A step equals `train_step` of a batch of one part, to rounding, where the optimizer treats every
-  array by itself. `measured` has the norm of the gradients as the optimizer was given them: of
-  clipped ones, that of the clipped.
+  To rounding, a step is `train_step` of a batch of one part if the optimizer is elementwise, as
+  AdamW is. One that takes norms or means of an array (CAME, LAMB) is given the arrays of one layer
+  at a time; `train_step` gives it those of all layers as one. As there, `measured` has the norm of
+  the gradients before they are clipped.
 
   Args:
     graph: the model's, as `split` gives it.
     tx: the optimizer, of a layer and of what is no layer.
-    clip_norm: the largest norm of all gradients; it costs a second backward pass.
+    clip_norm: the largest norm of all gradients, larger ones are scaled to it; it costs a second
+      backward pass.
     shards: the devices over which rows are spread.
   """
-  tx = optax.chain(_measured(), tx)
+  tx = optax.chain(_measured(clip_norm), tx)
 
   def training(state: State, frozen: Any) -> Any:
     return lowmem.update_in_backward(
@@ -172,15 +174,16 @@ def _loss(
   return loss(outer, hidden, part, rngs)
 
 
-def _measured() -> optax.GradientTransformation:
-  """Notes how large each gradient is, and leaves it as it is."""
+def _measured(clip_norm: float | None) -> optax.GradientTransformationExtraArgs:
+  """Notes how large each gradient was before it was clipped, and leaves it as it is."""
 
   def init(params: Any) -> SquaredNorms:
     return SquaredNorms(jax.tree.map(lambda _: jnp.zeros(()), params))
 
-  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+  def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
     del state, params
-    norms = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)).sum(), updates)
+    scale = 1.0 if clip_norm is None else jnp.maximum(1.0, extra_args["grad_norm"] / clip_norm)
+    norms = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32) * scale).sum(), updates)
     return updates, SquaredNorms(norms)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
