@@ -94,6 +94,19 @@ def cut() -> Iterator[tuple[str, dict[str, Any]]]:
     yield name, found
 
 
+PAGED = [
+  "optax.adamw, float32",
+  "adamw, float32",
+  "stochastic_rounding(adamw)",
+  "master_weights(adamw)",
+  "master_weights(adamw, bits=8)",
+  "the same, adamw with bits=4",
+  "master_weights(adafactor)",
+  "master_weights(came)",
+  "master_weights(optax.adamw)",
+]
+
+
 def paged() -> Iterator[tuple[str, dict[str, Any]]]:
   """The update in the backward pass, state on the device and in host memory, B/param."""
   for name in PAGED:
@@ -114,18 +127,6 @@ def paged() -> Iterator[tuple[str, dict[str, Any]]]:
       },
     )
 
-
-PAGED = [
-  "optax.adamw, float32",
-  "adamw, float32",
-  "stochastic_rounding(adamw)",
-  "master_weights(adamw)",
-  "master_weights(adamw, bits=8)",
-  "the same, adamw with bits=4",
-  "master_weights(adafactor)",
-  "master_weights(came)",
-  "master_weights(optax.adamw)",
-]
 
 TEMPORARIES = "layers' gradients"
 SECTIONS = {"stacked": stacked, "unrolled": not_stacked, "cut": cut, "paged": paged}
@@ -149,10 +150,8 @@ def lines(section: str, name: str, one: dict[str, Any]) -> list[str]:
   if section == "unrolled":
     return [f"| {name} | {one['all']:.2f} | {one[TEMPORARIES]:.1f} |"]
   if section == "paged":
-    return [
-      f"| {name} | {one['plain']:.2f} | **{one['paged']:.2f}** | {one['bound']:.2f} "
-      f"| {one['host']:.2f} | {one['launches']} → {one['launches, paged']} |"
-    ]
+    held = f"{one['plain']:.2f} | **{one['paged']:.2f}** | {one['bound']:.2f} | {one['host']:.2f}"
+    return [f"| {name} | {held} | {one['launches']} → {one['launches, paged']} |"]
   if section == "cut":
     wheres = {"h100": "an H100", "cpu": "a CPU"}
     return [
