@@ -1,9 +1,12 @@
 """`explain`: how parameters are held and updated, and why."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import optax_lowmem as lowmem
 
@@ -81,5 +84,24 @@ def test_wrappers():
 def test_nothing_is_computed_and_it_prints():
   shapes = jax.eval_shape(lambda: {"w": jnp.zeros((1 << 20, 1 << 12))})
   text = str(lowmem.explain(lowmem.adamw(1e-3), shapes))
-  assert text.splitlines()[0].split() == "parameter shape state bytes updated by because".split()
+  head = "parameter shape state bytes updated by, on cuda because"
+  assert text.splitlines()[0].split() == head.split()
   assert "nothing" not in text and "phases" in text  # more elements than a kernel's offsets count
+
+
+def test_nnx_parameters_are_those_within_their_boxes():
+  model = nnx.Linear(256, 64, rngs=nnx.Rngs(0))
+  state: Any = nnx.state(model, nnx.Param)
+  assert lowmem.explain(lowmem.adamw(1e-3), state) == lowmem.explain(
+    lowmem.adamw(1e-3), nnx.as_pure(state)
+  )
+  with pytest.raises(TypeError, match=r"got an NNX model\. Pass `nnx.state\(model, nnx.Param\)`"):
+    lowmem.explain(lowmem.adamw(1e-3), model)
+
+
+@pytest.mark.parametrize("inner", [lowmem.adamw(1e-3), optax.adamw(1e-3)])
+def test_state_in_host_memory_is_said_to_be_there(inner):
+  (without,) = lowmem.explain(inner, {"w": PARAMS["w"]})
+  (found,) = lowmem.explain(lowmem.offloaded(inner), {"w": PARAMS["w"]})
+  assert found.held == {name: f"{form} in host memory" for name, form in without.held.items()}
+  assert found.bytes == without.bytes > 0

@@ -188,6 +188,17 @@ def test_a_report_counts_what_is_there():
   assert report.in_use is None or report.in_use >= report.device_bytes
 
 
+def test_a_report_of_an_nnx_model_names_its_moments():
+  """By the boxes of `nnx.Optimizer` alone, a moment and a count were both "value"."""
+  nnx = pytest.importorskip("flax.nnx")
+  model = nnx.Linear(256, 64, rngs=nnx.Rngs(0))
+  state = nnx.Optimizer(model, lowmem.adamw(1e-3), wrt=nnx.Param).opt_state
+  for params in (model, nnx.state(model)):
+    names = [part.name for part in lowmem.memory_report(params, state).parts]
+    assert names[:2] == ["parameters, float32", "optimizer state, count"]
+    assert names[2].startswith("optimizer state, mu") and len(names) == 4
+
+
 def test_print_helpers(capsys):
   lowmem.print_memory_usage({"w": jnp.zeros((64, 64))})
   assert "parameters, float32       4,096  16.0 KiB" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 from optax_lowmem._plan.memory_plan import Part, human, table
 from optax_lowmem._plan.parts import count, of_state, of_weights
 from optax_lowmem._plan.target import trees_of
+from optax_lowmem._state.nnx_variables import is_model, unbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ def memory_report(params: Any, state: Any = ()) -> MemoryReport:
   it every so many steps: ``print(memory_report(params, state).line())``.
 
   Args:
-    params: parameters, or any tree of arrays; quantized ones count as they are stored.
+    params: parameters, any tree of arrays, or an NNX model; quantized ones count as they are
+      stored.
     state: the optimizer's state; pages of `offloaded` count as host memory.
 
   Returns:
@@ -85,7 +88,8 @@ def memory_report(params: Any, state: Any = ()) -> MemoryReport:
     optimizer state, nu, power8_unsigned                    0 B   68.0 KiB
     in all                                            256.0 KiB  136.0 KiB
   """
-  params, state = jax.tree.map(_shape, (params, state))
+  params = unbox(sys.modules["flax.nnx"].state(params)) if is_model(params) else unbox(params)
+  params, state = jax.tree.map(_shape, (params, unbox(state)))
   parts = (*of_weights(params, "parameters"), *of_state(state, params))
   return MemoryReport(parts, **_allocator(params))
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._host_memory.paged_state import unpaged
 from optax_lowmem._host_memory.pages import is_paged
 from optax_lowmem._plan.memory_plan import Kind, Part
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem._state.leaves import is_stored
-from optax_lowmem._state.moments import Place, field_of, is_quantized, places
+from optax_lowmem._state.leaves import stored_places
+from optax_lowmem._state.moments import Place, field_of, is_quantized
 
 _FOUR_BITS = ("nf4", "fp4")
 
@@ -75,8 +73,9 @@ def of_state(state: Any, params: Any) -> list[Part]:
     params: what it was made for.
   """
   groups: dict[str, list[Any]] = {}
-  for field, leaf in _fields(state, params):
-    groups.setdefault(field, []).append(leaf)
+  for place, leaf in stored_places(state, params):
+    if hasattr(leaf, "dtype"):
+      groups.setdefault(_field(place), []).append(leaf)
   found = []
   for field, leaves in groups.items():
     device, host = device_and_host(leaves)
@@ -89,22 +88,6 @@ def of_state(state: Any, params: Any) -> list[Part]:
 def of_gradients(params: Any) -> list[Part]:
   """The gradients of these parameters, which have their dtypes."""
   return [Part("gradients", "gradients", device_and_host(params)[0])]
-
-
-def _fields(state: Any, params: Any) -> Iterator[tuple[str, Any]]:
-  """Each array of a state as it is stored, with the name of the field that holds it."""
-  stored = jax.tree.leaves(state, is_leaf=is_stored)
-  plain = unpaged(state) if any(map(_holds_pages, stored)) else state
-  known = places(plain, params)
-  if len(known) != len(stored):  # a page of what is no array
-    raise ValueError("`tx` has a state whose pages cannot be told apart.")
-  for place, leaf in zip(known, stored, strict=True):
-    if hasattr(leaf, "dtype"):
-      yield _field(place), leaf
-
-
-def _holds_pages(x: Any) -> bool:
-  return any(map(is_paged, jax.tree.leaves(x, is_leaf=is_paged)))
 
 
 def _field(place: Place) -> str:

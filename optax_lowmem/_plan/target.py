@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from optax_lowmem._state.nnx_variables import is_model
+
 
 def trees_of(name: str, target: Any, wrt: Any = None) -> tuple[Any, Any, bool]:
   """What is trained, what is not, and whether the first are adapters.
@@ -25,8 +27,8 @@ def trees_of(name: str, target: Any, wrt: Any = None) -> tuple[Any, Any, bool]:
     ValueError: where `wrt` is given and there is no NNX model; for a model that is not known.
     ImportError: for a model by name, where what reads configurations is not installed.
   """
-  flax = sys.modules.get("flax.nnx")  # who has made a model has imported it
-  if flax is not None and isinstance(target, flax.Module):
+  if is_model(target):
+    flax = sys.modules["flax.nnx"]
     lora = wrt is None and bool(jax.tree.leaves(flax.state(target, flax.LoRAParam)))
     kind = (flax.LoRAParam if lora else flax.Param) if wrt is None else wrt
     _, trained, frozen = flax.split(target, kind, ...)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+
+from optax_lowmem._host_memory.paged_state import unpaged
 from optax_lowmem._host_memory.pages import is_paged
-from optax_lowmem._state.moments import is_quantized
+from optax_lowmem._state.moments import Place, is_quantized, places
 
 
 def is_stored(x: Any) -> bool:
@@ -36,3 +40,21 @@ def is_stored(x: Any) -> bool:
     {'w': 'rows (64, 64)'}
   """
   return is_quantized(x) or is_paged(x)
+
+
+def stored_places(state: Any, params: Any) -> Iterator[tuple[Place, Any]]:
+  """Each leaf of a state as it is stored, with the parameter that it belongs to.
+
+  Raises:
+    ValueError: for a page of what is no array.
+  """
+  stored = jax.tree.leaves(state, is_leaf=is_stored)
+  known = places(unpaged(state) if any(map(holds_pages, stored)) else state, params)
+  if len(known) != len(stored):
+    raise ValueError("`tx` has a state whose pages cannot be told apart.")
+  yield from zip(known, stored, strict=True)
+
+
+def holds_pages(x: Any) -> bool:
+  """Whether there are pages in a tree."""
+  return any(map(is_paged, jax.tree.leaves(x, is_leaf=is_paged)))

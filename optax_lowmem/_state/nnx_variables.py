@@ -17,6 +17,12 @@ def unbox(tree: Any) -> Any:
   return tree if nnx is None else nnx.as_pure(tree)
 
 
+def is_model(x: Any) -> bool:
+  """Whether it is an NNX model."""
+  nnx = sys.modules.get("flax.nnx")  # who has made a model has imported it
+  return nnx is not None and isinstance(x, nnx.Module)
+
+
 def unbox_quantized(tree: Any) -> Any:
   """`tree` with every `nnx.Variable` that holds a `QuantizedArray` replaced by it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -12,7 +13,9 @@ import optax
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._host_memory.state_bytes import state_bytes
 from optax_lowmem._quantization.array import QuantizedArray
-from optax_lowmem._state.moments import field_of, places
+from optax_lowmem._state.leaves import holds_pages, stored_places
+from optax_lowmem._state.moments import field_of
+from optax_lowmem._state.nnx_variables import is_model, unbox
 from optax_lowmem._update.journal import Note, journal
 
 _PLATFORMS = ("cuda", "rocm", "tpu", "cpu")
@@ -42,7 +45,18 @@ class Explained:
 
 
 class Explanation(tuple[Explained, ...]):
-  """One `Explained` a parameter; `print` shows a table, `repr` a line."""
+  """One `Explained` a parameter; `print` shows a table, `repr` a line.
+
+  Attributes:
+    platform: what updates are compiled for.
+  """
+
+  platform: str
+
+  def __new__(cls, explained: Iterable[Explained], platform: str) -> Explanation:
+    new = super().__new__(cls, explained)
+    new.platform = platform
+    return new
 
   def __repr__(self) -> str:
     methods = collections.Counter(e.method for e in self)
@@ -50,7 +64,7 @@ class Explanation(tuple[Explained, ...]):
     return f"Explanation({', '.join(f'{what}={n}' for what, n in counts.items())})"
 
   def __str__(self) -> str:
-    rows = [("parameter", "shape", "state", "bytes", "updated by", "because")]
+    rows = [("parameter", "shape", "state", "bytes", f"updated by, on {self.platform}", "because")]
     for e in self:
       held = ", ".join(f"{field}: {form}" for field, form in e.held.items()) or "none"
       rows.append((e.parameter, str(e.shape), held, f"{e.bytes:,}", e.method, e.reason))
@@ -72,7 +86,7 @@ def explain(
 
   Args:
     tx: a transformation; chains, masks and wrappers around those of this library too.
-    params: parameters, or their shapes.
+    params: parameters, or their shapes; of an NNX model its `flax.nnx.State` of what is trained.
     platform: ``"cuda"``, ``"rocm"``, ``"tpu"`` or ``"cpu"``: what updates are compiled for.
 
   Returns:
@@ -80,7 +94,8 @@ def explain(
 
   Raises:
     ValueError: for an unknown platform.
-    TypeError: if `tx` is no transformation.
+    TypeError: if `tx` is no transformation, or `params` an NNX model, which says not what is
+      trained.
 
   Examples:
     >>> import jax.numpy as jnp, optax_lowmem as lowmem
@@ -97,15 +112,19 @@ def explain(
       "on NVIDIA's cards and 'rocm' on AMD's."
     )
   check_transformation("tx", tx)
-  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+  if is_model(params):
+    raise TypeError(
+      "`params` must be what is trained, got an NNX model. Pass `nnx.state(model, nnx.Param)`, or "
+      "whatever `wrt` of its `nnx.Optimizer` is."
+    )
+  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), unbox(params))
   state = jax.eval_shape(tx.init, shapes)
   with journal(platform) as notes:
     update = optax.with_extra_args_support(tx).update
     jax.eval_shape(lambda *args: update(*args), shapes, state, shapes)  # not from a cache
   flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
   held: list[dict[str, Any]] = [{} for _ in flat]
-  leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QuantizedArray))
-  for leaf, place in zip(leaves, places(state, shapes), strict=True):
+  for place, leaf in stored_places(state, shapes):
     if place.owner is not None:
       held[place.owner][field_of(place) or jax.tree_util.keystr(place.prefix)] = leaf
   explained = []
@@ -123,14 +142,15 @@ def explain(
         reason=reason,
       )
     )
-  return Explanation(explained)
+  return Explanation(explained, platform)
 
 
 def _form(x: Any) -> str:
+  where = " in host memory" if holds_pages(x) else ""
   if not isinstance(x, QuantizedArray):
-    return str(x.dtype)
+    return f"{x.dtype}{where}"
   block = " x ".join(map(str, x.block))
-  return f"{x.codebook.name} in blocks of {block}"
+  return f"{x.codebook.name} in blocks of {block}{where}"
 
 
 def _on(platform: str, note: Note) -> tuple[str, str]:
