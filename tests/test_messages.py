@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import optax_lowmem as lowmem
+from optax_lowmem import nn
 
 PARAMS = {"w": jnp.ones((64, 96)), "b": jnp.ones(4)}
 
@@ -229,6 +231,26 @@ CASES = {
   ),
   "lr": (lambda: lowmem.lars(lr=1e-3), TypeError, r"lars\(\).*'lr'\. Say learning_rate=\."),
   "optim_bits": (lambda: lowmem.sgd(1e-3, optim_bits=8), TypeError, r"'optim_bits'\. Say bits=\."),
+  "paging in bitsandbytes": (
+    lambda: lowmem.adamw(1e-3, is_paged=True),
+    TypeError,
+    r"'is_paged'\. Wrap it: `offloaded\(…\)`",
+  ),
+  "clipping in bitsandbytes": (
+    lambda: lowmem.adamw(1e-3, percentile_clipping=5),
+    TypeError,
+    r"'percentile_clipping'\. Clip before it: `optax\.chain",
+  ),
+  "PEFT's rank": (
+    lambda: nn.add_lora(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), r=8, alpha=8, rngs=nnx.Rngs(0)),
+    TypeError,
+    r"add_lora\(\) takes no argument 'r'\. Say rank=\.",
+  ),
+  "bits of weights": (
+    lambda: nn.quantize_model(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), bits=4),
+    TypeError,
+    r"'bits'\. Say codebook=\"nf4\", of 4 bits",
+  ),
   "a typing error": (
     lambda: lowmem.adamw(1e-3, wieght_decay=0.1),
     TypeError,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowmem._arguments.spelling import did_you_mean
+from optax_lowmem._arguments.argument_names import check_names
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,8 +25,17 @@ T = TypeVar("T")
 # What no array can stand for, besides masks and dtypes: the program depends on it.
 _NUMBERS = ("bits", "block_size", "min_size", "min_dim_size_to_factor")
 _DECAYS = ("b1", "b2", "b3", "decay", "momentum")
-# What PyTorch and bitsandbytes call what optax calls otherwise.
-_ELSEWHERE = {"betas": ("b1", "b2", "b3"), "lr": ("learning_rate",), "optim_bits": ("bits",)}
+# What PyTorch and bitsandbytes call what optax calls otherwise, or does otherwise.
+_ELSEWHERE = {
+  "betas": "b1, b2, b3",
+  "lr": "learning_rate",
+  "optim_bits": "bits",
+  "min_8bit_size": "min_size",
+  "is_paged": "Wrap it: `offloaded(…)` keeps its state in host memory.",
+  "block_wise": "It is by blocks always; `block_size` says of how many elements.",
+  "percentile_clipping": "Clip before it: `optax.chain(optax.clip_by_global_norm(1.0), …)`.",
+  "amsgrad": "Wrap optax's: `quantized(optax.amsgrad(…))`.",
+}
 _INJECTING = {getattr(f, "__code__", None) for f in optax.inject_hyperparams(optax.scale)(1.0)}
 
 
@@ -42,9 +51,7 @@ def checked(rule: Callable[P, T]) -> Callable[P, T]:
 
   @functools.wraps(rule)
   def checking(*args: P.args, **kwargs: P.kwargs) -> T:
-    for name in kwargs:
-      if name not in known:
-        raise TypeError(f"{rule.__name__}() takes no argument {name!r}. {_instead(name, known)}")
+    check_names(rule.__name__, kwargs, known, _ELSEWHERE)
     try:
       given = signature.bind(*args, **kwargs).arguments
     except TypeError:
@@ -148,14 +155,6 @@ def _check_dtype(name: str, value: Any, bits: int) -> None:
       "Leave it out, or hold that moment in its own way: `quantized(optax.adamw(…), storage={"
       f'"mu": Dense(jnp.{dtype.name})}})`.'
     )
-
-
-def _instead(name: str, known: Mapping[str, Any]) -> str:
-  """What to say instead of an argument that a function does not have."""
-  other = [f"{n}=" for n in _ELSEWHERE.get(name, ()) if n in known]
-  if other:
-    return f"Say {', '.join(other)}."
-  return did_you_mean(name, known).strip() or f"It takes: {', '.join(known)}."
 
 
 def _groups_of_inject() -> list[dict[str, Any]]:

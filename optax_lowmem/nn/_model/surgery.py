@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_lowmem._arguments.argument_names import knowing
 from optax_lowmem._linear.head_names import HEAD
 from optax_lowmem._linear.names import excluded
 from optax_lowmem._linear.packed_weight import check_codebook
@@ -37,6 +38,15 @@ from optax_lowmem.nn._proofs.flax_layers import is_embed
 M = TypeVar("M", bound=nnx.Module)
 
 
+@knowing(
+  {
+    "bits": 'Say codebook="nf4", of 4 bits, or codebook="int8".',
+    "quant_type": "codebook",
+    "compress_statistics": "double_quantize",
+    "blocksize": "block_size",
+    "target_modules": "targets",
+  }
+)
 def quantize_model(
   model: M,
   *,
@@ -116,6 +126,15 @@ def quantize_model(
   return model
 
 
+@knowing(
+  {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "init_lora_weights": "init",
+  }
+)
 def add_lora(
   model: M,
   rank: int,
