@@ -3,6 +3,7 @@
     python benchmarks/reproduce.py --quick                   # minutes: small, one seed; prints
     python benchmarks/reproduce.py [--only language/came …]  # hours on two cores; in pieces, too
     python benchmarks/reproduce.py --tables --write          # no training: docs of what is there
+    python benchmarks/reproduce.py --sweep                   # learning rates, compared
 
 A language model of 1.02 M parameters on real text (train.py's, larger) and a classifier of digits,
 three seeds each. A seed draws one initialization and one order of batches, which all optimizers
@@ -13,6 +14,7 @@ width and seed, and what is there is not run again: stop it at any time and go o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -71,6 +73,26 @@ def one(of: Task, optimizer: str, bits: int, seed: int) -> dict[str, Any]:
   }
 
 
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def sweep(only: list[str] | None) -> None:
+  """Prints what a small model ends with in 32 bits at several learning rates, by `tasks.RATES`."""
+  for name in ("language", "digits"):
+    of = dataclasses.replace(task(name, True), steps=200)
+    print(f"\n| {name}, rate by | " + " | ".join(f"{f:g}" for f in FACTORS) + " |")
+    print("|---|" + "---|" * len(FACTORS))
+    for optimizer in OPTIMIZERS:
+      if only and not any(part in f"{name}/{optimizer}" for part in only):
+        continue
+      losses = []
+      for factor in FACTORS:
+        rates = {optimizer: factor * of.rates[optimizer]}
+        losses.append(one(dataclasses.replace(of, rates=rates), optimizer, 32, 0)["loss"])
+      shown = " | ".join(f"{loss:.4f}" for loss in losses)
+      print(f"| {optimizer}, {of.rates[optimizer]:g} | {shown} |", flush=True)
+
+
 def saved(path: pathlib.Path) -> dict[str, Any]:
   """The runs that are in a file."""
   return json.loads(path.read_text())["runs"] if path.exists() else {}
@@ -105,7 +127,11 @@ def main() -> None:
   parser.add_argument("--json", help="the file of results")
   parser.add_argument("--tables", action="store_true", help="train nothing; print what is there")
   parser.add_argument("--write", action="store_true", help="write the tables and curves to docs")
+  parser.add_argument("--sweep", action="store_true", help="compare learning rates instead")
   args = parser.parse_args()
+  if args.sweep:
+    sweep(args.only)
+    return
   name = "reproduce-quick-cpu.json" if args.quick else "reproduce-cpu.json"
   path = pathlib.Path(args.json) if args.json else RESULTS / name
   runs = saved(path)
