@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import doctest
 import pathlib
 import re
 import shlex
+import symtable
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -37,9 +39,9 @@ def blocks(page: str, *languages: str) -> Iterator[Block]:
       yield Block(found[1], found[2], text[: found.start()].count("\n") + 2)
 
 
-def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+def run(page: str) -> dict[str, Any]:
   """Runs a page's Python from top to bottom; returns the names that it ends with."""
-  names |= {"__name__": "__main__"}
+  names: dict[str, Any] = {"__name__": "__main__"}
   for block in blocks(page, "python", "pycon"):
     if NOT_RUN.match(block.text):
       continue
@@ -50,6 +52,28 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
     for example in doctest.DocTestParser().get_examples(block.text):
       _run_example(example, names, f"{page}, line {block.line + example.lineno}")
   return names
+
+
+def unknown_names(page: str) -> Iterator[tuple[int, str]]:
+  """Global names that a block uses, with its line, and neither it nor one above it makes."""
+  known = {*dir(builtins), "__name__"}
+  for block in blocks(page, "python", "pycon"):
+    text = block.text
+    if block.language == "pycon":
+      text = "".join(x.source for x in doctest.DocTestParser().get_examples(text))
+    module = symtable.symtable(text, page, "exec")
+    known |= {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()}
+    for scope in _scopes(module):
+      for symbol in scope.get_symbols():
+        is_global = symbol.is_global() or scope is module
+        if is_global and symbol.is_referenced() and symbol.get_name() not in known:
+          yield block.line, symbol.get_name()
+
+
+def _scopes(scope: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+  yield scope
+  for child in scope.get_children():
+    yield from _scopes(child)
 
 
 def _run_example(example: doctest.Example, names: dict[str, Any], where: str) -> None:

@@ -12,31 +12,15 @@ import optax_lowmem as lowmem
 from doc_pages import blocks
 
 PAGE = "docs/mixed_precision.md"
-RECIPES = [block.text for block in blocks(PAGE, "python")]
+SET_UP, *RECIPES = [block.text for block in blocks(PAGE, "python")]
 DTYPES = {"bf16 activations": "float32", "bf16 parameters": "bfloat16", "fp16": "float32"}
 NAMES = [*DTYPES, "micro-batches"]
 
 
-def apply(params, x):
-  hidden = jnp.tanh(x.astype(params["up"].dtype) @ params["up"])
-  return hidden @ params["down"]
-
-
-def given() -> dict[str, Any]:
-  """What the page takes as given."""
-  normal = np.random.default_rng(0).standard_normal
-  params = {
-    "up": jnp.asarray(0.2 * normal((64, 128)), jnp.float32),
-    "down": jnp.asarray(0.1 * normal((128, 32)), jnp.float32),
-  }
-  return {
-    "jax": jax, "jnp": jnp, "optax": optax, "lowmem": lowmem, "apply": apply, "params": params
-  }  # fmt: skip
-
-
 def run(recipe):
-  found = given()
-  exec(compile(RECIPES[recipe], PAGE, "exec"), found)
+  found: dict[str, Any] = {}
+  for text in (SET_UP, RECIPES[recipe]):
+    exec(compile(text, PAGE, "exec"), found)
   return found
 
 
@@ -68,7 +52,7 @@ def test_recipes_train(recipe):
 def test_all_together():
   """A bad micro-batch is left out, and parameters move in every fourth of the others."""
   found = run(4)
-  params, state, tx = found["params"], found["state"], found["tx"]
+  params, state, tx, apply = (found[name] for name in ("params", "state", "tx", "apply"))
 
   @jax.jit
   def step(params, state, data, bad):
