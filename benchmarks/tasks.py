@@ -41,9 +41,8 @@ class Task:
   rates: dict[str, float]
 
 
-# Half of the best rate that `reproduce.py --sweep` finds for a small language model in 200 steps, the
-# form of train.py: at the best, training is chaotic. Between widths of one rule nothing differs but
-# the storage.
+# Half of the best rate that `reproduce.py --sweep` finds for a small language model in 200 steps;
+# at the best, training is chaotic. Between widths of a rule nothing differs but the storage.
 RATES = {
   "adamw": 4e-3,
   "lion": 1.2e-3,
