@@ -303,7 +303,8 @@ ASKED = [
   "--grad-accum 4 --optim adafactor",
   "--full --dtype float32 --optim adamw_torch",
   "--full --masters 8 --grad-accum 4 --no-update-in-backward",
-  "--full --optim paged_adamw_8bit --no-update-in-backward --weight-decay 0.1",
+  "--full --optim paged_adamw_8bit --weight-decay 0.1",
+  "--full --optim paged_adamw_8bit --no-update-in-backward",
 ]
 
 

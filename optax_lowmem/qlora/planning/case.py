@@ -89,7 +89,7 @@ class Case:
 def _giving_way(s: Settings) -> dict[str, Any]:
   """What `check` refuses of these settings, and what it is to be in its place."""
   found: dict[str, Any] = {}
-  if s.full and (s.grad_accum > 1 or s.optim.startswith("paged_")):
+  if s.full and s.grad_accum > 1:
     found["update_in_backward"] = False
   if s.full and s.dtype == "float32":
     found["masters"] = Settings.masters

@@ -54,12 +54,6 @@ def check(s: Settings) -> None:
       "are there, so that there are none to add others to. Choose a larger --batch-size, or "
       "--no-update-in-backward, which holds the gradients of all layers."
     )
-  if s.full and s.update_in_backward and s.optim.startswith("paged_"):
-    raise ValueError(
-      f"--optim {s.optim}: with --full each layer is updated in the backward pass, and state in "
-      f"host memory is not fetched a layer at a time. Choose --optim {s.optim[6:]}, or add "
-      "--no-update-in-backward, which holds the gradients of all layers."
-    )
   if s.init == "loftq" and s.quantize == "none":
     raise ValueError("--init loftq makes up for quantization; --quantize none leaves nothing to.")
   if s.packing and s.buckets:
