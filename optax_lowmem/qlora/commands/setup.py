@@ -84,7 +84,7 @@ class Setup:
 
   def method(self, graph: Any) -> Method:
     """How a step of this graph's model is taken."""
-    return self.kind.method(self.settings, graph, self.tx, self.devices)
+    return self.kind.method(self.settings, graph, self.tx, self.mesh)
 
   def show(self) -> None:
     """Prints the shapes of what would be trained and the memory of a step on each device.
