@@ -175,6 +175,7 @@ def test_a_dry_run_says_what_each_device_holds(files, tmp_path):
   options = "--full --dry-run --optim paged_adamw_8bit --no-update-in-backward --batch-size 16"
   done = run(["-c", DRY_RUNS], *arguments(files, tmp_path / "out", *options.split()))
   assert done.returncode == 0, done.stderr[-4000:]
+  assert done.stdout.count("57 rows to learn from, 3 to measure with.") == 2
   one, two = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("[["))
   assert one[2] == 1 and two[2] == 2 and two[1] < 0.8 * one[1]
   assert all(half < 0.6 * whole for half, whole in zip(two[0], one[0], strict=True))

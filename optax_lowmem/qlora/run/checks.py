@@ -108,7 +108,10 @@ def only_results_left(
   whole = (folder / "summary.json").exists()
   measured = any(r["step"] == start and "samples" in r for r in records)  # as at the end of a run
   if start > s.steps or (start == s.steps and (whole or not measured)):
-    raise ValueError(f"--resume {folder}: all {start} steps are done already.")
+    raise ValueError(
+      f"--resume {folder}: all {start} steps are done already. `--steps {2 * start}` or "
+      "`--epochs N` trains longer."
+    )
   if patient and whole:
     raise ValueError(f"--resume {folder}: --patience {s.patience} ended it at step {start}.")
   if s.stop_after and start >= s.stop_after:
