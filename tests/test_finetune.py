@@ -295,7 +295,7 @@ class TestBadInput:
     other = [*resume, "--data", f"{tmp_path}/rows.json"]
     assert "is not the data of the run" in refused(other, capsys)
     template = json.loads(before[tmp_path / "a/run.json"])["template"]
-    assert template.startswith("chatml")  # what auto found
+    assert template.startswith("ChatML")  # what auto found
     monkeypatch.setattr(training_run, "read_inputs", lambda *_: pytest.fail("data are read"))
     said = refused([*resume, "--steps", "1"], capsys)
     assert "all 1 steps are done already. `--steps 2` or `--epochs N` trains longer." in said
