@@ -30,6 +30,7 @@ from optax_lowmem.qlora.models.attention import AttentionKind, attend_within
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.run.recipe import abstract_model, optimizer
 from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.training.devices import Spread, part_of
 from optax_lowmem.qlora.training.step import split, train_step
 
 GIB = 2**30
@@ -110,13 +111,11 @@ def on_eight_cards(
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   def part(path, x):
-    first = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
-    even = [axis for axis in range(first, x.ndim) if x.shape[axis] % mesh.size == 0]
-    return laid(x, *[None] * even[0], "data") if in_parts and even else laid(x)
+    return laid(x, *part_of(path, x.shape, mesh.size)) if in_parts else laid(x)
 
   state, batch = jax.tree.map(laid, state), jax.tree.map(lambda x: laid(x, None, "data"), batch)
   frozen = jax.tree_util.tree_map_with_path(part, frozen)
-  return functools.partial(fn, shards=mesh.size), (state, frozen, batch), donate
+  return functools.partial(fn, spread=Spread(mesh, in_parts)), (state, frozen, batch), donate
 
 
 def rows(compile: Compile, only: str | None = None) -> Iterator[dict[str, Any]]:

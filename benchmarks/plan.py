@@ -68,7 +68,9 @@ BACKWARD = (
   ("llama-7b", "adamw_8bit", "stochastic", 512),
   ("llama-7b", "adamw_4bit", "8", 512),
   ("llama-7b", "came", "8", 512),
+  ("llama-7b", "paged_adamw_8bit", "16", 512),
   ("llama-7b", "adamw_8bit", "16", 4096),
+  ("llama-7b", "paged_adamw_8bit", "16", 4096),
   ("llama-3.2-1b", "adamw_8bit", "16", 2048),
   ("qwen3-0.6b", "adamw_8bit", "16", 1024),
   ("smollm2-135m", "adamw_8bit", "16", 512),
@@ -257,9 +259,9 @@ TABLES = {
   "masters": _FULL,
   "backward": (
     "model | optimizer | masters | tokens | on the device, GB | of it weights | state "
-    "| gradients, activations | B/param",
+    "| gradients, activations | B/param | on the host, GB",
     "{model} | {optimizer} | {masters} | {tokens:,} | {device GB:.1f} | {weights GB:.1f} "
-    "| {state GB:.1f} | {temporaries GB:.1f} | {B/param:.2f}",
+    "| {state GB:.1f} | {temporaries GB:.1f} | {B/param:.2f} | {host GB:.1f}",
   ),
   "devices": (
     "model | on each card, GB | of it base | fits 24GB",

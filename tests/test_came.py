@@ -209,3 +209,10 @@ def test_signature_names_the_storage(rule):
   assert list(inspect.signature(rule).parameters)[-4:] == named
   with pytest.raises(TypeError, match=rf"{rule.__name__}\(\).*'block_sise'"):
     rule(1e-3, block_sise=128)
+
+
+def test_arrays_of_more_elements_than_an_int32_counts():
+  x = jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16)
+  tx = lowmem.came(1e-3)
+  updates, _ = jax.eval_shape(tx.update, x, jax.eval_shape(tx.init, x), x)
+  assert updates.shape == x.shape

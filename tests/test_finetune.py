@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import optax_lowmem as lowmem
@@ -24,7 +25,10 @@ from optax_lowmem._plan import memory_plan
 from optax_lowmem.qlora.commands import training_run
 from optax_lowmem.qlora.data import batches
 from optax_lowmem.qlora.data import dataset as data
+from optax_lowmem.qlora.kinds.adapters import Adapters
+from optax_lowmem.qlora.kinds.all_parameters import AllParameters
 from optax_lowmem.qlora.loading.llama import load_llama
+from optax_lowmem.qlora.run import terminal
 from optax_lowmem.qlora.run.recipe import adapted, optimizer
 from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
@@ -282,7 +286,7 @@ class TestBadInput:
     error = refused(arguments(files, tmp_path / "o", "--data", f"{tmp_path}/bad.jsonl"), capsys)
     assert "bad.jsonl, line 2: expected the keys 'messages'" in error
 
-  def test_a_resumed_run_is_not_changed_unnoticed(self, files, tmp_path, capsys):
+  def test_a_resumed_run_is_not_changed_unnoticed(self, files, tmp_path, capsys, monkeypatch):
     assert main(arguments(files, tmp_path / "a", "--stop-after", "1")) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     resume = ["--resume", str(tmp_path / "a")]
@@ -290,7 +294,12 @@ class TestBadInput:
     (tmp_path / "rows.json").write_text((files / "rows.json").read_text() + " ")
     other = [*resume, "--data", f"{tmp_path}/rows.json"]
     assert "is not the data of the run" in refused(other, capsys)
-    assert "all 1 steps are done" in refused([*resume, "--steps", "1"], capsys)
+    template = json.loads(before[tmp_path / "a/run.json"])["template"]
+    assert template.startswith("ChatML")  # what auto found
+    monkeypatch.setattr(training_run, "read_inputs", lambda *_: pytest.fail("data are read"))
+    said = refused([*resume, "--steps", "1"], capsys)
+    assert "all 1 steps are done already. `--steps 2` or `--epochs N` trains longer." in said
+    monkeypatch.undo()
     (tmp_path / "a" / "last/state.safetensors").write_bytes(b"half")
     assert "is not a complete training state" in refused(resume, capsys)
     last = tmp_path / "a" / "last/state.safetensors"
@@ -302,6 +311,20 @@ class TestBadInput:
     assert main(arguments(files, tmp_path / "out", *options)) == 1
     assert "Try a lower --lr" in capsys.readouterr().err
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_numbers_are_whole_in_80_columns(capsys, monkeypatch):
+  monkeypatch.setattr(terminal, "console", Console(width=80, file=sys.stdout, highlight=False))
+  parts = [
+    report.Part("optimizer state (paged_adamw_8bit, masters of 16 bits)", 0, 1 << 40, 1 << 40),
+    report.Part("weights", 405_853_388_800, 3 << 29, 3 << 30),
+  ]
+  for kind in (AllParameters, Adapters):
+    terminal.print_bytes(parts, 5 << 20, kind.usual, 8)
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) == 80
+    for text in ("parameters", "here", "405,853,388,800", "1,024.00 GiB", *kind.usual.split("\n")):
+      assert text in printed
 
 
 def test_dry_run_reads_no_weights(files, tmp_path, capsys):

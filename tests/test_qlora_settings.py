@@ -117,3 +117,40 @@ def test_refused(options, message):
 
 def test_flags_are_named_like_settings():
   assert flag_of("seq_len") == "--seq-len" and {type_of(f) for f in fields(Settings)} >= {int, bool}
+
+
+@pytest.mark.parametrize(
+  ("line", "yaml", "pattern"),
+  [
+    ("--target_modules q_proj,v_proj", "target_modules: [q_proj, v_proj]", "q_proj|v_proj"),
+    ("--targets q_proj|v_proj", "targets: q_proj|v_proj", "q_proj|v_proj"),
+    ("--targets q_proj,", "targets: q_proj,", "q_proj"),
+    ("--targets .{1,2}_proj", "lora_target: ['.{1,2}_proj']", ".{1,2}_proj"),
+    ("--targets all-linear", "targets: [all-linear]", "all-linear"),
+  ],
+)
+def test_targets_may_be_a_list(tmp_path, line, yaml, pattern):
+  """As PEFT and others have them; one pattern all the same, as runs and adapters keep it."""
+  config = write(tmp_path / "run.yaml", yaml + "\n")
+  assert parse("", line.split()).targets == pattern
+  assert parse("", ["--config", str(config)]).targets == pattern
+
+
+@pytest.mark.parametrize(
+  ("yaml", "message"),
+  [
+    ("targets: [q_proj, 3]", "targets: ['q_proj', 3] is neither a text nor a list of texts"),
+    ("targets: []", "is neither a text nor a list"),
+    ("targets: [all-linear, lm_head]", "names all-linear beside others"),
+  ],
+)
+def test_lists_of_targets_that_are_none_are_refused(tmp_path, yaml, message):
+  with pytest.raises(ValueError) as error:
+    parse("", ["--config", str(write(tmp_path / "run.yaml", yaml + "\n"))])
+  assert message in str(error.value)
+
+
+def test_a_list_with_spaces_is_told_of_commas(capsys):
+  with pytest.raises(SystemExit):
+    parse("", "--targets q_proj v_proj".split())
+  assert "unrecognized arguments: v_proj. What is several has commas" in capsys.readouterr().err

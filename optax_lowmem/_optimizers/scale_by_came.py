@@ -166,7 +166,7 @@ def scale_by_came(
 
   def excess(squares, size):
     """How many times the threshold the RMS is, at least once."""
-    rms = jnp.sqrt(squares / size) if size else jnp.zeros((), jnp.float32)
+    rms = jnp.sqrt(squares / float(size)) if size else jnp.zeros((), jnp.float32)
     return jnp.maximum(1.0, rms / clipping_threshold)
 
   def weigh(of_momentum, of_confidence, u, m, row, col):

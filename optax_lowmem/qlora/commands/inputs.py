@@ -18,11 +18,12 @@ from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 
 
 class Identity(NamedTuple):
-  """What run.json keeps, and a run that is resumed may not change."""
+  """What run.json keeps beside the settings, and is the same in a run that is resumed."""
 
   data_sha256: str
   today: datetime.date  # on which it began: templates write it
   base: dict[str, str] | None  # the base model's files; of runs from before they were kept, None
+  template: str  # the chat template's name
 
 
 class Inputs(NamedTuple):
@@ -48,17 +49,25 @@ def read_inputs(s: Settings, model_path: Path, config: LlamaConfig) -> Inputs:
   tokenizer = ChatTokenizer.from_model(model_path, s.chat_template, today)
   check_vocabulary(tokenizer, config)
   data, data_sha256 = read_data(s, tokenizer)
-  rows, held_rows = data.split()
-  if not s.packing:  # what is not measured is learned from
-    most = s.eval_batches * s.batch_size
-    rows, held_rows = rows + held_rows[most:], held_rows[:most]
   say(f"Model: {model_path.name}, {config.parameter_count():,} parameters.")
-  say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
+  rows, held_rows = divided(s, data)
   batches = Batches(
     rows, s.batch_size, s.grad_accum, s.seq_len, tokenizer.pad_id, s.seed,
     packing=s.packing, buckets=s.buckets,
   )  # fmt: skip
-  return Inputs(tokenizer, batches, held_rows, Identity(data_sha256, today, base))
+  return Inputs(
+    tokenizer, batches, held_rows, Identity(data_sha256, today, base, tokenizer.template.title)
+  )
+
+
+def divided(s: Settings, data: Dataset) -> tuple[list[Row], list[Row]]:
+  """The rows to learn from, and those to measure with; says how many they are."""
+  rows, held_rows = data.split()
+  if not s.packing:  # what is not measured is learned from
+    most = s.eval_batches * s.batch_size
+    rows, held_rows = rows + held_rows[most:], held_rows[:most]
+  say(f"{len(rows):,} rows to learn from, {len(held_rows):,} to measure with.")
+  return rows, held_rows
 
 
 def read_data(s: Settings, tokenizer: ChatTokenizer) -> tuple[Dataset, str]:

@@ -36,7 +36,9 @@ def recommend(argv: list[str]) -> int:
     ]
     print(json.dumps({"task": task, "rows": rows, "remedies": [r for r, _ in help_]}, indent=2))
     return 0
-  say(f"{case.model} on {budget.usable / GIB:.1f} GiB; {task}: {TASKS[task][1]}")
+  s = case.settings
+  tokens = f"{s.batch_size} x {s.seq_len:,} tokens"
+  say(f"{case.model} on {budget.usable / GIB:.1f} GiB, {tokens}; {task}: {TASKS[task][1]}")
   rows = [["", "needs", "fits"]]
   for each in fits:
     size = f"{each.plan.device_bytes / GIB:.1f} GiB"
@@ -63,6 +65,10 @@ def _check_free(words: dict[str, Any]) -> None:
 def _taken(best: Fit) -> str:
   """What to do, for the best that fits."""
   compiler = best.plan.compiler
-  by = f"by the compiler of: {compiler}" if compiler else "as estimated; --card asks a compiler"
-  how = f"lowmem finetune --model DIR {best.case.flags()}"
+  ask = best.plan.note.removesuffix(".") or "--card asks a compiler"
+  by = f"by the compiler of: {compiler}" if compiler else f"as estimated; {ask}"
+  s, flags = best.case.settings, best.case.flags()
+  rows = {"batch_size": s.batch_size, "seq_len": s.seq_len}  # what "needs" depends on most
+  said = [f"{flag_of(k)} {v}" for k, v in rows.items() if f"{flag_of(k)} " not in flags]
+  how = " ".join(["lowmem finetune --model DIR", *said, flags])
   return f"Take: {best.recipe.name} ({by}): {how}"

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from optax_lowmem.qlora.commands.inputs import read_data
+from optax_lowmem.qlora.commands.inputs import divided, read_data
 from optax_lowmem.qlora.files.fetch import MODEL_NAME, default_model
 from optax_lowmem.qlora.files.hub import fetched
 from optax_lowmem.qlora.kinds import Kind, kind_of
@@ -84,7 +84,7 @@ class Setup:
 
   def method(self, graph: Any) -> Method:
     """How a step of this graph's model is taken."""
-    return self.kind.method(self.settings, graph, self.tx, self.devices)
+    return self.kind.method(self.settings, graph, self.tx, self.mesh)
 
   def show(self) -> None:
     """Prints the shapes of what would be trained and the memory of a step on each device.
@@ -93,7 +93,8 @@ class Setup:
     """
     s = self.settings
     if s.data:
-      read_data(s, ChatTokenizer.from_model(self.model_path, s.chat_template))
+      data, _ = read_data(s, ChatTokenizer.from_model(self.model_path, s.chat_template))
+      divided(s, data)
     step = step_of(self.config, s, devices=self.devices)
     state, frozen, batch = laid_on(self.mesh, (step.state, step.frozen, step.batch))
     state = state._replace(opt_state=in_its_memory(state.opt_state))

@@ -28,11 +28,13 @@ from optax_lowmem.qlora.run.checkpoints import (
   room,
   save_state,
   seal,
+  steps_done,
   whole_metrics,
 )
 from optax_lowmem.qlora.run.checks import only_results_left
 from optax_lowmem.qlora.run.run_folder import output_folder
 from optax_lowmem.qlora.run.runs import save_settings
+from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.run.terminal import (
   CtrlC,
   StepBar,
@@ -79,6 +81,8 @@ class Run:
     self.before = Path(s.resume or self.out)
     if s.fsdp and setup.mesh is None:
       say("--fsdp: there is only one device, which holds the whole model.")
+    if s.resume and not s.epochs:  # of epochs, the data say how many steps they are
+      self.check_more_is_left(s)
     self.inputs = read_inputs(s, setup.model_path, setup.config)
     if s.epochs:
       setup = setup.lasting(self.inputs.batches.steps(s.epochs))
@@ -111,11 +115,22 @@ class Run:
     if s.resume:
       kept, self.done = load_state(last / STATE, self.kind.kept(self.state))
       self.state = self.kind.restored(kept, self.state)
-      self.records = read_records(whole_metrics(last) or self.before / METRICS, until=self.done)
+      self.records = self.recorded(last, self.done)
       self.ended = only_results_left(s, self.done, self.before, self.records)
     if self.kind.whole and not self.ended:
       check_room(self.out, room(self.folders()))
     self.board = Board(self.out / "tensorboard", self.done) if s.tensorboard else None
+
+  def check_more_is_left(self, s: Settings) -> None:
+    """Raises ValueError where nothing is left to do, before data and model are read."""
+    last = found(self.before / "last")
+    done = steps_done(last / STATE)
+    if done is not None:
+      only_results_left(s, done, self.before, self.recorded(last, done))
+
+  def recorded(self, last: Path, done: int) -> list[dict[str, Any]]:
+    """What the run that is resumed has measured in so many steps."""
+    return read_records(whole_metrics(last) or self.before / METRICS, until=done)
 
   def folders(self) -> dict[Path, int]:
     """The folders with what is trained that the run writes, and the bytes of each."""

@@ -18,6 +18,7 @@ from optax_lowmem.qlora.run.called import called
 from optax_lowmem.qlora.run.checks import check_patterns, check_rank
 from optax_lowmem.qlora.run.recipe import abstract_model, loaded_model, optimizer, trained_model
 from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.training.devices import Devices
 from optax_lowmem.qlora.training.report import Part, byte_parts
 from optax_lowmem.qlora.training.step import Method, ordinary
 
@@ -45,9 +46,9 @@ class Adapters(Kind):
     return optimizer(s)
 
   def method(
-    self, s: Settings, graph: Any, tx: optax.GradientTransformation, shards: int = 1
+    self, s: Settings, graph: Any, tx: optax.GradientTransformation, mesh: Devices = None
   ) -> Method:
-    return ordinary(graph, tx, shards=shards)
+    return ordinary(graph, tx, self.spread(s, mesh))
 
   def save(self, model: Any, folder: Path, source: Source) -> None:
     lowmem_nn.save_peft(without_noise(model), folder, base_model=source.name)

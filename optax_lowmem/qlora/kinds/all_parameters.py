@@ -23,6 +23,7 @@ from optax_lowmem.qlora.models.neftune import with_noise, without_noise
 from optax_lowmem.qlora.run.called import called
 from optax_lowmem.qlora.run.recipe import clipping, named_rule
 from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.training.devices import Devices
 from optax_lowmem.qlora.training.report import Part, count, nbytes
 from optax_lowmem.qlora.training.step import Method, ordinary
 from optax_lowmem.qlora.training.within_backward import within_backward
@@ -63,11 +64,12 @@ class AllParameters(Kind):
     return rule if s.update_in_backward else optax.chain(clipping(s), rule), schedule
 
   def method(
-    self, s: Settings, graph: Any, tx: optax.GradientTransformation, shards: int = 1
+    self, s: Settings, graph: Any, tx: optax.GradientTransformation, mesh: Devices = None
   ) -> Method:
     if s.update_in_backward:
-      return within_backward(graph, tx, clip_norm=s.max_grad_norm or None, shards=shards)
-    return ordinary(graph, tx, shards=shards)
+      clip_norm = s.max_grad_norm or None
+      return within_backward(graph, tx, clip_norm=clip_norm, spread=self.spread(s, mesh))
+    return ordinary(graph, tx, self.spread(s, mesh))
 
   def save(self, model: Any, folder: Path, source: Source) -> None:
     save_model(without_noise(model), folder, source)

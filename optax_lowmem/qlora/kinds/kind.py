@@ -13,6 +13,7 @@ from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
+from optax_lowmem.qlora.training.devices import Devices, Spread
 from optax_lowmem.qlora.training.report import Part
 from optax_lowmem.qlora.training.step import Method, State
 
@@ -65,9 +66,13 @@ class Kind(abc.ABC):
 
   @abc.abstractmethod
   def method(
-    self, s: Settings, graph: Any, tx: optax.GradientTransformation, shards: int = 1
+    self, s: Settings, graph: Any, tx: optax.GradientTransformation, mesh: Devices = None
   ) -> Method:
     """How a step is taken, of a model's graph and what `optimizer` gave."""
+
+  def spread(self, s: Settings, mesh: Devices) -> Spread:
+    """How a step is spread over devices."""
+    return Spread(mesh, s.fsdp, s.fsdp and self.whole)
 
   @abc.abstractmethod
   def save(self, model: Any, folder: Path, source: Source) -> None:

@@ -52,7 +52,7 @@ class Budget(NamedTuple):
       said += f", of which {(self.total - self.usable) / GIB:.1f} are left to the driver and CUDA"
     said += "."
     if plan.method == "estimate" and abs(plan.device_bytes / max(1, self.usable) - 1) < _CLOSE:
-      said += " That is close; --card asks a compiler."
+      said += " That is close" + ("." if plan.note else "; --card asks a compiler.")
     part = plan.device_bytes / max(1, self.total)
     if self.fits(plan) and part > _TAKEN and plan.compiler != "cpu":
       said += (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from optax_lowmem._plan.compiler import missing
 from optax_lowmem._plan.memory_plan import MemoryPlan, Part
 from optax_lowmem._plan.parts import of_gradients
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
@@ -54,15 +55,21 @@ class Case:
     return step_of(self.config, self.settings, devices=self.devices)
 
   def plan(self, card: str | None = None) -> MemoryPlan:
-    """What it takes: by the compiler of a card, or with an estimate of the temporaries."""
-    step = self.step()
+    """What it takes: by the compiler of a card, or with an estimate of the temporaries.
+
+    Where the card's compiler is not installed the estimate stands for it. It is nearer than what
+    the CPU's compiler says, which widens bfloat16.
+    """
+    step, note = self.step(), ""
     if card is not None:
-      return step.compiled(card)
+      if (lacks := missing(card)) is None:
+        return step.compiled(card)
+      note = f"The compiler of {card} would know; it needs {lacks}."
     known = step.shapes()
     gradients = sum(part.device for part in of_gradients(step.at_a_time))
     rest = temporaries(self.config, self.settings, gradients, self.devices)
     parts = (*known.parts, Part("activations, other temporaries", "temporaries", rest))
-    return dataclasses.replace(known, parts=parts, method="estimate")
+    return dataclasses.replace(known, parts=parts, method="estimate", note=note)
 
   def flags(self, before: Case | None = None) -> str:
     """The settings that are not those of another case, or not the defaults, as flags."""
@@ -89,7 +96,7 @@ class Case:
 def _giving_way(s: Settings) -> dict[str, Any]:
   """What `check` refuses of these settings, and what it is to be in its place."""
   found: dict[str, Any] = {}
-  if s.full and (s.grad_accum > 1 or s.optim.startswith("paged_")):
+  if s.full and s.grad_accum > 1:
     found["update_in_backward"] = False
   if s.full and s.dtype == "float32":
     found["masters"] = Settings.masters

@@ -23,8 +23,8 @@ def _less_of_masters(case: Case) -> Case | None:
 
 def _update_in_backward(case: Case) -> Case | None:
   s = case.settings
-  possible = case.full and s.grad_accum == 1 and not s.optim.startswith("paged_")
-  return case.but(update_in_backward=True) if possible and not s.update_in_backward else None
+  possible = case.full and s.grad_accum == 1 and not s.update_in_backward
+  return case.but(update_in_backward=True) if possible else None
 
 
 def _fewer_bits(case: Case, bits: int) -> Case | None:

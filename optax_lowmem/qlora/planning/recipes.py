@@ -64,7 +64,7 @@ RECIPES = (
     "bfloat16 weights, 16-bit masters, 8-bit AdamW, all in host memory",
     "all parameters",
     {"dtype": "bfloat16", "masters": "16", "optim": "paged_adamw_8bit"},
-    "no state on the device, but all gradients; it travels there and back in each step",
+    "the state of one layer at a time on the device; it travels there and back in each step",
   ),
   Recipe(
     "LoRA on 16-bit weights",

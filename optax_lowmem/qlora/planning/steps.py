@@ -18,6 +18,7 @@ from optax_lowmem.qlora.data.batches import Batch
 from optax_lowmem.qlora.kinds import kind_of
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.run.settings import Settings
+from optax_lowmem.qlora.training.devices import part_of
 from optax_lowmem.qlora.training.step import State, split
 
 
@@ -102,7 +103,7 @@ def step_of(config: LlamaConfig, s: Settings, *, devices: int = 1) -> Step:
     trained = _in_parts(mesh, trained) if divided else jax.tree.map(whole, trained)
     rngs = jax.tree.map(whole, rngs)
     batch = jax.tree.map(lambda x: _laid(mesh, x, None, "data"), batch)
-  method = kind.method(s, graph, kind.optimizer(s)[0], devices)
+  method = kind.method(s, graph, kind.optimizer(s)[0], mesh)
   state = State(trained, state_shapes(method, trained, mesh), rngs)
   at_a_time = method.at_a_time(trained)
   return Step(method.step, state, frozen, batch, at_a_time, kind.whole, s.grad_accum, mesh)
@@ -116,9 +117,7 @@ def _laid(mesh: AbstractMesh, x: Any, *spec: str | None) -> Any:
 def _in_parts(mesh: AbstractMesh, tree: Any) -> Any:
   """As `training.devices.in_parts` lays arrays out."""
 
-  def part(path: tuple[Any, ...], x: Any) -> Any:
-    first = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
-    even = [axis for axis in range(first, x.ndim) if x.shape[axis] % mesh.size == 0]
-    return _laid(mesh, x, *[None] * even[0], "data") if even else _laid(mesh, x)
+  def part(path: Any, x: Any) -> Any:
+    return _laid(mesh, x, *part_of(path, x.shape, mesh.size))
 
   return jax.tree_util.tree_map_with_path(part, tree)

@@ -5,6 +5,7 @@ Flags go before the file named by ``--config``, which goes before the defaults.
 
 import argparse
 import json
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from optax_lowmem.qlora.run.settings import (
   CHOICES,
   FULL,
   HELP,
+  READ,
   Settings,
   default_of,
   flag_of,
@@ -51,7 +53,8 @@ def parser_of(description: str, prog: str | None = None) -> argparse.ArgumentPar
     if kind is bool:
       parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-      parser.add_argument(flag, type=_reader(kind), choices=CHOICES.get(each.name), help=text)
+      reader = _with_reason(READ[each.name]) if each.name in READ else _reader(kind)
+      parser.add_argument(flag, type=reader, choices=CHOICES.get(each.name), help=text)
   return parser
 
 
@@ -104,6 +107,8 @@ class _Parser(argparse.ArgumentParser):
   """Says what is wrong in one line, without the names of all settings before it."""
 
   def error(self, message: str) -> NoReturn:
+    if re.match(r"unrecognized arguments: [^-]", message):
+      message += ". What is several has commas between, as --targets q_proj,v_proj"
     self.exit(2, f"error: {message}. --help lists the settings.\n")
 
 
@@ -162,6 +167,18 @@ def of_record(settings: Mapping[str, Any], file: Path) -> dict[str, Any]:
   return converted
 
 
+def _with_reason(read: Callable[[Any], Any]) -> Callable[[str], Any]:
+  """A reader of a flag's text whose error argparse prints."""
+
+  def told(text: str) -> Any:
+    try:
+      return read(text)
+    except ValueError as error:
+      raise argparse.ArgumentTypeError(f"{text!r:.200} {error}") from error
+
+  return told
+
+
 def _reader(kind: Any) -> Callable[[str], Any]:
   """Makes a flag's text a value: `a,b` a list, `a=1,b=2` or JSON a mapping."""
   if typing.get_origin(kind) is list:
@@ -186,6 +203,8 @@ def _reader(kind: Any) -> Callable[[str], Any]:
 
 def _converted(each: "Field[Any]", value: Any) -> Any:
   """A value of YAML as the setting wants it; YAML reads 1e-3 as a text."""
+  if each.name in READ:
+    return READ[each.name](value)
   kind: Any = type_of(each)
   optional = default_of(each) is None
   if value is None and (optional or typing.get_origin(kind)):

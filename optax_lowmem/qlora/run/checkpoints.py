@@ -134,6 +134,15 @@ def save_state(path: Path, tree: object, step: int) -> None:
   path.write_bytes(save(arrays, metadata={"step": str(step)}))
 
 
+def steps_done(path: Path) -> int | None:
+  """The number of steps done, of what `save_state` wrote; None where it cannot be read."""
+  try:
+    with safe_open(path, framework="np") as file:
+      return int((file.metadata() or {})["step"])
+  except (OSError, SafetensorError, LookupError, ValueError):
+    return None
+
+
 def load_state(path: Path, like: T) -> tuple[T, int]:
   """Reads what :func:`save_state` wrote into a tree of the same structure, shapes and dtypes.
 

@@ -54,12 +54,6 @@ def check(s: Settings) -> None:
       "are there, so that there are none to add others to. Choose a larger --batch-size, or "
       "--no-update-in-backward, which holds the gradients of all layers."
     )
-  if s.full and s.update_in_backward and s.optim.startswith("paged_"):
-    raise ValueError(
-      f"--optim {s.optim}: with --full each layer is updated in the backward pass, and state in "
-      f"host memory is not fetched a layer at a time. Choose --optim {s.optim[6:]}, or add "
-      "--no-update-in-backward, which holds the gradients of all layers."
-    )
   if s.init == "loftq" and s.quantize == "none":
     raise ValueError("--init loftq makes up for quantization; --quantize none leaves nothing to.")
   if s.packing and s.buckets:
@@ -114,7 +108,10 @@ def only_results_left(
   whole = (folder / "summary.json").exists()
   measured = any(r["step"] == start and "samples" in r for r in records)  # as at the end of a run
   if start > s.steps or (start == s.steps and (whole or not measured)):
-    raise ValueError(f"--resume {folder}: all {start} steps are done already.")
+    raise ValueError(
+      f"--resume {folder}: all {start} steps are done already. `--steps {2 * start}` or "
+      "`--epochs N` trains longer."
+    )
   if patient and whole:
     raise ValueError(f"--resume {folder}: --patience {s.patience} ended it at step {start}.")
   if s.stop_after and start >= s.stop_after:

@@ -2,7 +2,8 @@
 
 ::
 
-    run.json       the settings, and checksums of data and base model; --resume reads it
+    run.json       the settings, the chat template that was found, and checksums of data and base
+                   model; --resume reads it
     config.yaml    the settings, for people and for --config
     metrics.jsonl  what was measured, a line each time; nothing depends on it
     adapter/       the adapter at the end of the run, in PEFT's format; or, with --full,
@@ -25,7 +26,7 @@ from optax_lowmem.qlora.files.disk import write_whole
 from optax_lowmem.qlora.run.run_folder import is_unfinished
 from optax_lowmem.qlora.run.settings import CHANGEABLE, ONLY, Settings, trained_by
 
-_KEYS = ("data_sha256", "today", "base")
+_KEYS = ("data_sha256", "today", "base", "template")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def save_settings(
   data_sha256: str,
   today: datetime.date | None = None,
   base: dict[str, str] | None = None,
+  template: str | None = None,
 ) -> None:
   """Writes run.json and config.yaml, from which the run can be resumed and repeated."""
   settings = asdict(s) | {"resume": None, "config": None}
@@ -105,6 +107,8 @@ def save_settings(
   record["today"] = (today or datetime.date.today()).isoformat()
   if base is not None:
     record["base"] = base
+  if template is not None:  # what --chat-template auto has found
+    record["template"] = template
   record["sha256"] = _sum(record)
   write_whole(out / "run.json", json.dumps(record, indent=2) + "\n")
   once = {"config", "resume", "out", "stop_after", "dry_run"}

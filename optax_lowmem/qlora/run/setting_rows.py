@@ -1,6 +1,6 @@
 """A row of the table of settings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ def setting(
   most: int | None = None,
   changeable: bool = False,
   only: Trained | None = None,
+  read: Callable[[Any], Any] | None = None,
 ) -> Any:
   """A row of the table.
 
@@ -28,9 +29,10 @@ def setting(
       somebody else wrote.
     changeable: whether a resumed run may have another one; any else would make it another run.
     only: what is trained, where it says nothing of the other.
+    read: makes a flag's text, or a value of YAML, the setting's value; by default its type does.
   """
   metadata = {"help": help, "choices": choices, "least": least, "most": most, "only": only}
-  metadata["changeable"] = changeable
+  metadata |= {"changeable": changeable, "read": read}
   if isinstance(default, (dict, list)):
     return field(default_factory=type(default), metadata=metadata)
   return field(default=default, metadata=metadata)

@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from optax_lowmem.qlora.models.attention import KINDS
+from optax_lowmem.qlora.run.name_lists import pattern_of
 from optax_lowmem.qlora.run.setting_rows import Trained as Trained
 from optax_lowmem.qlora.run.setting_rows import setting
 
@@ -114,9 +115,10 @@ class Settings:
   dropout: float = setting(0.0, "dropout in the adapters", only="adapters")
   targets: str = setting(
     "([qkvo]|qkv|gate|up|gate_up|down)_proj",
-    "layers to adapt, a regular expression for their names or full paths; all-linear is "
-    "every linear layer but the head",
+    "layers to adapt: names, such as q_proj,v_proj, or a regular expression for names or full "
+    "paths; all-linear is every linear layer but the head",
     only="adapters",
+    read=pattern_of,
   )
   init: str = setting(
     "default",
@@ -233,6 +235,7 @@ def _column(name: str) -> dict[str, Any]:
 
 
 HELP, CHOICES, LEAST, MOST, ONLY = map(_column, ("help", "choices", "least", "most", "only"))
+READ = _column("read")
 FULL = {"lr": 2e-5}  # what other defaults are with --full
 CHANGEABLE = {name for name, changes in _column("changeable").items() if changes}
 

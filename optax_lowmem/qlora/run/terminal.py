@@ -157,9 +157,9 @@ def print_bytes(parts: list[Part], temporaries: int, usual: str, devices: int = 
   """The table of where the bytes are on each device; `usual` is what they are compared with."""
   on = f", on each of {devices} devices" if devices > 1 else ""
   table = Table(title=f"Where the bytes are{on}", title_justify="left")
-  table.add_column("", no_wrap=True)
+  table.add_column("")  # words may go on in the next line, numbers not
   for name in ("parameters", "here", usual):
-    table.add_column(name, justify="right")
+    table.add_column(name, justify="right", no_wrap=True)
   for part in parts:
     numbers = f"{part.parameters:,}" if part.parameters else ""
     table.add_row(

@@ -6,15 +6,16 @@ the devices found.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowmem.qlora.data.batches import Batch
 
 T = TypeVar("T")
+Devices = Mesh | AbstractMesh | None  # None for one
 
 
 def devices_in_a_row(count: int, batch_size: int) -> Mesh | None:
@@ -87,13 +88,61 @@ def in_parts(tree: T, mesh: Mesh | None) -> T:
   if mesh is None:
     return tree
 
-  def put(path: tuple[object, ...], x: jax.Array) -> jax.Array:
-    first = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
-    even = [axis for axis in range(first, x.ndim) if x.shape[axis] % mesh.size == 0]
-    spec = PartitionSpec(*[None] * even[0], "data") if even else PartitionSpec()
-    return jax.device_put(x, NamedSharding(mesh, spec))
+  def put(path: Any, x: jax.Array) -> jax.Array:
+    return jax.device_put(x, NamedSharding(mesh, part_of(path, x.shape, mesh.size)))
 
   return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def part_of(path: Any, shape: tuple[int, ...], count: int) -> PartitionSpec:
+  """How `in_parts` cuts an array of that path and shape for so many devices."""
+  first = 1 if "['layers']" in jax.tree_util.keystr(path) else 0
+  even = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0]
+  return PartitionSpec(*[None] * even[0], "data") if even else PartitionSpec()
+
+
+class Spread(NamedTuple):
+  """How a step is spread over devices.
+
+  Attributes:
+    mesh: the devices; None for one.
+    base_in_parts: whether they hold parts of what is frozen.
+    trained_in_parts: whether they hold parts of what is trained.
+  """
+
+  mesh: Devices = None
+  base_in_parts: bool = False
+  trained_in_parts: bool = False
+
+  @property
+  def shards(self) -> int:
+    """The number of devices."""
+    return 1 if self.mesh is None else self.mesh.size
+
+  def laid(self, tree: T, *, of_one_layer: bool = False) -> T:
+    """Gradients, or what they are taken by, laid as what is trained.
+
+    Where weights are in parts, the compiler may cut gradients by heads, four ways on eight devices.
+    The update, which is cut as the state is, cannot be told of that.
+
+    Args:
+      tree: as what is trained, or as a part of it.
+      of_one_layer: whether arrays of layers lack the axis over layers.
+    """
+    if self.mesh is None or not (self.base_in_parts or self.trained_in_parts):
+      return tree
+    mesh = self.mesh if isinstance(self.mesh, AbstractMesh) else self.mesh.abstract_mesh
+    lead = (1,) * of_one_layer
+
+    def lay(path: Any, x: jax.Array) -> jax.Array:
+      spec = part_of(path, (*lead, *x.shape), mesh.size)[len(lead) :]
+      spec = PartitionSpec(*spec) if self.trained_in_parts else PartitionSpec()
+      return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(lay, tree)
+
+
+ALONE = Spread()
 
 
 def laid_on(mesh: Mesh | None, shapes: T) -> T:

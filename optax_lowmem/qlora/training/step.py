@@ -12,6 +12,7 @@ from flax import nnx
 import optax_lowmem as lowmem
 from optax_lowmem._steps.sums import plus
 from optax_lowmem.qlora.data.batches import Batch
+from optax_lowmem.qlora.training.devices import ALONE, Spread
 
 
 class State(NamedTuple):
@@ -45,15 +46,15 @@ class Method(NamedTuple):
   at_a_time: Callable[[Any], Any]
 
 
-def ordinary(graph: Any, tx: optax.GradientTransformation, *, shards: int = 1) -> Method:
+def ordinary(graph: Any, tx: optax.GradientTransformation, spread: Spread = ALONE) -> Method:
   """All gradients, and then the update.
 
   Args:
     graph: the model's, as `split` gives it.
     tx: the optimizer.
-    shards: the devices over which rows are spread.
+    spread: over which devices.
   """
-  return Method(tx.init, partial(train_step, graph, tx, shards=shards), lambda trained: trained)
+  return Method(tx.init, partial(train_step, graph, tx, spread=spread), lambda trained: trained)
 
 
 def split(model: nnx.Module, init: Any, wrt: Any = nnx.LoRAParam) -> tuple[Any, State, Any]:
@@ -181,7 +182,13 @@ def hidden_states(model: Any, batch: Batch) -> jax.Array:
 
 
 def train_step(
-  graph: Any, tx: Any, state: State, frozen: Any, batch: Batch, *, shards: int = 1
+  graph: Any,
+  tx: Any,
+  state: State,
+  frozen: Any,
+  batch: Batch,
+  *,
+  spread: Spread = ALONE,
 ) -> tuple[State, Any]:
   """One step of the optimizer; the gradients of `batch`'s leading axis are summed.
 
@@ -202,7 +209,7 @@ def train_step(
     hidden, pull_back, rngs = jax.vjp(hidden_of, state.trained, has_aux=True)
     head = head_loss(
       graph, state._replace(rngs=rngs), frozen, hidden, part,
-      divisor=learned, with_gradient=True, shards=shards,
+      divisor=learned, with_gradient=True, shards=spread.shards,
     )  # fmt: skip
     if passes == 1:
       (grads,) = pull_back(head.hidden)
@@ -218,6 +225,7 @@ def train_step(
 
   zeros, numbered = jax.tree.map(jnp.zeros_like, state.trained), (jnp.arange(passes), batch)
   (grads, rngs), losses = jax.lax.scan(accumulate, (zeros, state.rngs), numbered)
+  grads = spread.laid(grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   # Of bfloat16 parameters the gradients are bfloat16, and three digits are too few for a norm.

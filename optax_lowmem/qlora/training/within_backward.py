@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_lowmem as lowmem
 from optax_lowmem.qlora.data.batches import Batch
+from optax_lowmem.qlora.training.devices import ALONE, Spread
 from optax_lowmem.qlora.training.step import Method, State, head_loss, merged, of_head
 
 
@@ -30,7 +31,7 @@ def within_backward(
   tx: optax.GradientTransformation,
   *,
   clip_norm: float | None = None,
-  shards: int = 1,
+  spread: Spread = ALONE,
 ) -> Method:
   """How a model is trained where one layer's gradients exist at a time.
 
@@ -44,13 +45,13 @@ def within_backward(
     tx: the optimizer, of a layer and of what is no layer.
     clip_norm: the largest norm of all gradients, larger ones are scaled to it; it costs a second
       backward pass.
-    shards: the devices over which rows are spread.
+    spread: over which devices.
   """
   tx = optax.chain(_measured(clip_norm), tx)
 
   def training(state: State, frozen: Any) -> Any:
     return lowmem.update_in_backward(
-      *_pieces(graph, state, frozen, shards), tx, clip_norm=clip_norm
+      *_pieces(graph, state, frozen, spread), tx, clip_norm=clip_norm
     )
 
   def init(trained: Any) -> Any:
@@ -111,7 +112,7 @@ def _whole(parts: dict[str, Any]) -> Any:
   return nnx.merge_state(parts["outer"], parts["layers"])
 
 
-def _pieces(graph: Any, state: State, frozen: Any, shards: int) -> tuple[Any, Any, Any]:
+def _pieces(graph: Any, state: State, frozen: Any, spread: Spread) -> tuple[Any, Any, Any]:
   """What precedes the layers, a layer, and what follows them with the loss, as functions."""
   parts = parted(state.trained)
   stacks = parts["layers"]  # which the first and the last do not read
@@ -122,19 +123,20 @@ def _pieces(graph: Any, state: State, frozen: Any, shards: int) -> tuple[Any, An
 
   def embed(outer: Any, given: Any) -> jax.Array:
     part, rngs, _ = given
-    return model_of(_boxed(outer, parts["outer"]), rngs).model.embedded(part.inputs)
+    return model_of(_boxed(spread.laid(outer), parts["outer"]), rngs).model.embedded(part.inputs)
 
   def layer(params: Any, x: jax.Array, given: Any, own: Any) -> jax.Array:
     _, rngs, around = given
     model = merged(graph, state._replace(rngs=rngs), frozen).model
+    params = spread.laid(params, of_one_layer=True)
     block = nnx.merge(nnx.graphdef(model.layers), _boxed(params, stacks)["model"]["layers"])
     return model.layer(block, x, around, own)
 
   def head(outer: Any, x: jax.Array, given: Any) -> jax.Array:
     part, rngs, _ = given
-    outer = _boxed(outer, parts["outer"])
+    outer = _boxed(spread.laid(outer), parts["outer"])
     hidden = model_of(outer, rngs).model.norm(x)
-    return _loss(graph, frozen, shards, outer, stacks, hidden, part, rngs)
+    return _loss(graph, frozen, spread.shards, outer, stacks, hidden, part, rngs)
 
   return embed, layer, head
 
