@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 
 import optax_lowmem as lowmem
 from programs import times_compiled
@@ -137,3 +138,53 @@ def test_what_cannot_be_paged_so_is_refused():
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     jax.eval_shape(training.step, params, state, BATCH)
+
+
+def test_pages_of_the_other_order_are_refused():
+  """An ordinary step would go through them in reverse, and so would a checkpoint of one."""
+  tx = OFFLOADED(optax.sgd(0.1, momentum=0.9))
+  training, params = training_of(tx), parameters()
+  state, ordinary = training.init(params)["layers"], tx.init(params["layers"])
+  for page, other in zip(pages_of(state), pages_of(ordinary), strict=True):
+    assert page.shape == other.shape and page.dtype == other.dtype
+    assert page.lanes[0].shape != other.lanes[0].shape  # to Orbax, other arrays
+  with pytest.raises(ValueError, match=r"the last layer first\. For an ordinary step, lay"):
+    tx.update(params["layers"], state, params["layers"])
+  saved = serialization.to_state_dict(ordinary)
+  with pytest.raises(ValueError, match="what was saved is lane0"):
+    serialization.from_state_dict(state, saved)
+  again = serialization.from_state_dict(state, serialization.to_state_dict(state))
+  chex.assert_trees_all_equal(lowmem.unpaged(again), lowmem.unpaged(state))
+
+
+def test_offloaded_within_offloaded():
+  """The outer one has what the inner one leaves."""
+  inner = OFFLOADED(optax.trace(0.9))
+  state = training_of(OFFLOADED(optax.chain(inner, optax.scale_by_adam()))).init(parameters())
+  matrices = 2  # the norm is below `min_bytes`
+  assert len(pages_of(state["layers"])) == 3 * matrices
+
+
+def test_quantized_around_pages_is_refused():
+  with pytest.raises(ValueError, match=r"Swap the two: `offloaded\(quantized"):
+    training_of(lowmem.quantized(OFFLOADED(optax.adam(1e-3)), min_size=64)).init(parameters())
+
+
+def test_a_state_without_pages_warns_by_the_budget_of_all_layers():
+  params = parameters()
+  layer = sum(x.nbytes for x in jax.tree.leaves(params["layers"])) // LAYERS
+  tx = lowmem.offloaded(optax.sgd(0.1, momentum=0.9), min_bytes=64, device_budget=2 * layer)
+  training = training_of(tx)
+  state = training.init(params)
+  assert pages_of(state["layers"])
+  with pytest.warns(
+    UserWarning, match=r"like=init\(params\)\)`, with that of `update_in_backward`"
+  ):
+    jax.eval_shape(training.step, params, lowmem.unpaged(state), BATCH)
+
+
+def test_whose_where_it_is():
+  training = lowmem.update_in_backward(**PARTS, tx=OFFLOADED(optax.adam(1e-3), where="up"))
+  with pytest.raises(ValueError, match="names no array") as raised:
+    training.init(parameters())
+  assert "`outer_tx` is for" in " ".join(raised.value.__notes__)

@@ -1,5 +1,7 @@
 """`explain`: how parameters are held and updated, and why."""
 
+import copy
+import pickle
 from typing import Any
 
 import jax
@@ -105,3 +107,9 @@ def test_state_in_host_memory_is_said_to_be_there(inner):
   (found,) = lowmem.explain(lowmem.offloaded(inner), {"w": PARAMS["w"]})
   assert found.held == {name: f"{form} in host memory" for name, form in without.held.items()}
   assert found.bytes == without.bytes > 0
+
+
+def test_copies_are_alike():
+  found = lowmem.explain(lowmem.lion(1e-3), PARAMS, platform="cpu")
+  for again in (copy.copy(found), pickle.loads(pickle.dumps(found))):
+    assert again == found and str(again) == str(found)

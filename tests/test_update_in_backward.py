@@ -1,5 +1,7 @@
 """The update in the backward pass is the ordinary step over a list of layers."""
 
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -202,6 +204,34 @@ def test_a_norm_within_is_that_of_one_layer():
   moved = [tx.update(g, tx.init(g))[0] for g in each]
   want = optax.apply_updates(unstacked(params), {"layers": moved[:-1], "outer": moved[-1]})
   chex.assert_trees_all_close(new, stacked(want), rtol=1e-5, atol=1e-6)
+
+
+class Agreement(NamedTuple):
+  last: Any
+  dot: jax.Array
+
+
+def test_what_is_replaced_is_read_before():
+  """Of all arrays a number, made of the state that each of them is replaced in."""
+
+  def init(params):
+    return Agreement(jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+
+  def update(updates, state: Any, params=None):
+    del params
+    dots = map(jnp.vdot, jax.tree.leaves(state.last), jax.tree.leaves(updates))
+    steps = jax.tree.map(lambda g: -0.1 * g, updates)
+    return steps, Agreement(updates, jnp.sum(jnp.stack([*dots])))
+
+  tx = optax.GradientTransformation(init, update)
+  training = lowmem.update_in_backward(**PARTS, tx=tx)
+  step, params = jax.jit(training.step), parameters()
+  _, params, state = step(params, training.init(params), BATCH)
+  np.testing.assert_array_equal(state["layers"].dot, jnp.zeros(LAYERS))
+  _, _, new = step(params, state, BATCH)
+  products = jax.tree.map(jnp.multiply, state["layers"].last, new["layers"].last)
+  want = sum(x.reshape(LAYERS, -1).sum(1) for x in jax.tree.leaves(products))
+  np.testing.assert_allclose(new["layers"].dot, want, rtol=1e-5)
 
 
 def test_a_step_is_compiled_once_and_keeps_its_form():

@@ -13,9 +13,15 @@ from jax.sharding import AxisType, NamedSharding
 
 from optax_lowmem._backward.stacks import count_of
 from optax_lowmem._host_memory.capacity import check_on_host, check_pool, devices_of, shard_bytes
-from optax_lowmem._host_memory.pages import as_typed, is_paged, known_on_host, store_stack
+from optax_lowmem._host_memory.pages import (
+  as_typed,
+  is_paged,
+  is_to_page,
+  known_on_host,
+  store_stack,
+)
 from optax_lowmem._paging.lazy_state import lazy_state, made
-from optax_lowmem._paging.stacked import Stack, is_to_page, within
+from optax_lowmem._paging.stacked import Stack, within
 from optax_lowmem._paging.surroundings import in_eval_shape
 from optax_lowmem._sharding.state_shardings import state_shardings
 
@@ -27,7 +33,12 @@ def stacked_state(tx: optax.GradientTransformation, layers: Any) -> Any:
   devices = devices_of(layers)
   with within(Stack(count_of(layers), devices)):
     state = _marked_state(tx, layers)
-  leaves, treedef = jax.tree.flatten(state, is_leaf=is_to_page)
+  leaves, treedef = jax.tree.flatten(state, is_leaf=_is_either)
+  if any(map(is_paged, leaves)):
+    raise ValueError(
+      "`tx` made pages of one layer, and not of all: its `init` was called for something else "
+      "before, and JAX kept that. Pass a transformation whose `init` is not within `jax.jit`."
+    )
   paged = [x.array for x in leaves if is_to_page(x)]
   if not paged:
     return jax.tree.map(made, state)
@@ -41,7 +52,8 @@ def over_pages(loop: Callable[[Any], tuple[Any, T]], state: Any, layers: Any) ->
   """`loop(state)`, which returns the new state and more, of a state that may have pages."""
   pages = [is_paged(x) for x in jax.tree.leaves(state, is_leaf=is_paged)]
   if not any(pages):
-    return loop(state)
+    with within(Stack(count_of(layers), [], paged=False)):
+      return loop(state)
   shapes_only = in_eval_shape()
   if not shapes_only:
     check_on_host(state)
@@ -50,6 +62,10 @@ def over_pages(loop: Callable[[Any], tuple[Any, T]], state: Any, layers: Any) ->
   if shapes_only:  # what JAX keeps of it must not abort when it is called with pages elsewhere
     new = jax.tree.map(_typed_as, new, state, is_leaf=is_paged)
   return new, rest
+
+
+def _is_either(x: Any) -> bool:
+  return is_paged(x) or is_to_page(x)
 
 
 def _known_on_host(x: Any) -> Any:

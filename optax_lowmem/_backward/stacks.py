@@ -51,8 +51,7 @@ def put(stacks: Any, new: Any, k: Any) -> Any:
 
 def fetch(lane: Any, i: Any) -> Any:
   """What a page's lane has for trip `i`, on the device."""
-  count, *shape = without_page_axes(lane.shape)
-  del count
+  shape = without_page_axes(lane.shape)[2:]
   extent = (*lane.shape[: -len(shape) - 1], 1, *shape)
 
   def cut(lane, i):

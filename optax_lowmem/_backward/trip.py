@@ -128,13 +128,13 @@ class _Run:
   def replace(self, new: dict[int, Any]) -> None:
     """Puts variables in the place of a layer's arrays; all that follows waits until it is done."""
     values = self.values(new.values())
-    for (i, v), value in zip(new.items(), values, strict=True):
-      if self._of_layer.get(v if is_var(v) else None) != i:
-        self._put(i, value)
     old = {v for v, i in self._of_layer.items() if i in new}
     self._use_up(old)
     needed = {v for i in self._left for v in self._reads(i)} | self._outputs
-    self._made.update((v, self._read(v)) for v in old & needed)
+    self._made.update((v, self._read(v)) for v in old & needed)  # before it is replaced
+    for (i, v), value in zip(new.items(), values, strict=True):
+      if self._of_layer.get(v if is_var(v) else None) != i:
+        self._put(i, value)
     self._taken = {}
     live = {v: x for v, x in self._made.items() if v in needed}
     waiting = {v: x for v, x in live.items() if not jnp.issubdtype(x.dtype, jax.dtypes.extended)}

@@ -163,9 +163,17 @@ def update_in_backward(
   each = optax.with_extra_args_support(tx)
   outer = optax.with_extra_args_support(tx if outer_tx is None else outer_tx)
 
+  def outer_state(params):
+    try:
+      return outer.init(params)
+    except (TypeError, ValueError) as error:
+      if outer_tx is None:
+        error.add_note("It is about `outer`: `outer_tx` is for a transformation of its own.")
+      raise
+
   def init(params):
     check_params(params)
-    state = {"outer": outer.init(params["outer"]), "layers": stacked_state(tx, params["layers"])}
+    state = {"outer": outer_state(params["outer"]), "layers": stacked_state(tx, params["layers"])}
     check_state("tx", state["layers"])
     check_state("tx" if outer_tx is None else "outer_tx", state["outer"])
     paged = any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))

@@ -46,7 +46,8 @@ def unpaged(state: Any) -> Any:
       return fetch(x)
     sharding = x.lanes[0].sharding
     if isinstance(sharding, NamedSharding):
-      sharding = sharding.update(spec=PartitionSpec(*without_page_axes(sharding.spec)))
+      spec = without_page_axes(sharding.spec)[x.last_first :]
+      sharding = sharding.update(spec=PartitionSpec(*spec))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return jax.tree.map(one, state, is_leaf=is_paged)

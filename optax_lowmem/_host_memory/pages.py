@@ -35,7 +35,8 @@ class Paged:
 
   Invariants: lane `i` of n holds the indices `i::n` along `axis`, and its shape is that with six
   axes of 1 before it, so that JAX never gives the memory of a donated page to a parameter or an
-  update. If it is `last_first`, there is one lane, which holds the first axis in reverse.
+  update. If it is `last_first`, there is one lane, which holds the first axis in reverse. It has
+  seven such axes: a checkpoint knows the order by them.
 
   Attributes:
     lanes: arrays of one shape and dtype.
@@ -54,7 +55,7 @@ class Paged:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    shape = list(self.lanes[0].shape[_AXES:])
+    shape = list(self.lanes[0].shape[_AXES + self.last_first :])
     shape[self.axis] *= len(self.lanes)
     return tuple(shape)
 
@@ -73,6 +74,18 @@ class Paged:
 
 def is_paged(x: Any) -> bool:
   return isinstance(x, Paged)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToPage:
+  """An array of a new state of one layer that is to be stored in host memory with the others."""
+
+  array: Any
+
+
+def is_to_page(x: Any) -> bool:
+  return isinstance(x, ToPage)
 
 
 def _truly_typed(lane: Any) -> Any:
@@ -133,7 +146,8 @@ def store(x: jax.Array, axis: int | None = None, placement: Placement = PINNED_H
 
 def store_stack(x: jax.Array, placement: Placement = PINNED_HOST) -> Paged:
   """`x`, arrays of stacked layers, moved to host memory with its sharding, the last layer first."""
-  return dataclasses.replace(store(jax.lax.rev(x, (0,)), None, placement), last_first=True)
+  page = store(jax.lax.expand_dims(jax.lax.rev(x, (0,)), (0,)), None, placement)
+  return dataclasses.replace(page, last_first=True)
 
 
 def store_as(x: jax.Array, page: Paged) -> Paged:
@@ -158,7 +172,7 @@ def as_typed(page: Paged, like: Paged) -> Paged:
 def fetch(paged: Paged) -> jax.Array:
   """The array, on the device."""
   x = joined([*map(DEVICE.put, paged.lanes)], paged.axis)
-  return jax.lax.rev(x, (0,)) if paged.last_first else x
+  return jax.lax.rev(jax.lax.squeeze(x, (0,)), (0,)) if paged.last_first else x
 
 
 def split(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:

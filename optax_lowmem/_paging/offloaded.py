@@ -22,10 +22,17 @@ from optax_lowmem._host_memory.capacity import (
   path_test,
   shard_bytes,
 )
-from optax_lowmem._host_memory.pages import as_typed, is_paged, lane_axis, store
+from optax_lowmem._host_memory.pages import (
+  ToPage,
+  as_typed,
+  is_paged,
+  is_to_page,
+  lane_axis,
+  store,
+)
 from optax_lowmem._host_memory.placement import DEVICE
 from optax_lowmem._paging.lazy_state import committed, lazy_state, made
-from optax_lowmem._paging.stacked import ToPage, stack_of_layers
+from optax_lowmem._paging.stacked import stack_of_layers
 from optax_lowmem._paging.stream import stream
 from optax_lowmem._paging.surroundings import check_keeps_memory, check_outermost, in_eval_shape
 from optax_lowmem._state.gradients import check_gradients
@@ -135,12 +142,17 @@ def offloaded(
     check_outermost()
     check_keeps_memory(params)
     state = lazy_state(inner.init, params, bound)
+    if stack is not None:
+      # What is marked by one within this is a page already.
+      leaves, treedef = jax.tree.flatten(state, is_leaf=is_to_page)
+      known = treedef.unflatten([None if is_to_page(x) else x for x in leaves])
+      positions = [k for k, x in enumerate(leaves) if not is_to_page(x)]
+      check_where(where, allowed, known)
+      for k in choose(known, allowed, min_bytes, budget, stack.count):
+        leaves[positions[k]] = ToPage(leaves[positions[k]])
+      return treedef.unflatten(leaves)
     leaves, treedef = jax.tree.flatten(state, is_leaf=is_paged)
     check_where(where, allowed, state)
-    if stack is not None:
-      chosen = choose(state, allowed, min_bytes, budget, stack.count)
-      marked = [ToPage(x) if k in chosen else x for k, x in enumerate(leaves)]
-      return treedef.unflatten(marked)
     chosen = choose(state, allowed, min_bytes, budget)
     axes = _lane_axes(state)
     del state
@@ -159,13 +171,19 @@ def offloaded(
     out_tree = jax.tree.structure((updates, state), is_leaf=is_paged)
     args = unbox((updates, state, params))
     if not any(map(is_paged, jax.tree.leaves(args[1], is_leaf=is_paged))):
-      if stack_of_layers() is None:
-        warn_if_unpaged(args)
+      stack = stack_of_layers()
+      if stack is None or not stack.paged:
+        warn_if_unpaged(args, stack)
       new = inner.update(*args, **extra_args)
       return out_tree.unflatten(jax.tree.leaves(new))
     check_outermost()
     check_keeps_memory(args)
     check_gradients(updates, params)
+    if any(is_paged(x) and x.last_first for x in jax.tree.leaves(args[1], is_leaf=is_paged)):
+      raise ValueError(
+        "`state` is of `update_in_backward`: its pages hold the last layer first. For an ordinary "
+        "step, lay them out anew: `lowmem.paged(lowmem.unpaged(state), like=tx.init(params))`."
+      )
     shapes_only = in_eval_shape()
     if not shapes_only:
       check_on_host(args[1])
@@ -187,16 +205,18 @@ def offloaded(
       results = [as_typed(x, flat[k]) if is_paged(x) else x for k, x in enumerate(results)]
     return out_tree.unflatten(results)
 
-  def warn_if_unpaged(args):
+  def warn_if_unpaged(args, stack):
     """Warns of a state without pages, where `init` would have made some."""
     devices = devices_of(args)
     # Of shards, what is large enough is known to `init` only.
     if len(devices) > 1 or jax.device_count() > 1 or not has_host_memory(devices, fallback):
       return
-    if choose(args[1], allowed, min_bytes, budget):
+    layers, init_of = (1, "tx.init") if stack is None else (stack.count, "init")
+    whose = "" if stack is None else ", with that of `update_in_backward`"
+    if choose(args[1], allowed, min_bytes, budget, layers):
       warnings.warn(
         "the state has no pages, so that all of it stays on the device. Page it once with "
-        "`lowmem.paged(state, like=tx.init(params))`.",
+        f"`lowmem.paged(state, like={init_of}(params))`{whose}.",
         stacklevel=2,
       )
 

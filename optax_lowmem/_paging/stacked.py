@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 _stack: contextvars.ContextVar[Stack | None] = contextvars.ContextVar("stack", default=None)
 
 
@@ -24,27 +22,17 @@ class Stack:
   Attributes:
     count: the number of layers.
     devices: where they are.
+    paged: whether there are pages of its state, or are to be.
   """
 
   count: int
   devices: list[Any]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ToPage:
-  """An array of a new state that is to be stored in host memory."""
-
-  array: Any
-
-
-def is_to_page(x: Any) -> bool:
-  return isinstance(x, ToPage)
+  paged: bool = True
 
 
 @contextlib.contextmanager
 def within(stack: Stack) -> Iterator[None]:
-  """While a transformation is called for one layer of a stack whose state has pages."""
+  """While a transformation is called for one layer of a stack."""
   token = _stack.set(stack)
   try:
     yield

@@ -87,6 +87,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     spec = PartitionSpec() if like.sharding is None else like.sharding.spec
     if not is_paged(x):
       return laid_out(mesh, spec)
+    spec = PartitionSpec(*(None,) * x.last_first, *spec)
     where = laid_out(mesh, as_page(spec), PINNED_HOST.kind)
     return dataclasses.replace(x, lanes=(where,) * len(x.lanes))
 

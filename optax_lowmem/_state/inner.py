@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem._host_memory.pages import is_paged
+from optax_lowmem._host_memory.pages import is_paged, is_to_page
 from optax_lowmem._quantization.storage import Storage
 from optax_lowmem._state.leaves import is_stored
 from optax_lowmem._state.moments import Place, field_of, is_of_optax, is_quantized
@@ -18,17 +18,21 @@ from optax_lowmem._state.moments import Place, field_of, is_of_optax, is_quantiz
 
 def check_dense(state: Any) -> None:
   """Refuses an inner state in which something is quantized or paged already."""
-  for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_stored)[0]:
+  for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_kept)[0]:
     if is_quantized(x):
       raise ValueError(
         f"`inner` holds {jax.tree_util.keystr(path)} quantized already. Leave `quantized` out, "
         "or wrap only what holds float32: `quantized(optax.adamw(…))`."
       )
-    if is_paged(x):
+    if is_paged(x) or is_to_page(x):
       raise ValueError(
         "`inner` keeps its state in host memory, where it cannot be quantized. Swap the two: "
         "`offloaded(quantized(tx, …))`."
       )
+
+
+def _is_kept(x: Any) -> bool:
+  return is_stored(x) or is_to_page(x)
 
 
 def check_dtypes(

@@ -31,11 +31,15 @@ def register() -> None:
       offset=state.get("offset"),
     )
 
+  def lanes_of(x):  # by the order of layers, too
+    name = "last_first" if x.last_first else "lane"
+    return [f"{name}{k}" for k in range(len(x.lanes))]
+
   def paged_to_dict(x):
-    return {f"lane{k}": lane for k, lane in enumerate(x.lanes)}
+    return dict(zip(lanes_of(x), x.lanes, strict=True))
 
   def paged_from_dict(x, state):
-    names = [f"lane{k}" for k in range(len(x.lanes))]
+    names = lanes_of(x)
     _check_names(state, names)
     lanes = (_in_place_of(lane, state[k]) for lane, k in zip(x.lanes, names, strict=True))
     return dataclasses.replace(x, lanes=tuple(lanes))

@@ -58,6 +58,9 @@ class Explanation(tuple[Explained, ...]):
     new.platform = platform
     return new
 
+  def __getnewargs__(self) -> tuple[Any, ...]:
+    return tuple(self), self.platform  # for `copy` and `pickle`
+
   def __repr__(self) -> str:
     methods = collections.Counter(e.method for e in self)
     counts = {"parameters": len(self), "bytes": sum(e.bytes for e in self), **methods}
