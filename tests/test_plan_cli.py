@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -82,7 +83,7 @@ def folder(tmp_path_factory):
 
 
 def ran(capsys, line):
-  assert cli.main(line.split()) == 0
+  assert cli.main(shlex.split(line)) == 0
   return capsys.readouterr().out
 
 
@@ -288,6 +289,48 @@ def test_recommend(capsys):
   assert "Nothing fits." in ran(capsys, "recommend llama-3.1-405b --memory 24GB")
 
 
+def test_what_to_take_is_a_command_for_a_shell(capsys):
+  """A `|` that is not quoted would be a pipe."""
+  said = ran(capsys, "recommend smollm2-135m --memory 0.9GB --targets q_proj,v_proj")
+  (take,) = (line for line in said.splitlines() if line.startswith("Take: "))
+  assert "--targets 'q_proj|v_proj'" in take
+
+
+@pytest.fixture
+def file(tmp_path):
+  def written(*lines):
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+  return written
+
+
+def test_the_settings_of_a_file_are_those_of_flags(file, capsys):
+  """Nothing that a command takes for usual goes over them."""
+  path = file("full: true", "dtype: float32")
+  line = "plan smollm2-135m --memory 24GB"
+  by_flags = record(capsys, f"{line} --full --dtype float32")
+  assert record(capsys, f"{line} --config {path}") == by_flags
+  line = "compare smollm2-135m --optim adamw"
+  for flags, lines in {"--rank 8": ["rank: 8"], "--no-full": ["full: false"]}.items():
+    by_flags = record(capsys, f"{line} {flags}")
+    assert by_flags[0]["device"] < 1e8  # of adapters
+    assert record(capsys, f"{line} --config {file(*lines)}") == by_flags
+
+
+def test_an_error_names_the_file_whose_key_it_is(file, capsys):
+  path = file("optim: came", "seq_len: 64")
+  said = refused(capsys, f"recommend smollm2-135m --memory 9GB --config {path}")
+  assert f"{path}: optim is what `lowmem recommend` chooses" in said
+
+
+@pytest.mark.parametrize(("flags", "in_parts"), [("", True), ("--no-fsdp", False)])
+def test_recipes_are_in_parts_where_nothing_else_is_said(flags, in_parts, eight, capsys):
+  found = record(capsys, f"recommend smollm2-135m --memory 9GB --mesh 2 {flags}")
+  assert {"--fsdp" in row["flags"] for row in found["rows"]} == {in_parts}
+
+
 def test_the_tables_are_whole(eight):
   """Each change changes something or says that it cannot; each recipe is made of settings."""
   settings = Settings(
@@ -303,6 +346,7 @@ def test_the_tables_are_whole(eight):
 
 ASKED = [
   "--init loftq --batch-size 8",
+  "--targets q_proj,v_proj --rank-pattern '{\".*[qk]_proj\": 8}'",
   "--grad-accum 4 --optim adafactor",
   "--full --dtype float32 --optim adamw_torch",
   "--full --masters 8 --grad-accum 4 --no-update-in-backward",
@@ -316,7 +360,7 @@ def test_what_is_proposed_is_taken(line):
   """As flags of the whole run, and added to those that were given."""
 
   def asked(*flags):
-    return case_of(given(parser_for("plan"), ["llama-3.2-1b", *" ".join(flags).split()]))
+    return case_of(given(parser_for("plan"), ["llama-3.2-1b", *shlex.split(" ".join(flags))]))
 
   case = asked(line)
   changed = [*filter(None, (change.of(case) for change in changes.CHANGES))]

@@ -22,6 +22,8 @@ from optax_lowmem.qlora.loading.weights import open_checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.models.neftune import with_noise
 from optax_lowmem.qlora.planning.case import Case
+from optax_lowmem.qlora.planning.model_source import config_of
+from optax_lowmem.qlora.planning.steps import step_of
 from optax_lowmem.qlora.run.arguments import parse
 from optax_lowmem.qlora.run.finished import of_run, of_run_or_model
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
@@ -321,3 +323,14 @@ def test_a_lone_file_whose_configuration_cannot_be_written_is_refused_at_once(fi
   with pytest.raises(ValueError, match=r"No config\.json is written"):
     kind_of(s).check(dataclasses.replace(s, model=str(files / "model.gguf")), odd)
   kind_of(s).check(dataclasses.replace(s, model=str(files / "model")), odd)
+
+
+def test_sums_of_passes_are_made_where_jax_has_64_bits():
+  """Noise takes the loss's 32 bits for a key, and counts positions of tiles in 32 bits."""
+  config = dataclasses.replace(config_of("smollm2-135m"), num_hidden_layers=1)
+  line = "--full --dtype bfloat16 --seq-len 16 --grad-accum 2 --no-update-in-backward"
+  step = step_of(config, parse("", line.split()))
+  args = step.state, step.frozen, step.batch
+  narrow = jax.eval_shape(step.fn, *args)
+  with jax.enable_x64(True):
+    assert jax.eval_shape(step.fn, *args) == narrow

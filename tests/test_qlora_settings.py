@@ -125,6 +125,7 @@ def test_flags_are_named_like_settings():
     ("--target_modules q_proj,v_proj", "target_modules: [q_proj, v_proj]", "q_proj|v_proj"),
     ("--targets q_proj|v_proj", "targets: q_proj|v_proj", "q_proj|v_proj"),
     ("--targets q_proj,", "targets: q_proj,", "q_proj"),
+    ("--targets=\tq_proj", "targets: ' q_proj '", "q_proj"),
     ("--targets .{1,2}_proj", "lora_target: ['.{1,2}_proj']", ".{1,2}_proj"),
     ("--targets all-linear", "targets: [all-linear]", "all-linear"),
   ],
@@ -132,7 +133,7 @@ def test_flags_are_named_like_settings():
 def test_targets_may_be_a_list(tmp_path, line, yaml, pattern):
   """As PEFT and others have them; one pattern all the same, as runs and adapters keep it."""
   config = write(tmp_path / "run.yaml", yaml + "\n")
-  assert parse("", line.split()).targets == pattern
+  assert parse("", line.split(" ")).targets == pattern
   assert parse("", ["--config", str(config)]).targets == pattern
 
 
@@ -141,6 +142,8 @@ def test_targets_may_be_a_list(tmp_path, line, yaml, pattern):
   [
     ("targets: [q_proj, 3]", "targets: ['q_proj', 3] is neither a text nor a list of texts"),
     ("targets: []", "is neither a text nor a list"),
+    ("targets: ','", "targets: ',' names no layer"),
+    ("targets: ['', ' ']", "names no layer"),
     ("targets: [all-linear, lm_head]", "names all-linear beside others"),
   ],
 )

@@ -111,7 +111,8 @@ def _cut_positions(a: Positions, at: tuple[Any, Any], extent: tuple[int, int]) -
   else:
     start = at[0] * -(-columns // length) + at[1] // length
     starts = jax.lax.dynamic_slice(a.starts, (start,), (height * count,)).reshape(height, count)
-  return Positions(starts, a.block, (width,))
+  # A loop counts in int64 with `jax_enable_x64`; indices are modulo 2^32 all the same.
+  return Positions(starts.astype(jnp.int32), a.block, (width,))
 
 
 def paste_tile(a: Tile, tile: Tile, at: tuple[Any, Any]) -> Tile:

@@ -26,7 +26,7 @@ from optax_lowmem.qlora.planning.budget import GIB, Budget
 from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.changes import remedies
 from optax_lowmem.qlora.planning.model_source import config_of, name_of
-from optax_lowmem.qlora.run.arguments import parser_of, settings_of
+from optax_lowmem.qlora.run.arguments import parser_of, settings_of, with_file
 from optax_lowmem.qlora.run.checks import check_length, check_patterns, check_rank
 from optax_lowmem.qlora.run.settings import ONLY, flag_of, trained_by
 
@@ -61,7 +61,7 @@ def case_of(words: dict[str, Any]) -> Case:
     if words.get("full"):
       raise ValueError("--full trains all parameters, and --qlora adapters. Leave out one of them.")
     rest["full"] = False
-  if rest.get("dtype", "auto") == "auto":
+  if with_file(rest).get("dtype", "auto") == "auto":
     rest["dtype"] = "bfloat16"  # of the card, not of this machine
   settings = settings_of(rest)
   config = config_of(source)

@@ -18,7 +18,8 @@ from optax_lowmem.qlora.commands.finetune import train
 from optax_lowmem.qlora.planning.budget import budget_of
 from optax_lowmem.qlora.planning.picture import draw
 from optax_lowmem.qlora.planning.search import largest
-from optax_lowmem.qlora.run.arguments import given
+from optax_lowmem.qlora.run.arguments import given, with_file
+from optax_lowmem.qlora.run.settings import ONLY
 from optax_lowmem.qlora.run.terminal import say, sentences
 
 
@@ -69,7 +70,9 @@ def compare(argv: list[str]) -> int:
   parser = parser_for("compare")
   with sentences():
     words = given(parser, argv)
-    words.setdefault("full", not {"qlora", "rank", "targets", "quantize"} & set(words))
+    of_adapters = {name for name, trained in ONLY.items() if trained == "adapters"}
+    if not ({"full", "qlora"} | of_adapters) & set(with_file(words)):
+      words["full"] = True
     chosen = words.pop("optim", None)
     case = case_of(words)
     names = {"optimizers": chosen.split(",")} if chosen else {}

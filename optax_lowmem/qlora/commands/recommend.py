@@ -6,7 +6,12 @@ import json
 from typing import Any
 
 from optax_lowmem._plan.memory_plan import aligned
-from optax_lowmem.qlora.commands.asked import case_of, parser_for, record_of, remedies_of
+from optax_lowmem.qlora.commands.asked import (
+  case_of,
+  parser_for,
+  record_of,
+  remedies_of,
+)
 from optax_lowmem.qlora.planning.budget import GIB, budget_of
 from optax_lowmem.qlora.planning.recipes import CHOSEN, TASKS, Fit, ranked
 from optax_lowmem.qlora.run.arguments import given, with_file
@@ -23,8 +28,11 @@ def recommend(argv: list[str]) -> int:
     budget = budget_of(words.get("memory"), words.get("card"))
     if budget is None:
       raise ValueError("Say what there is: --memory 24GB, or --card rtx-4090.")
-    _check_free(words)
+    said = with_file(words)
+    _check_free(words, said)
     case, task = case_of(words), words.get("task", "instructions")
+    if case.devices > 1 and "fsdp" not in said:
+      case = case.but(fsdp=True)  # each holds a part, where nothing else is asked for
     fits = ranked(case, task, budget, words.get("card"))
     best = next((each for each in fits if each.fits), None)
     least = min(fits, key=lambda each: each.plan.device_bytes)
@@ -52,13 +60,22 @@ def recommend(argv: list[str]) -> int:
   return 0
 
 
-def _check_free(words: dict[str, Any]) -> None:
-  """Raises ValueError for a setting that each recipe would set anew."""
+def _check_free(words: dict[str, Any], said: dict[str, Any]) -> None:
+  """Refuses settings that each recipe would set anew.
+
+  Args:
+    words: of the command line.
+    said: these, and those of the file that they name.
+
+  Raises:
+    ValueError: for the first of them.
+  """
   for name in CHOSEN:
-    if name in with_file(words):
+    if name in said:
+      what = flag_of(name) if name in words else f"--config {words['config']}: {name}"
       raise ValueError(
-        f"{flag_of(name)} is what `lowmem recommend` chooses. Leave it out, or ask `lowmem plan`, "
-        "which takes all settings."
+        f"{what} is what `lowmem recommend` chooses. Leave it out, or ask `lowmem plan`, which "
+        "takes all settings."
       )
 
 

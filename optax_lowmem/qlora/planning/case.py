@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 from optax_lowmem._plan.compiler import missing
@@ -72,7 +73,10 @@ class Case:
     return dataclasses.replace(known, parts=parts, method="estimate", note=note)
 
   def flags(self, before: Case | None = None) -> str:
-    """The settings that are not those of another case, or not the defaults, as flags."""
+    """The settings that are not those of another case, or not the defaults, as flags.
+
+    They are quoted for a shell: a `|` of --targets would be a pipe.
+    """
     said = []
     if self.devices != (before.devices if before else 1):
       said.append(f"--mesh {self.devices}")
@@ -87,9 +91,11 @@ class Case:
       if isinstance(value, bool):
         said.append(flag if value else f"--no-{flag[2:]}")
       elif isinstance(value, dict):
-        said.append(f"{flag} {','.join(f'{k}={v}' for k, v in value.items())}")
+        pairs = ",".join(f"{k}={v}" for k, v in value.items())
+        said.append(f"{flag} {shlex.quote(pairs)}")
       else:
-        said.append(f"{flag} {','.join(value) if isinstance(value, list) else value}")
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        said.append(f"{flag} {shlex.quote(text)}")
     return " ".join(said)
 
 

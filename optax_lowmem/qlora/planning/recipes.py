@@ -26,9 +26,8 @@ class Recipe(NamedTuple):
   reason: str
 
   def of(self, case: Case) -> Case:
-    """The run that it makes of one; on several devices each holds a part."""
-    changed = case.but(full=self.trained == "all parameters", **self.settings)
-    return changed.but(fsdp=True) if case.devices > 1 else changed
+    """The run that it makes of one."""
+    return case.but(full=self.trained == "all parameters", **self.settings)
 
 
 _RANK = {"rank": 64}
@@ -64,7 +63,7 @@ RECIPES = (
     "bfloat16 weights, 16-bit masters, 8-bit AdamW, all in host memory",
     "all parameters",
     {"dtype": "bfloat16", "masters": "16", "optim": "paged_adamw_8bit"},
-    "the state of one layer at a time on the device; it travels there and back in each step",
+    "no state stays on the device; it travels there and back in each step",
   ),
   Recipe(
     "LoRA on 16-bit weights",

@@ -14,7 +14,7 @@ def pattern_of(value: Any) -> str:
     value: a text, or a list of texts.
 
   Raises:
-    ValueError: for what is neither, and for all-linear beside others.
+    ValueError: for what is neither, for no name at all, and for all-linear beside others.
 
   >>> pattern_of("q_proj, v_proj"), pattern_of(["q_proj", "v_proj"]), pattern_of("[qkv]{1,2}_proj")
   ('q_proj|v_proj', 'q_proj|v_proj', '[qkv]{1,2}_proj')
@@ -25,6 +25,8 @@ def pattern_of(value: Any) -> str:
     parts = [part for each in value for part in _cut(each)]
   else:
     raise ValueError("is neither a text nor a list of texts")
+  if not parts:
+    raise ValueError("names no layer; write names, such as q_proj,v_proj, or all-linear")
   if len(parts) > 1 and "all-linear" in parts:
     raise ValueError("names all-linear beside others; it stands alone")
   return "|".join(parts)
@@ -43,5 +45,4 @@ def _cut(text: str) -> list[str]:
       open_.pop()
     escaped = char == "\\" and not escaped
     parts[-1] += char
-  found = [part.strip() for part in parts]
-  return [part for part in found if part] if len(found) > 1 else [text]
+  return [part.strip() for part in parts if part.strip()]

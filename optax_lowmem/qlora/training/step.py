@@ -160,7 +160,7 @@ def head_loss(
     )
 
   start = HeadLoss(
-    jnp.zeros(()),
+    jnp.zeros((), jnp.float32),  # with jax_enable_x64 too: `train_step` takes its 32 bits
     jnp.zeros_like(flat) if with_gradient else None,
     # In bfloat16 a sum of more than 256 chunks would stand still.
     [jnp.zeros_like(leaves[n], jnp.float32) for n in numbers],
