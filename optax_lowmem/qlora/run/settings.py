@@ -5,8 +5,8 @@ import typing
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
+from optax_lowmem._arguments.name_lists import pattern_of
 from optax_lowmem.qlora.models.attention import KINDS
-from optax_lowmem.qlora.run.name_lists import pattern_of
 from optax_lowmem.qlora.run.setting_rows import Trained as Trained
 from optax_lowmem.qlora.run.setting_rows import setting
 
