@@ -115,6 +115,16 @@ def test_peak_where_less_is_donated(name, donated):
   assert memory.alias_size_in_bytes >= 0.999 * kept
 
 
+@pytest.mark.parametrize("params", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", ["adamw-8", "adamw-4"])
+def test_peak_in_bfloat16(name, params):
+  """Of parameters in bfloat16 too, whose gradients are so, and whose update takes their place."""
+  tx = make(name)
+  p, g = (jax.ShapeDtypeStruct(MANY.shape, dtype) for dtype in (params, jnp.bfloat16))
+  update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(g, jax.eval_shape(tx.init, p), p)
+  assert temporaries_of(update.compile()) / MANY.size <= 0.1
+
+
 @lawful
 def test_init_makes_no_dense_moment(name):
   compiled = jax.jit(make(name).init).lower(many(name)).compile()

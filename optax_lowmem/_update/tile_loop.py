@@ -14,7 +14,6 @@ from optax_lowmem._quantization.positions import Positions
 from optax_lowmem._update.tile_views import (
   Tile,
   bits_in_step,
-  bits_view,
   cut_tile,
   paste_tile,
   restored,
@@ -62,7 +61,7 @@ def map_tiles(
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
   sources = [view(a, rows, columns) for a in reads]
-  state = [bits_view(a, rows, columns) for a in writes]
+  state = [view(a, rows, columns) for a in writes]
 
   halved = any(isinstance(a, QuantizedArray) and has_halves(a) for a in sources + state)
 

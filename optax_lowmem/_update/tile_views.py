@@ -39,11 +39,6 @@ def view(a: Tile, rows: int, columns: int) -> Tile:
   )
 
 
-def bits_view(a: Tile, rows: int, columns: int) -> Tile:
-  """`view` of an array that tiles are pasted into."""
-  return view(a if isinstance(a, QuantizedArray) else _to_bits(a), rows, columns)
-
-
 def bits_in_step(a: Tile, i: Any) -> Tile:
   """A view that is only read, as step `i` of a loop is to cut it."""
   if isinstance(a, QuantizedArray | Positions) or a.dtype != jnp.bfloat16:
@@ -54,7 +49,7 @@ def bits_in_step(a: Tile, i: Any) -> Tile:
 def restored(a: Tile, like: Tile) -> Tile:
   """The reverse of `view`, in the shape of `like`."""
   if not isinstance(like, QuantizedArray):
-    return _from_bits(a.reshape(like.shape))
+    return a.reshape(like.shape)
   return jax.tree.map(
     lambda x, y: x.reshape(y.shape),
     dataclasses.replace(a, block=like.block, extent=like.extent),
@@ -120,7 +115,7 @@ def paste_tile(a: Tile, tile: Tile, at: tuple[Any, Any]) -> Tile:
   if not isinstance(a, QuantizedArray):
     for k, part in enumerate(tile if isinstance(tile, tuple) else (tile,)):
       place = at[0], at[1] + k * part.shape[1]
-      a = jax.lax.dynamic_update_slice(a, _to_bits(part), place)
+      a = jax.lax.dynamic_update_slice(a, part, place)
     return a
   code_at, scale_at = _places(a, at)
   codes = tile.codes.reshape(-1) if a.codes.ndim == 1 else tile.codes
