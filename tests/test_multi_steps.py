@@ -291,7 +291,7 @@ CPU: dict[tuple[Any, ...], str | None] = {
   (8, "identity", "float32", 2048): None,
   (8, "identity", "float32", 1024): "0.29 B/param: a tile has 32,768 elements at least",
   (8, "optax.adamw", "float32", 2048): "4.1 B/param: a CPU's loop copies what it did not make",
-  (8, "adamw", "bfloat16", 2048): "4.0 B/param: room for gradient and update",
+  (8, "adamw", "bfloat16", 2048): "2.1 B/param: room for gradient and update",
   (16, "identity", "float32", 2048): None,
   (16, "adamw", "float32", 2048): None,
   (16, "optax.adamw", "float32", 2048): "4.1 B/param: a CPU's loop copies what it did not make",
