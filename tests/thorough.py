@@ -129,7 +129,7 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_multi_steps.py::test_composes": ("offloaded-8", "chain-16"),
   "test_multi_steps.py::test_extra_arguments_reach_the_inner_transformation": ("8",),
   "test_multi_steps.py::test_hyperparameters_are_injected": ("8",),
-  "test_multi_steps.py::test_master_weights": ("around-8",),
+  "test_multi_steps.py::test_master_weights": ("around-8", "within-8"),
   "test_multi_steps.py::test_on_eight_devices": (),
   "test_multi_steps.py::test_state_keeps_its_form": ("[adamw-8", "masters-16"),
   "test_multi_steps.py::test_the_mean_of_64_gradients_has_no_bias": ("noise", "constant"),
