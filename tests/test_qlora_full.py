@@ -242,8 +242,9 @@ class TestStep:
     assert float(many["loss"]) == pytest.approx(float(once["loss"]), rel=1e-3)
     assert float(many["grad_norm"]) == pytest.approx(float(once["grad_norm"]), rel=0.01)
 
-  # Shapes of pages do not say where they are; tests/test_accelerator_plan.py compiles plans of them.
-  @pytest.mark.parametrize("options", ["", "--no-update-in-backward --masters 8"])
+  @pytest.mark.parametrize(
+    "options", ["", "--optim paged_adamw_8bit", "--no-update-in-backward --masters 8"]
+  )
   def test_a_plan_has_the_bytes_of_the_step(self, files, options):
     """Arguments and state are exact; the program is the run's own."""
     s = parse("", f"--full --dtype bfloat16 --seq-len 32 {options}".split())
@@ -256,13 +257,17 @@ class TestStep:
     ids = np.zeros((1, 4, 32), np.int32)
     batch = batches.Batch(ids, ids, ids > 0, np.zeros((1, 4), np.int32))
     real = compiled(method.step, state, frozen, batch).memory_analysis()
-    asked = jax.jit(step.fn, donate_argnums=0).lower(step.state, step.frozen, step.batch)
+    there = step.state
+    if "paged" in options:
+      there = there._replace(opt_state=lowmem.paged(there.opt_state))
+    asked = jax.jit(step.fn, donate_argnums=0).lower(there, step.frozen, step.batch)
     planned = asked.compile().memory_analysis()
     assert planned is not None
     assert planned.argument_size_in_bytes == real.argument_size_in_bytes
     assert planned.temp_size_in_bytes == real.temp_size_in_bytes
     plan = step.shapes()
-    assert plan.of("state") == sum(lowmem.state_bytes(state.opt_state).values())
+    held = lowmem.state_bytes(state.opt_state)
+    assert (plan.of("state"), plan.host_bytes) == (held["device"], held["pinned_host"])
     weights = sum(lowmem.state_bytes(state.trained).values())
     assert plan.of("weights") == weights
     if s.update_in_backward:  # one layer's, and what is no layer
