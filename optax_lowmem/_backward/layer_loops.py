@@ -98,7 +98,7 @@ def squares_of_all(
     grads, dx = pull(dx)
     return total + squares(grads), dx
 
-  return jax.lax.fori_loop(0, count, loop, (squares(()).astype(_wide(layers)), dx))
+  return jax.lax.fori_loop(0, count, loop, (jnp.zeros((), _wide(layers)), dx))
 
 
 def squares(grads: Any) -> jax.Array:

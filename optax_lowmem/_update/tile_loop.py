@@ -15,6 +15,7 @@ from optax_lowmem._update.tile_views import (
   Tile,
   bits_in_step,
   cut_tile,
+  from_bits,
   paste_tile,
   restored,
   view,
@@ -69,7 +70,8 @@ def map_tiles(
     return [cut_tile(a, segment.start(i), segment.extent, halved) for a in arrays]
 
   def cut_sources(segment, i):
-    return cut([bits_in_step(a, i) for a in sources], segment, i)
+    tiles = cut([bits_in_step(a, i) for a in sources], segment, i)
+    return [from_bits(t, a) for t, a in zip(tiles, sources, strict=True)]
 
   def paste(state, new, segment, i):
     return [paste_tile(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]

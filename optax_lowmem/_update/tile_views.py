@@ -40,10 +40,17 @@ def view(a: Tile, rows: int, columns: int) -> Tile:
 
 
 def bits_in_step(a: Tile, i: Any) -> Tile:
-  """A view that is only read, as step `i` of a loop is to cut it."""
+  """A view that is only read, as step `i` of a loop is to cut it: bfloat16 as integers."""
   if isinstance(a, QuantizedArray | Positions) or a.dtype != jnp.bfloat16:
     return a
-  return _to_bits(fence((a, i))[0])
+  return jax.lax.bitcast_convert_type(fence((a, i))[0], jnp.uint16)
+
+
+def from_bits(tile: Tile, like: Tile) -> Tile:
+  """A tile of `bits_in_step(like)` as one of `like`."""
+  if isinstance(like, QuantizedArray | Positions) or like.dtype != jnp.bfloat16:
+    return tile
+  return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16), tile)
 
 
 def restored(a: Tile, like: Tile) -> Tile:
@@ -79,10 +86,9 @@ def cut_tile(a: Tile, at: tuple[Any, Any], extent: tuple[int, int], halved: bool
     return _cut_positions(a, at, extent)
   if not isinstance(a, QuantizedArray):
     if not halved:
-      return _from_bits(jax.lax.dynamic_slice(a, at, extent))
+      return jax.lax.dynamic_slice(a, at, extent)
     half = width // 2
-    halves = (jax.lax.dynamic_slice(a, (at[0], c), (height, half)) for c in (0, half))
-    return tuple(map(_from_bits, halves))
+    return tuple(jax.lax.dynamic_slice(a, (at[0], c), (height, half)) for c in (0, half))
   bytes_, scales = _parts(a, width)
   code_at, scale_at = _places(a, at)
   extents = (height * bytes_,) if a.codes.ndim == 1 else (height, bytes_)
@@ -137,11 +143,3 @@ def _places(q: QuantizedArray, at: tuple[Any, Any]) -> tuple[tuple[Any, ...], tu
 # XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop. Made
 # integers before the loop, or in a step that this can be taken out of, the array is copied.
 # docs/xla_notes.md#bf16
-
-
-def _to_bits(x: jax.Array) -> jax.Array:
-  return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def _from_bits(x: jax.Array) -> jax.Array:
-  return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
