@@ -22,7 +22,7 @@ from optax_lowmem.qlora.planning.case import Case
 from optax_lowmem.qlora.planning.known_models import ALSO, MODELS
 from optax_lowmem.qlora.planning.model_source import config_of, name_of
 from optax_lowmem.qlora.planning.recipes import RECIPES, TASKS
-from optax_lowmem.qlora.run.arguments import given
+from optax_lowmem.qlora.run.arguments import given, parser_of
 from optax_lowmem.qlora.run.settings import Settings
 from qlora_cases import save_model
 
@@ -329,6 +329,15 @@ def test_an_error_names_the_file_whose_key_it_is(file, capsys):
 def test_recipes_are_in_parts_where_nothing_else_is_said(flags, in_parts, eight, capsys):
   found = record(capsys, f"recommend smollm2-135m --memory 9GB --mesh 2 {flags}")
   assert {"--fsdp" in row["flags"] for row in found["rows"]} == {in_parts}
+
+
+def test_what_to_take_is_a_command_of_finetune(eight, capsys):
+  """Not `--mesh`, which is of plans: `finetune` has it as `--devices`."""
+  said = ran(capsys, "recommend smollm2-135m --memory 9GB --mesh 2")
+  (take,) = (line for line in said.splitlines() if line.startswith("Take: "))
+  words = shlex.split(take[take.index("lowmem finetune") :])[2:]
+  found = given(parser_of(""), words)
+  assert found["devices"] == 2 and found["fsdp"]
 
 
 def test_the_tables_are_whole(eight):

@@ -84,7 +84,7 @@ def _taken(best: Fit) -> str:
   compiler = best.plan.compiler
   ask = best.plan.note.removesuffix(".") or "--card asks a compiler"
   by = f"by the compiler of: {compiler}" if compiler else f"as estimated; {ask}"
-  s, flags = best.case.settings, best.case.flags()
+  s, flags = best.case.settings, best.case.flags(devices="--devices")
   rows = {"batch_size": s.batch_size, "seq_len": s.seq_len}  # what "needs" depends on most
   said = [f"{flag_of(k)} {v}" for k, v in rows.items() if f"{flag_of(k)} " not in flags]
   how = " ".join(["lowmem finetune --model DIR", *said, flags])

@@ -72,14 +72,18 @@ class Case:
     parts = (*known.parts, Part("activations, other temporaries", "temporaries", rest))
     return dataclasses.replace(known, parts=parts, method="estimate", note=note)
 
-  def flags(self, before: Case | None = None) -> str:
+  def flags(self, before: Case | None = None, *, devices: str = "--mesh") -> str:
     """The settings that are not those of another case, or not the defaults, as flags.
 
     They are quoted for a shell: a `|` of --targets would be a pipe.
+
+    Args:
+      before: the other case; None for the defaults.
+      devices: the flag that says how many there are: of `lowmem finetune`, ``--devices``.
     """
     said = []
     if self.devices != (before.devices if before else 1):
-      said.append(f"--mesh {self.devices}")
+      said.append(f"{devices} {self.devices}")
     for each in dataclasses.fields(Settings):
       value = getattr(self.settings, each.name)
       usual = "bfloat16" if each.name == "dtype" else usual_of(each, self.full)  # as on a card
