@@ -254,12 +254,12 @@ def quantized_leaves(state):
 @contextlib.contextmanager
 def small_tiles():
   """What is traced within walks arrays in tiles of a thousand elements."""
-  whole, smallest = _stream._WHOLE, _stream._SMALLEST
-  _stream._WHOLE = _stream._SMALLEST = 1024
+  whole, smallest = _stream.WHOLE, _stream._SMALLEST
+  _stream.WHOLE = _stream._SMALLEST = 1024
   try:
     yield
   finally:
-    _stream._WHOLE, _stream._SMALLEST = whole, smallest
+    _stream.WHOLE, _stream._SMALLEST = whole, smallest
 
 
 @contextlib.contextmanager

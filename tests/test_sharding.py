@@ -407,7 +407,7 @@ if __name__ == "__main__":
   check_memory(kind)
   whole = every > 0
   every = every or len(CASES)  # the first of them
-  _stream._WHOLE, _stream._SMALLEST = 1 << 12, 1 << 11  # small arrays are to be walked in tiles
+  _stream.WHOLE, _stream._SMALLEST = 1 << 12, 1 << 11  # small arrays are to be walked in tiles
   check_cases(kind, every)
   check_offloaded(kind)
   check_conversions(kind)

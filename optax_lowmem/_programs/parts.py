@@ -22,12 +22,17 @@ class Part:
   """Some results of a program, and no arguments that another part needs, but for scalars.
 
   Attributes:
-    results: their positions.
+    groups: their positions, those together that have arguments in common.
     size: elements of all of them.
   """
 
-  results: list[int]
+  groups: list[list[int]]
   size: int
+
+  @property
+  def results(self) -> list[int]:
+    """Positions of all of them."""
+    return [k for group in self.groups for k in group]
 
 
 class Parts:
@@ -57,8 +62,8 @@ class Parts:
       if owner is None:
         self.others.append(k)
         continue
-      part = found.setdefault(owner, Part([], 0))
-      part.results.append(k)
+      part = found.setdefault(owner, Part([[]], 0))
+      part.groups[0].append(k)
       part.size += math.prod(v.aval.shape)
     self.parts = _joined(list(found.values()), most)
 
@@ -66,22 +71,31 @@ class Parts:
     """Some results, made of the arguments that they need; the others' places may hold anything."""
     jaxpr = self._jaxpr
     wanted = [jaxpr.outvars[k] for k in results]
-    needed: set[int] = set()
-    open_ = [v for v in wanted if is_var(v)]
-    while open_:
-      i = self._maker.get(open_.pop())
-      if i is not None and i not in needed:
-        needed.add(i)
-        open_ += [v for v in jaxpr.eqns[i].invars if is_var(v)]
-    equations = [jaxpr.eqns[i] for i in sorted(needed)]
+    equations, inputs = self._behind(results)
     env = dict(zip(jaxpr.constvars, self._consts, strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
     made = [v for v in wanted if is_var(v) and v in self._maker]
     if made:
-      inputs = inputs_of(equations)
       values = subprogram(jaxpr, equations, inputs, made)(*(env[v] for v in inputs))
       env.update(zip(made, values, strict=True))
     return [env[v] if is_var(v) else jax.numpy.asarray(v.val, v.aval.dtype) for v in wanted]
+
+  def arguments(self, results: Sequence[int]) -> list[int]:
+    """Positions of the arguments that some results are made of."""
+    used = {*self._behind(results)[1], *(self._jaxpr.outvars[k] for k in results)}
+    return [k for k, v in enumerate(self._jaxpr.invars) if v in used]
+
+  def _behind(self, results: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """The equations that make some results, and what those take."""
+    needed: set[int] = set()
+    open_ = [v for k in results if is_var(v := self._jaxpr.outvars[k])]
+    while open_:
+      i = self._maker.get(open_.pop())
+      if i is not None and i not in needed:
+        needed.add(i)
+        open_ += [v for v in self._jaxpr.eqns[i].invars if is_var(v)]
+    equations = [self._jaxpr.eqns[i] for i in sorted(needed)]
+    return equations, inputs_of(equations)
 
 
 def _owners(jaxpr: Any) -> dict[Any, Any]:
@@ -109,7 +123,7 @@ def _joined(parts: list[Part], most: int) -> list[Part]:
   joined: list[Part] = []
   for part in parts:
     if joined and joined[-1].size + part.size <= least:
-      joined[-1] = Part([*joined[-1].results, *part.results], joined[-1].size + part.size)
+      joined[-1] = Part([*joined[-1].groups, *part.groups], joined[-1].size + part.size)
     else:
       joined.append(part)
   return joined

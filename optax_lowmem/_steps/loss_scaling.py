@@ -13,9 +13,10 @@ import optax
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._masters.bits import bits_of, float32_of
-from optax_lowmem._masters.wrapped import boxed_alike, in_float32
+from optax_lowmem._masters.wrapped import boxed_alike
 from optax_lowmem._state.gradients import check_gradients
 from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
+from optax_lowmem._steps.in_place import in_place
 from optax_lowmem._steps.taken import STILL, update_if
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
@@ -150,9 +151,16 @@ def loss_scaling(
     for g in jax.tree.leaves(grads):
       good &= jnp.isfinite(_largest(g) * factor)
 
-    # Of a power of two, the product is the quotient, exactly.
-    unscaled = jax.tree.map(lambda g: jnp.where(good, g * factor, STILL), in_float32(grads))
-    updates, inner_state = update_if(good, inner, unscaled, state.inner_state, params, extra_args)
+    def unscaled(g):  # of a power of two, the product is the quotient, exactly
+      return jnp.where(good, g.astype(jnp.float32) * factor, STILL)
+
+    def one(g):
+      if g.dtype != jnp.float32:
+        return unscaled(g)
+      return in_place(lambda arrays, _: [unscaled(arrays[0])], [g])[0]
+
+    means = jax.tree.map(one, grads)
+    updates, inner_state = update_if(good, inner, means, state.inner_state, params, extra_args)
     scale, good_steps = state.scale, state.good_steps
     if interval is not None:
       grows = good & (good_steps + 1 >= interval)
@@ -222,11 +230,27 @@ def _interval(growth_interval: Any) -> int | None:
 def _largest(g: jax.Array) -> jax.Array:
   """The largest magnitude of an array as float32; if there is one, a NaN.
 
-  By its bits, and of the array as it is: of `jnp.isfinite(x).all()`, XLA's CPU backend writes the
-  bools to memory, 1 B/param, and of what is made of it the values, 4.
+  By its bits: a maximum of floats may pass over a NaN on a CPU, and of `jnp.isfinite(x).all()` XLA
+  writes the bools to memory there, 1 B/param. It writes what a maximum is made of, too, 4 B/param.
+  So a CPU is given one that is made of the array itself; partitioned, XLA could not reduce by it.
   """
-  bits = bits_of(g.astype(jnp.float32)) & 0x7FFFFFFF
-  return float32_of(jnp.max(bits, initial=0))
+
+  def magnitude(x):
+    return bits_of(x.astype(jnp.float32)) & 0x7FFFFFFF
+
+  def larger(a, b):
+    return float32_of(jnp.maximum(magnitude(a), magnitude(b)))
+
+  def plain(g):
+    return float32_of(jnp.max(magnitude(g), initial=0))
+
+  def of_itself(g):
+    return jax.lax.reduce(g, jnp.float32(0), larger, tuple(range(g.ndim)))
+
+  g = jax.lax.stop_gradient(g)
+  if g.dtype != jnp.float32 or jax.device_count() > 1:
+    return plain(g)
+  return jax.lax.platform_dependent(g, cpu=of_itself, default=plain)
 
 
 def _check_floating(grads: Any) -> None:

@@ -222,9 +222,9 @@ def plus(sums: Any, grads: Any, words: Sequence[jax.Array | int]) -> Any:
       total, g = arrays
       new = total.astype(jnp.float32) + g.astype(jnp.float32)
       rounded = _rounded(new, position_noise(index, 16, *words))
-      return [jnp.where(jnp.isfinite(new), rounded, new.astype(jnp.bfloat16)), g]
+      return [jnp.where(jnp.isfinite(new), rounded, new.astype(jnp.bfloat16))]
 
-    return in_place(add, [total, g])[0]
+    return in_place(add, [total], [g])[0]
 
   leaves, treedef = jax.tree.flatten(sums)
   pairs = zip(leaves, treedef.flatten_up_to(grads), strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem._programs.elementwise import NotElementwise
-from optax_lowmem._programs.parts import Parts
+from optax_lowmem._programs.parts import Part, Parts
+from optax_lowmem._programs.program import Program
+from optax_lowmem._steps.in_place import in_place
+from optax_lowmem._update import tile_loop
 from optax_lowmem._update.announced import is_heard
 from optax_lowmem._update.decoded_state import is_decoded
 
@@ -84,7 +89,7 @@ def update_if(
       for k, x in zip(part.results, carry, strict=True):
         if begin[k] is args[k]:  # it is changed in place
           given[k] = x
-      return _cast(program.run(part.results, given), carry)
+      return _replaced(program, part, given, carry)
 
     # A loop of one trip or none. Of a condition XLA copies what its branches return: on an H100, 8
     # B/param of temporaries around 8-bit AdamW and 12 around `optax.adamw`, where a loop, which
@@ -94,6 +99,52 @@ def update_if(
     for k, x in zip(part.results, new, strict=True):
       results[k] = x
   return out_tree.unflatten(results)
+
+
+def _replaced(program: Parts, part: Part, args: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+  """New results of a part, in the dtypes of old ones, which some arguments may be."""
+  olds, new = iter(old), []
+  for group in part.groups:
+    begin = list(itertools.islice(olds, len(group)))
+    made = _in_tiles(program, group, args, begin) if begin[0].size > tile_loop.WHOLE else None
+    new += _cast(program.run(group, args), begin) if made is None else made
+  return new
+
+
+def _in_tiles(
+  program: Parts, results: Sequence[int], args: Sequence[Any], old: Sequence[Any]
+) -> list[Any] | None:
+  """New results `in_place`; None if they are no elementwise function of their arguments.
+
+  Of `optax.adamw`, whose update and moments are each made of old moments, a CPU would copy one
+  before it changes it: 4 B/param.
+  """
+  needed = program.arguments(results)
+  given = [args[k] for k in needed]
+  arrays = {n: x for n, x in enumerate(given) if jnp.shape(x) == old[0].shape}
+  like = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in given]
+
+  def rule(*given):
+    every = list(args)
+    for k, x in zip(needed, given, strict=True):
+      every[k] = x
+    return program.run(results, every)
+
+  try:
+    proved = Program(rule, like, [0 if n in arrays else None for n in range(len(given))])
+  except NotElementwise:
+    return None
+  replaced = {n: m for n, x in arrays.items() for m, y in enumerate(old) if x is y}
+  read = arrays.keys() - replaced
+  env = proved.run_shared(given)
+
+  def new(tiles, _):
+    values = {n: tiles[m] for n, m in replaced.items()}
+    values.update(zip(sorted(read), tiles[len(old) :], strict=True))
+    made = proved.run_leaf(0, env, values, range(len(results)))
+    return _cast(made.values(), tiles[: len(old)])
+
+  return in_place(new, old, [arrays[n] for n in sorted(read)])
 
 
 def _start(x: jax.Array, like: Any) -> jax.Array:

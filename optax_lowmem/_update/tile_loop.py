@@ -23,7 +23,7 @@ from optax_lowmem._update.tile_views import (
 
 # An array of more elements than this is walked in tiles. Below it, the temporaries of a whole array
 # are a few hundred KiB, and a loop for each of 300 leaves would take longer to compile.
-_WHOLE = 1 << 18
+WHOLE = 1 << 18
 # Each tile costs some ten launches, so there are as few as the promise of 0.1 B/param of
 # temporaries allows: a tile of `writes` is held once, and is to cost no more than this.
 _BUDGET = 0.07
@@ -57,7 +57,7 @@ def map_tiles(
   grid = _grid(shape, [a for a in arrays if isinstance(a, QuantizedArray | Positions)])
   size = math.prod(shape)
   if tile is None:
-    tile = _WHOLE if size <= _WHOLE else _tile_size(writes, size)
+    tile = WHOLE if size <= WHOLE else _tile_size(writes, size)
   if grid is None or not size:
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
@@ -113,7 +113,9 @@ def _smaller(i: jax.Array, j: int) -> jax.Array:
 
 def _tile_size(writes: Sequence[Tile], size: int) -> int:
   """Elements a tile: 1/32 of the array for two moments in 8 bits, 1/128 with a float32 update."""
-  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(list(writes))) / size
+  # A CPU computes bfloat16 in float32, and holds the tile so.
+  widths = [4 if x.dtype == jnp.bfloat16 else x.dtype.itemsize for x in jax.tree.leaves(writes)]
+  held = sum(x.size * w for x, w in zip(jax.tree.leaves(writes), widths, strict=True)) / size
   return max(_SMALLEST, size >> max(0, math.ceil(math.log2(held / _BUDGET))))
 
 
