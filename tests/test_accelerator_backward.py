@@ -22,6 +22,7 @@ from compiled.layers import (
   WORKSPACE,
   activations,
   in_backward,
+  ordinary,
 )
 from host_copies import loops, overlaps
 
@@ -53,6 +54,15 @@ def step(case):
 @every_case
 def test_bytes_of_all_training_state(case):
   assert step(case).device_bytes / SIZE <= CASES[case][2]
+
+
+@pytest.mark.parametrize(("case", "most"), [("16 bits", 8.2), ("8 bits, 4-bit state", 6.2)])
+def test_bytes_of_all_training_state_of_an_ordinary_step(case, most):
+  """Activations and workspace apart: what SGD has beside parameters and gradients."""
+  ours, sgd = (compile_for(*ordinary(CASES[name][0](), BF16)) for name in (case, "sgd"))
+  beside = sgd.device_bytes / SIZE - 2 * jnp.dtype(BF16).itemsize
+  assert 0 < beside < 0.15
+  assert ours.device_bytes / SIZE - beside <= most
 
 
 @every_case
