@@ -63,9 +63,10 @@ def head(outer, x, batch):
   return ((x @ whole(outer)["out"]) ** 2).mean()
 
 
-def run(tx, params, where=None):
+def run(tx, params, where=None, is_paged=False):
   training = lowmem.update_in_backward(lambda outer, x: x, layer, head, tx, clip_norm=0.1)
   state, x = training.init(params), jnp.sin(jnp.arange(8.0 * WIDTH)).reshape(8, WIDTH)
+  assert is_paged == (lowmem.state_bytes(state)["pinned_host"] > 50_000)
   before = jax.tree.map(lambda a: a.sharding, (params, state))
   kinds = jax.tree.map(lambda a: a.sharding.memory_kind, (params, state))
   # Automatic axes are laid out by XLA, unless it is told.
@@ -94,7 +95,7 @@ def main(kind):
   where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS, is_leaf=is_spec)
   with jax.set_mesh(mesh):
     got = run(tx, jax.device_put(parameters(), where), kind)
-    paged = run(lowmem.offloaded(tx), jax.device_put(parameters(), where), kind)
+    paged = run(lowmem.offloaded(tx, min_bytes=64), jax.device_put(parameters(), where), kind, True)
   chex.assert_trees_all_close(got, want, atol=2e-4)  # a gradient's last bit may turn a code
   chex.assert_trees_all_equal(paged, got)
 

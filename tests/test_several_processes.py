@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
-from several_processes import join, run_together
+import test_backward_sharded as stacked
+from several_processes import DEVICES, join, run_together
 
 RULES = {
   "adamw": lambda: lowmem.adamw(1e-2),
@@ -60,9 +61,14 @@ def test_every_rule(tmp_path, kind):
   run_together(__file__, 1, tmp_path, kind, "change")
 
 
-def check_equal(folder, kind, names):
-  run_together(__file__, 2, folder, kind, "train", *names)
-  run_together(__file__, 1, folder, kind, "train,restore", *names)
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_layers_updated_in_the_backward_pass_with_their_state_in_host_memory(tmp_path, kind):
+  check_equal(tmp_path, kind, ["layers"], "layers", "layers")
+
+
+def check_equal(folder, kind, names, of_two="train", of_one="train,restore"):
+  run_together(__file__, 2, folder, kind, of_two, *names)
+  run_together(__file__, 1, folder, kind, of_one, *names)
   for name in names:
     one = dict(np.load(folder / f"{name} of 1, 0.npz"))
     parts = [dict(np.load(folder / f"{name} of 2, {rank}.npz")) for rank in (0, 1)]
@@ -204,6 +210,30 @@ def restore(folder, kind, names):
     assert set(parts_of({"state": state})) == set(before)
 
 
+def layers(folder, kind, names):
+  """Trains stacked layers; writes down what is held here."""
+  (name,), inner = names, lowmem.master_weights(lowmem.adamw(1e-3, min_size=256))
+  tx = lowmem.offloaded(inner, min_bytes=64)
+  mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(kind,))
+
+  def laid(x, spec):
+    x = np.asarray(x, jnp.bfloat16)
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda part: x[part])
+
+  with jax.set_mesh(mesh):
+    params = jax.tree.map(laid, stacked.parameters(), stacked.SPECS)
+    batch = laid(np.sin(np.arange(8.0 * stacked.WIDTH)).reshape(8, -1), P())
+    training = lowmem.update_in_backward(lambda _, x: x, stacked.layer, stacked.head, tx)
+    state = training.init(params)
+    where = jax.tree.map(lambda a: a.sharding, (params, state))
+    step = jax.jit(training.step, donate_argnums=(0, 1), out_shardings=(None, *where))
+    for _ in range(3):
+      _, params, state = step(params, state, batch)
+  assert lowmem.state_bytes(state)["pinned_host"]
+  parts = parts_of({"state": state, "params": params})
+  np.savez(folder / f"{name} of {jax.process_count()}, {jax.process_index()}.npz", **parts)
+
+
 def change(folder, kind, _):
   """Reads a state in one form and goes on in another, on the host or the device."""
   for saved, wanted in CHANGES:
@@ -221,5 +251,5 @@ if __name__ == "__main__":
   join()
   folder, kind, phases, *names = sys.argv[1:]
   for phase in phases.split(","):
-    run = {"train": train, "restore": restore, "change": change}[phase]
+    run = {"train": train, "restore": restore, "change": change, "layers": layers}[phase]
     run(pathlib.Path(folder), AxisType[kind], names)

@@ -62,6 +62,8 @@ ALWAYS_ASKED: dict[str, tuple[str, ...]] = {
   "test_storage.py::test_storing_is_idempotent": (),
   "test_sharding.py::test_on_eight_devices": ("quick",),
   "test_several_processes.py::test_every_rule": (),
+  "test_several_processes.py::"
+  "test_layers_updated_in_the_backward_pass_with_their_state_in_host_memory": ("Explicit",),
   "test_state_shardings.py::test_on_eight_devices": (),
   "test_stream.py::test_tiles_give_what_the_whole_array_gives": ("shape0", "shape1", "shape8"),
   "test_golden.py::test_in_their_format_and_our_blocks_it_drifts_as_they_do": (

@@ -239,10 +239,15 @@ def part_of(x: jax.Array) -> tuple[int, ...]:
   if not isinstance(x, Tracer):
     return x.sharding.shard_shape(x.shape)
   # Not asked of the sharding, which refuses within `jax.shard_map`: there `x` is a part already.
-  mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+  sharding = jax.typeof(x).sharding
+  parts = cuts(sharding.spec, sharding.mesh)
+  return tuple(n // cut for n, cut in zip(x.shape, parts, strict=True))
+
+
+def cuts(spec: PartitionSpec, mesh: Any) -> list[int]:
+  """Into how many parts each axis is cut."""
   names = [(n,) if isinstance(n, str) else n or () for n in spec]
-  cuts = [math.prod(mesh.shape[name] for name in axis) for axis in names]
-  return tuple(n // cut for n, cut in zip(x.shape, cuts, strict=True))
+  return [math.prod(mesh.shape[name] for name in axis) for axis in names]
 
 
 def nbytes(x: Any) -> int:

@@ -1,6 +1,6 @@
 """A function of pages and arrays, run by each device on its own part of them.
 
-Pages are not laid out otherwise: as the first of them is cut, all are. A loop over rows of a
+As the first page is cut, all are, or as the first of those that cut no block. A loop over rows of a
 sharded array would gather it.
 """
 
@@ -13,7 +13,8 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_lowmem._host_memory.pages import Paged, as_page, without_page_axes
+from optax_lowmem._host_memory.pages import Paged, as_page, cuts, without_page_axes
+from optax_lowmem._host_memory.placement import DEVICE, placement_of
 
 Flat = Sequence[Any]
 
@@ -50,7 +51,10 @@ def on_parts(
 
   meshes = [jax.typeof(x).sharding.mesh for x in flat]
   explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
-  results = _with_shard_map(run, flat, padded, out_padded, explicit[0]) if explicit else run(*flat)
+  if explicit:
+    results = _with_shard_map(run, flat, padded, out_padded, out_lanes, explicit[0])
+  else:
+    results = run(*flat)
   count = len(out_lanes)
   return jax.tree.unflatten(out_tree, results[:count]), list(results[count:])
 
@@ -71,20 +75,47 @@ def _spec(spec: PartitionSpec, padded: bool) -> PartitionSpec:
   return as_page(spec) if padded else spec
 
 
-def _with_shard_map(run: Any, flat: Flat, padded: Flat, out_padded: Flat, mesh: Any) -> Flat:
-  spec = PartitionSpec(*without_page_axes(jax.typeof(flat[0]).sharding.spec))
+def _with_shard_map(
+  run: Any, flat: Flat, padded: Flat, out_padded: Flat, out_lanes: Flat, mesh: Any
+) -> Flat:
+  spec = _common_spec(flat, padded, mesh)
   scalars = [PartitionSpec()] * (len(flat) - len(padded))
   kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
   specs = [_spec(spec, pad) for pad in padded] + scalars
-  laid_out = [
-    x if jax.typeof(x).sharding.spec == s else jax.sharding.reshard(x, NamedSharding(mesh, s))
-    for x, s in zip(flat, specs, strict=True)
-  ]
-  return jax.shard_map(
+  results = jax.shard_map(
     run,
     mesh=mesh,
     in_specs=tuple(specs),
     out_specs=[_spec(spec, pad) for pad in out_padded],
     axis_names={name for name, kind in kinds if kind == AxisType.Explicit},
     check_vma=False,
-  )(*laid_out)
+  )(*(_laid_out(x, s, mesh) for x, s in zip(flat, specs, strict=True)))
+  old = [jax.typeof(x).sharding.spec for x in out_lanes]
+  pages = [_laid_out(x, s, mesh) for x, s in zip(results[: len(old)], old, strict=True)]
+  return [*pages, *results[len(old) :]]
+
+
+def _common_spec(flat: Flat, padded: Flat, mesh: Any) -> PartitionSpec:
+  """How the first page lies of whose layout each device has an even part of all.
+
+  A page of masters may be cut within the blocks of moments, which therefore lie otherwise. Scales
+  have one row a block then, and cannot be cut so.
+  """
+  pages, arrays = flat[: sum(padded)], flat[sum(padded) : len(padded)]
+  shapes = [without_page_axes(x.shape) for x in pages] + [x.shape for x in arrays]
+
+  def is_even(spec):
+    return all(
+      n % cut == 0 for shape in shapes for n, cut in zip(shape, cuts(spec, mesh), strict=False)
+    )
+
+  specs = (PartitionSpec(*without_page_axes(jax.typeof(x).sharding.spec)) for x in pages)
+  return next(filter(is_even, specs), PartitionSpec())
+
+
+def _laid_out(x: Any, spec: PartitionSpec, mesh: Any) -> Any:
+  """`x`, lying so, in the memory where it is."""
+  if jax.typeof(x).sharding.spec == spec:
+    return x
+  here = placement_of(x)
+  return here.put(jax.sharding.reshard(DEVICE.put(x), NamedSharding(mesh, spec)))
