@@ -68,3 +68,13 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
   monkeypatch.setattr(reproduce, "task", lambda *_: learnt)
   monkeypatch.setattr("sys.argv", ["reproduce.py", "--json", str(path)])
   reproduce.main()
+
+
+def test_the_tables_of_the_docs_are_those_of_all_runs():
+  root = pathlib.Path(__file__).parents[1]
+  found = reproduce.saved(reproduce.RESULTS / "reproduce-cpu.json")
+  assert list(found) == reproduce.all_runs(False, None)
+  text = "".join((root / name).read_text() for name in reproduce_tables.DOCS)
+  for marker, table in reproduce_tables.tables(found).items():
+    if marker != "digits rules":
+      assert f"<!-- reproduce: {marker} -->\n{table}\n<!-- end -->" in text

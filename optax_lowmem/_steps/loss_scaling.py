@@ -233,6 +233,7 @@ def _largest(g: jax.Array) -> jax.Array:
   By its bits: a maximum of floats may pass over a NaN on a CPU, and of `jnp.isfinite(x).all()` XLA
   writes the bools to memory there, 1 B/param. It writes what a maximum is made of, too, 4 B/param.
   So a CPU is given one that is made of the array itself; partitioned, XLA could not reduce by it.
+  docs/xla_notes.md#maximum
   """
 
   def magnitude(x):
