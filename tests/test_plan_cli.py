@@ -269,6 +269,7 @@ def test_a_picture(tmp_path, capsys):
 
 def test_compare(capsys):
   said = ran(capsys, "compare llama-2-7b")
+  assert "Masters of 16 bits come besides: 2 B/param of what is in bfloat16." in said
   assert "adamw             53.91 GB   0.00 GB    8.000" in said
   rows = record(capsys, "compare llama-2-7b --optim adamw,came --qlora --rank 64")
   assert [row["name"] for row in rows] == ["adamw", "came"]
@@ -408,6 +409,8 @@ REFUSED = {
   "recommend llama-2-7b --memory 9GB --masters 8": "--masters is what `lowmem recommend` chooses",
   "recommend llama-2-7b --memory 9GB --full": "Leave it out, or ask `lowmem plan`",
   "recommend llama-2-7b": "Say what there is: --memory 24GB",
+  "compare llama-2-7b --memory 24GB": "--memory has no part in `lowmem compare`",
+  "recommend llama-2-7b --memory 24GB --full": "`domain` and `pretraining` all parameters",
   "compare llama-2-7b --optim adamw,lyon": "optimizer name 'lyon' is unknown. Did you mean 'lion'",
 }
 
@@ -465,7 +468,7 @@ def test_without_the_cards_compiler_the_answer_is_the_formulas(monkeypatch, caps
     found = [record(capsys, f"{ask} {of}") for of in ("--card h100", "--memory 80GB")]
     assert found[0]["device_bytes"] == found[1]["device_bytes"]
   said = ran(capsys, "recommend llama-2-7b --card h100")
-  assert "(as estimated; The compiler of h100 would know" in said
+  assert "(as estimated; the compiler of h100 would know" in said
 
 
 def test_the_memory_of_a_card():

@@ -575,6 +575,11 @@ class TestData:
       ),
       ("a.jsonl", b'{"instruction": "a", "output": "b"}', "1 usable row of 1; at least 2"),
       ("a.txt", b"cat", "1 usable row of 1; at least 2"),
+      (
+        "unanswered.json",
+        b'[{"messages": [{"role": "user", "content": "a"}]}]',
+        "Add rows in which there is an answer, which is what is learned.",
+      ),
     ],
   )
   def test_bad_files_are_named_with_the_place(self, tmp_path, tokenizer, name, content, message):

@@ -34,7 +34,8 @@ def plain(out, files, printed):
 def variants(out, files, printed):
   c = config(out)
   assert c["use_dora"] and c["use_rslora"] and c["modules_to_save"] == ["lm_head"]
-  assert "FP4" in printed and "in 2 steps and" in printed  # 0.14 of 57 rows, 4 a step
+  assert "FP4" in printed
+  assert "in 2 steps; this process took" in printed  # 0.14 of 57 rows, 4 a step
   assert sorted({*c["rank_pattern"].values()}) == [2] and {*c["alpha_pattern"].values()} == {3}
   tensors = adapter(out)
   ranks = {k.split(".")[-3]: v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")}

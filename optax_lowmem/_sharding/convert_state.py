@@ -145,7 +145,8 @@ def _compare(name: str, tree: Any, other_name: str, other: Any) -> None:
     only, missing = sorted(paths - others), sorted(others - paths)
     raise ValueError(
       f"{name} and {other_name} do not belong together: {only[:3]} are in {name} only, "
-      f"{missing[:3]} in {other_name} only. Both must be the same rules in the same order."
+      f"{missing[:3]} in {other_name} only. Both must be the same rules in the same order, "
+      "with learning rates alike: a schedule has a `count` in the state, a number has none."
     )
 
 

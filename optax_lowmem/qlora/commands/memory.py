@@ -70,6 +70,12 @@ def compare(argv: list[str]) -> int:
   parser = parser_for("compare")
   with sentences():
     words = given(parser, argv)
+    if "memory" in words or "card" in words:
+      flag = "--memory" if "memory" in words else "--card"
+      raise ValueError(
+        f"{flag} has no part in `lowmem compare`, which shows what optimizers hold. Leave it out, "
+        "or ask `lowmem plan` whether a run fits."
+      )
     of_adapters = {name for name, trained in ONLY.items() if trained == "adapters"}
     if not ({"full", "qlora"} | of_adapters) & set(with_file(words)):
       words["full"] = True
@@ -82,4 +88,6 @@ def compare(argv: list[str]) -> int:
     return 0
   say(f"State of optimizers for {case.model}: {described(case, rows=False)}")
   say(str(table))
+  if case.full and (bits := case.settings.masters) in ("8", "16"):
+    say(f"Masters of {bits} bits come besides: {int(bits) // 8} B/param of what is in bfloat16.")
   return 0

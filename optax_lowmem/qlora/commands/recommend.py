@@ -18,11 +18,16 @@ from optax_lowmem.qlora.run.arguments import given, with_file
 from optax_lowmem.qlora.run.settings import flag_of
 from optax_lowmem.qlora.run.terminal import say, sentences
 
+_TASK = (
+  "what is to be learned: instructions (the default; adapters first), domain (all parameters "
+  "first), pretraining (all parameters)"
+)
+
 
 def recommend(argv: list[str]) -> int:
   """``lowmem recommend``."""
   parser = parser_for("recommend")
-  parser.add_argument("--task", choices=TASKS, help="what is to be learned (default: instructions)")
+  parser.add_argument("--task", choices=TASKS, help=_TASK)
   with sentences():
     words = given(parser, argv)
     budget = budget_of(words.get("memory"), words.get("card"))
@@ -74,7 +79,8 @@ def _check_free(words: dict[str, Any], said: dict[str, Any]) -> None:
     if name in said:
       what = flag_of(name) if name in words else f"--config {words['config']}: {name}"
       raise ValueError(
-        f"{what} is what `lowmem recommend` chooses. Leave it out, or ask `lowmem plan`, which "
+        f"{what} is what `lowmem recommend` chooses, by --task: `instructions` trains adapters, "
+        "`domain` and `pretraining` all parameters. Leave it out, or ask `lowmem plan`, which "
         "takes all settings."
       )
 
@@ -82,7 +88,8 @@ def _check_free(words: dict[str, Any], said: dict[str, Any]) -> None:
 def _taken(best: Fit) -> str:
   """What to do, for the best that fits."""
   compiler = best.plan.compiler
-  ask = best.plan.note.removesuffix(".") or "--card asks a compiler"
+  note = best.plan.note.removesuffix(".")
+  ask = note[:1].lower() + note[1:] or "--card asks a compiler"
   by = f"by the compiler of: {compiler}" if compiler else f"as estimated; {ask}"
   s, flags = best.case.settings, best.case.flags(devices="--devices")
   rows = {"batch_size": s.batch_size, "seq_len": s.seq_len}  # what "needs" depends on most

@@ -95,10 +95,15 @@ def load(
       "trained with it does not learn where to stop. Choose another --chat-template."
     )
   if len(kept) < 2:
+    if cut:
+      remedy = f"Add rows, or choose another --seq-len (now {seq_len})"
+    elif dropped:
+      remedy = "Add rows in which there is an answer, which is what is learned"
+    else:
+      remedy = "Add rows"
     raise DataError(
       f"{path} gives {len(kept)} usable row{'s' * (len(kept) != 1)} of {count}; at least "
-      "2 are needed, one to learn from and one to measure with. Add rows, or choose another "
-      f"--seq-len (now {seq_len})."
+      f"2 are needed, one to learn from and one to measure with. {remedy}."
     )
   return Dataset(" and ".join(sorted(kinds)), kept, notes)
 

@@ -184,7 +184,7 @@ class Settings:
   )
   resume: str | None = setting(
     None,
-    "folder of a run to continue; its other arguments are kept",
+    "folder of a run to continue, with the settings that it had; --steps and --epochs are totals",
     changeable=True,
   )
   eval_every: int = setting(

@@ -211,7 +211,7 @@ def conclude(
   say(
     f"Held-out loss {before['held_out_loss']:.3f} -> {after['held_out_loss']:.3f} "
     f"({change:+.1%}), perplexity {before['perplexity']:.1f} -> {after['perplexity']:.1f}, "
-    f"in {after['step']} steps and {seconds / 60:.1f} minutes."
+    f"in {after['step']} steps; this process took {seconds / 60:.1f} minutes."
   )
   what = (
     "the process, JAX and its compiler included,"
