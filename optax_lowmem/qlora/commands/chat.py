@@ -23,10 +23,13 @@ def talk(argv: Sequence[str]) -> int:
   """Reads questions, a line each, and writes the answers as they come."""
   parser = parser_of("chat", "Talk to what a run has trained, a line a question.")
   parser.add_argument("--system", help="a message to the model before the conversation")
-  parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
-  parser.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest tokens")
-  parser.add_argument("--max-tokens", type=int, default=256, help="length of an answer")
-  parser.add_argument("--seed", type=int, default=0)
+  for flag, kind, default, what in (
+    ("--temperature", float, 0.7, "0: the likeliest token"),
+    ("--top-p", float, 1.0, "share of the likeliest tokens"),
+    ("--max-tokens", int, 256, "length of an answer"),
+    ("--seed", int, 0, "of what is drawn"),
+  ):
+    parser.add_argument(flag, type=kind, default=default, help=f"{what} (default: {default})")
   given = parser.parse_args(argv)
   with sentences():
     check(given)

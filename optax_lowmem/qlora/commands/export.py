@@ -36,7 +36,9 @@ def export(argv: Sequence[str]) -> int:
     "model's own (--lora FILE).",
   )
   parser.add_argument("--out", type=Path, required=True, help="the file, which must be new")
-  parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+  parser.add_argument(
+    "--dtype", choices=tuple(DTYPES), default="float32", help="of the file (default: %(default)s)"
+  )
   given = parser.parse_args(argv)
   with sentences():
     if given.out.exists():

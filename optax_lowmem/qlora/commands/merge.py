@@ -37,7 +37,12 @@ def merge(argv: Sequence[str]) -> int:
     "needs no adapter.",
   )
   parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="bfloat16",
+    help="of the model's files (default: %(default)s)",
+  )
   given = parser.parse_args(argv)
   with sentences(), ExitStack() as locks:
     s, path, adapter = adapter_of(given.run, "merge", best=given.best, model=given.model)
