@@ -6,6 +6,7 @@ Those of plain optax are in test_composition.py, those of sharding in test_shard
 import contextlib
 import dataclasses
 import inspect
+import time
 
 import chex
 import jax
@@ -122,7 +123,22 @@ def test_peak_in_bfloat16(name, params):
   tx = make(name)
   p, g = (jax.ShapeDtypeStruct(MANY.shape, dtype) for dtype in (params, jnp.bfloat16))
   update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(g, jax.eval_shape(tx.init, p), p)
-  assert temporaries_of(update.compile()) / MANY.size <= 0.1
+  # Replaced in bfloat16, it is copied before jax 0.12, which would convert all of it for each tile.
+  is_copied = params == jnp.bfloat16 and jax.__version_info__ < (0, 12)
+  assert temporaries_of(update.compile()) / MANY.size <= (2.1 if is_copied else 0.1)
+
+
+def test_time_in_bfloat16():
+  """Replaced a tile at a time, an array is not converted as a whole for each: 16 times the time."""
+  tx, times = make("adamw-8"), {}
+  for dtype in (jnp.float32, jnp.bfloat16):
+    p = jnp.ones((2048, 2048), dtype)
+    update, state, g = jax.jit(tx.update, donate_argnums=(0, 1)), tx.init(p), 0.1 * p
+    for _ in range(4):
+      start = time.perf_counter()
+      g, state = jax.block_until_ready(update(g, state, p))
+      times[dtype] = min(times.get(dtype, 99.0), time.perf_counter() - start)
+  assert times[jnp.bfloat16] <= 4 * times[jnp.float32], times
 
 
 @lawful

@@ -19,6 +19,7 @@ from optax_lowmem._update.tile_views import (
   paste_tile,
   restored,
   view,
+  written_view,
 )
 
 # An array of more elements than this is walked in tiles. Below it, the temporaries of a whole array
@@ -62,7 +63,7 @@ def map_tiles(
     return list(fn(list(reads), list(writes)))
   rows, columns, unit = grid
   sources = [view(a, rows, columns) for a in reads]
-  state = [view(a, rows, columns) for a in writes]
+  state = [written_view(a, rows, columns) for a in writes]
 
   halved = any(isinstance(a, QuantizedArray) and has_halves(a) for a in sources + state)
 
@@ -73,12 +74,15 @@ def map_tiles(
     tiles = cut([bits_in_step(a, i) for a in sources], segment, i)
     return [from_bits(t, a) for t, a in zip(tiles, sources, strict=True)]
 
+  def cut_state(state, segment, i):
+    return [from_bits(t, a) for t, a in zip(cut(state, segment, i), writes, strict=True)]
+
   def paste(state, new, segment, i):
     return [paste_tile(a, t, segment.start(i)) for a, t in zip(state, new, strict=True)]
 
   if size <= tile:
     whole = _Segment(1, lambda _: (0, 0), (rows, columns))
-    state = paste(state, fn(cut_sources(whole, 0), cut(state, whole, 0)), whole, 0)
+    state = paste(state, fn(cut_sources(whole, 0), cut_state(state, whole, 0)), whole, 0)
     return [restored(a, like) for a, like in zip(state, writes, strict=True)]
 
   # What a step makes is carried, and pasted by the next before it cuts, so that all that reads a
@@ -92,9 +96,9 @@ def map_tiles(
       state, made = carry
       state = paste(state, made, segment, jnp.maximum(i - 1, 0))
       i = _smaller(i, segment.tiles - 1)
-      return state, fn(cut_sources(segment, i), cut(state, segment, i))
+      return state, fn(cut_sources(segment, i), cut_state(state, segment, i))
 
-    carry = state, cut(state, segment, 0)
+    carry = state, cut_state(state, segment, 0)
     state, _ = jax.lax.fori_loop(0, segment.tiles + 1, step, carry)
   return [restored(a, like) for a, like in zip(state, writes, strict=True)]
 

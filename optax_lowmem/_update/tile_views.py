@@ -39,6 +39,14 @@ def view(a: Tile, rows: int, columns: int) -> Tile:
   )
 
 
+def written_view(a: Tile, rows: int, columns: int) -> Tile:
+  """`view` of an array that tiles are pasted into: bfloat16 as integers, if XLA cannot paste it."""
+  seen = view(a, rows, columns)
+  if isinstance(a, QuantizedArray) or a.dtype != jnp.bfloat16 or _PASTES_BFLOAT16:
+    return seen
+  return jax.lax.bitcast_convert_type(seen, jnp.uint16)
+
+
 def bits_in_step(a: Tile, i: Any) -> Tile:
   """A view that is only read, as step `i` of a loop is to cut it: bfloat16 as integers."""
   if isinstance(a, QuantizedArray | Positions) or a.dtype != jnp.bfloat16:
@@ -47,16 +55,16 @@ def bits_in_step(a: Tile, i: Any) -> Tile:
 
 
 def from_bits(tile: Tile, like: Tile) -> Tile:
-  """A tile of `bits_in_step(like)` as one of `like`."""
+  """A tile of `like` seen as integers, as one of `like`."""
   if isinstance(like, QuantizedArray | Positions) or like.dtype != jnp.bfloat16:
     return tile
-  return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16), tile)
+  return jax.tree.map(lambda x: _with_bits(x, jnp.bfloat16), tile)
 
 
 def restored(a: Tile, like: Tile) -> Tile:
   """The reverse of `view`, in the shape of `like`."""
   if not isinstance(like, QuantizedArray):
-    return a.reshape(like.shape)
+    return from_bits(a.reshape(like.shape), like)
   return jax.tree.map(
     lambda x, y: x.reshape(y.shape),
     dataclasses.replace(a, block=like.block, extent=like.extent),
@@ -121,7 +129,7 @@ def paste_tile(a: Tile, tile: Tile, at: tuple[Any, Any]) -> Tile:
   if not isinstance(a, QuantizedArray):
     for k, part in enumerate(tile if isinstance(tile, tuple) else (tile,)):
       place = at[0], at[1] + k * part.shape[1]
-      a = jax.lax.dynamic_update_slice(a, part, place)
+      a = jax.lax.dynamic_update_slice(a, _with_bits(part, a.dtype), place)
     return a
   code_at, scale_at = _places(a, at)
   codes = tile.codes.reshape(-1) if a.codes.ndim == 1 else tile.codes
@@ -140,6 +148,15 @@ def _places(q: QuantizedArray, at: tuple[Any, Any]) -> tuple[tuple[Any, ...], tu
   return code_at, (row * scales + scale,)
 
 
+def _with_bits(x: jax.Array, dtype: Any) -> jax.Array:
+  """`x`, or if it is bfloat16 or integers in its place and is to be the other, that."""
+  if {jnp.dtype(x.dtype), jnp.dtype(dtype)} != {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.uint16)}:
+    return x
+  return jax.lax.bitcast_convert_type(x, dtype)
+
+
 # XLA's CPU backend cuts no bfloat16: it would hold all of the array in float32 for the loop. Made
 # integers before the loop, or in a step that this can be taken out of, the array is copied.
-# docs/xla_notes.md#bf16
+# Before jax 0.12 it pastes none either, but converts all of the array in each step: 3.3 s, not 0.2,
+# for 2^24 elements. So there the copy is taken. docs/xla_notes.md#bf16
+_PASTES_BFLOAT16 = jax.__version_info__ >= (0, 12)
