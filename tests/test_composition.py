@@ -12,6 +12,7 @@ import pytest
 from optax import contrib
 
 import optax_lowmem as lowmem
+from own_process import printed
 from programs import times_compiled
 from registry import (
   LAWFUL,
@@ -55,6 +56,22 @@ def test_compiles_once(name):
   """However many steps, from `init`'s state or from one that came out."""
   run(name, 3)
   assert TRACES[name, "whole"] == 1
+
+
+def test_the_first_step_of_a_process_compiles_once():
+  """Nothing is imported in it that adds to what jax caches programs by, as Pallas does.
+
+  A process of its own: here, what an earlier test has imported is there.
+  """
+  code = """
+import jax, jax.numpy as jnp, optax_lowmem as lowmem
+tx, x, traces = lowmem.adamw(1e-2), jnp.ones((256, 256)), []
+step, state = jax.jit(lambda g, s: (traces.append(g), tx.update(g, s, g))[1]), tx.init(x)
+for _ in range(3):
+  updates, state = step(x, state)
+print(len(traces))
+"""
+  assert printed("-c", code, devices=1) == "1\n"
 
 
 @lawful

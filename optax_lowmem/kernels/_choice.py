@@ -11,6 +11,10 @@ from typing import Any, Literal
 
 import jax
 
+# Here, and not when first asked for, within the user's step: an import of Pallas adds to what
+# programs are cached by from jax 0.12 on, and the step would be traced and compiled twice.
+from optax_lowmem.kernels import _pallas, _tpu
+
 _VARIABLE = "OPTAX_LOWMEM_KERNELS"
 _SETTINGS = ("auto", "xla", "pallas", "interpret")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("kernels", default=None)
@@ -86,11 +90,4 @@ def map_blocks(
 
 
 def _kernel(platform: str) -> Any:
-  # Only when asked for: Pallas takes a while to import.
-  if platform == "tpu":
-    from optax_lowmem.kernels import _tpu
-
-    return _tpu
-  from optax_lowmem.kernels import _pallas
-
-  return _pallas
+  return _tpu if platform == "tpu" else _pallas
