@@ -172,6 +172,9 @@ def test_conversion_needs_the_same_rules():
     lowmem.convert_state(
       lowmem.adam(1e-3).init(params), optax.adam(1e-3), lowmem.adam(1e-3), params
     )
+  scheduled = optax.adam(optax.constant_schedule(1e-3))
+  with pytest.raises(ValueError, match="A schedule has a count in its state, where a number has"):
+    lowmem.convert_state(scheduled.init(params), scheduled, lowmem.adam(1e-3), params)
 
 
 @every

@@ -407,10 +407,9 @@ REFUSED = {
   "plan llama-2-7b --full --qlora --memory 1GB": "--full trains all parameters, and --qlora",
   "plan llama-2-7b --memmory 24GB": "unrecognized arguments: --memmory",
   "recommend llama-2-7b --memory 9GB --masters 8": "--masters is what `lowmem recommend` chooses",
-  "recommend llama-2-7b --memory 9GB --full": "Leave it out, or ask `lowmem plan`",
   "recommend llama-2-7b": "Say what there is: --memory 24GB",
   "compare llama-2-7b --memory 24GB": "--memory has no part in `lowmem compare`",
-  "recommend llama-2-7b --memory 24GB --full": "`domain` and `pretraining` all parameters",
+  "recommend llama-2-7b --memory 24GB --full": "say --task (instructions: adapters, then",
   "compare llama-2-7b --optim adamw,lyon": "optimizer name 'lyon' is unknown. Did you mean 'lion'",
 }
 

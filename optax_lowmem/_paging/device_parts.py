@@ -98,8 +98,8 @@ def _with_shard_map(
 def _common_spec(flat: Flat, padded: Flat, mesh: Any) -> PartitionSpec:
   """How the first page lies of whose layout each device has an even part of all.
 
-  A page of masters may be cut within the blocks of moments, which therefore lie otherwise. Scales
-  have one row a block then, and cannot be cut so.
+  A page of masters may be cut within the blocks of moments, which therefore lie otherwise. Blocks
+  fill the axis that they lie along (`Rows`), so an even part of their scales is of whole blocks.
   """
   pages, arrays = flat[: sum(padded)], flat[sum(padded) : len(padded)]
   shapes = [without_page_axes(x.shape) for x in pages] + [x.shape for x in arrays]

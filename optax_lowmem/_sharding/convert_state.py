@@ -143,10 +143,11 @@ def _compare(name: str, tree: Any, other_name: str, other: Any) -> None:
   )
   if paths != others:
     only, missing = sorted(paths - others), sorted(others - paths)
+    counts = all(path.endswith("count") for path in (*only, *missing))
+    why = " A schedule has a count in its state, where a number has none." if counts else ""
     raise ValueError(
       f"{name} and {other_name} do not belong together: {only[:3]} are in {name} only, "
-      f"{missing[:3]} in {other_name} only. Both must be the same rules in the same order, "
-      "with learning rates alike: a schedule has a `count` in the state, a number has none."
+      f"{missing[:3]} in {other_name} only. Both must be the same rules in the same order.{why}"
     )
 
 

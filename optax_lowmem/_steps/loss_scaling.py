@@ -151,16 +151,16 @@ def loss_scaling(
     for g in jax.tree.leaves(grads):
       good &= jnp.isfinite(_largest(g) * factor)
 
-    def unscaled(g):  # of a power of two, the product is the quotient, exactly
+    def quotient(g):  # of a power of two, the product is the quotient, exactly
       return jnp.where(good, g.astype(jnp.float32) * factor, STILL)
 
-    def one(g):
+    def unscale(g):
       if g.dtype != jnp.float32:
-        return unscaled(g)
-      return in_place(lambda arrays, _: [unscaled(arrays[0])], [g])[0]
+        return quotient(g)
+      return in_place(lambda arrays, _: [quotient(arrays[0])], [g])[0]
 
-    means = jax.tree.map(one, grads)
-    updates, inner_state = update_if(good, inner, means, state.inner_state, params, extra_args)
+    unscaled = jax.tree.map(unscale, grads)
+    updates, inner_state = update_if(good, inner, unscaled, state.inner_state, params, extra_args)
     scale, good_steps = state.scale, state.good_steps
     if interval is not None:
       grows = good & (good_steps + 1 >= interval)

@@ -39,8 +39,11 @@ def parser_for(command: str) -> argparse.ArgumentParser:
   parser.add_argument(
     "source", nargs="?", metavar="MODEL", help="a name, a config.json, a directory"
   )
-  parser.add_argument("--memory", metavar="SIZE", help="of each device: 24GB, 24GiB")
-  parser.add_argument("--card", help="compile for it: h100, a100-40gb, rtx-4090, l4, v5e, ...")
+  size, card = "of each device: 24GB, 24GiB", "compile for it: h100, a100-40gb, rtx-4090, l4, ..."
+  if command == "compare":  # which refuses them
+    size = card = argparse.SUPPRESS
+  parser.add_argument("--memory", metavar="SIZE", help=size)
+  parser.add_argument("--card", help=card)
   parser.add_argument("--qlora", action="store_true", help="the same as --no-full")
   parser.add_argument("--mesh", type=int, metavar="N", help="devices to spread the rows over")
   parser.add_argument("--json", action="store_true", help="print numbers, not tables")

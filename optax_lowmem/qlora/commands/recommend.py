@@ -18,16 +18,15 @@ from optax_lowmem.qlora.run.arguments import given, with_file
 from optax_lowmem.qlora.run.settings import flag_of
 from optax_lowmem.qlora.run.terminal import say, sentences
 
-_TASK = (
-  "what is to be learned: instructions (the default; adapters first), domain (all parameters "
-  "first), pretraining (all parameters)"
-)
+_TASK = "; ".join(f"{name}: {', then '.join(order)}" for name, (order, _) in TASKS.items())
 
 
 def recommend(argv: list[str]) -> int:
   """``lowmem recommend``."""
   parser = parser_for("recommend")
-  parser.add_argument("--task", choices=TASKS, help=_TASK)
+  parser.add_argument(
+    "--task", choices=TASKS, help=f"what is to be learned (default: instructions). {_TASK}"
+  )
   with sentences():
     words = given(parser, argv)
     budget = budget_of(words.get("memory"), words.get("card"))
@@ -78,10 +77,10 @@ def _check_free(words: dict[str, Any], said: dict[str, Any]) -> None:
   for name in CHOSEN:
     if name in said:
       what = flag_of(name) if name in words else f"--config {words['config']}: {name}"
+      instead = f", or say --task ({_TASK})" if name == "full" else ""
       raise ValueError(
-        f"{what} is what `lowmem recommend` chooses, by --task: `instructions` trains adapters, "
-        "`domain` and `pretraining` all parameters. Leave it out, or ask `lowmem plan`, which "
-        "takes all settings."
+        f"{what} is what `lowmem recommend` chooses. Leave it out{instead}, or ask `lowmem plan`, "
+        "which takes all settings."
       )
 
 
