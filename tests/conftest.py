@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import gc
 import os
 import pathlib
 import warnings
@@ -23,6 +24,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Where each operation came from is not asked for here: 8 % of the time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
+# Traced programs are many objects, and few of them garbage: 4 % of the time.
+gc.set_threshold(100_000, 20, 100)
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
@@ -42,18 +46,20 @@ def pytest_collection_modifyitems(config, items):
   from registry import ALWAYS, LAWFUL, REPRESENTATIVES, WRAPPED
 
   few = config.getoption("--few")
-  lost = {} if any("::" in argument for argument in config.args) else dict(ALWAYS_ASKED)
+  some = any("::" in argument for argument in config.args)
+  files = set() if some else {item.path.stem for item in items}
+  lost = {(file, test) for file in files for test in ALWAYS_ASKED.get(file, ())}
   for item in items:
-    where, _, case = f"{item.path.name}::{item.name}".partition("[")
-    kept = ALWAYS_ASKED.get(where)
-    if kept is not None and any(part in f"[{case}" for part in kept):
-      lost.pop(where, None)
+    test, _, case = item.name.partition("[")
+    kept = ALWAYS_ASKED.get(item.path.stem, {}).get(test)
+    if kept is not None and (not kept or any(part in f"[{case}" for part in kept)):
+      lost.discard((item.path.stem, test))
     name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
     on_cards = item.path.stem.startswith("test_accelerator")
     asked_of_all = (on_cards and not few) or item.get_closest_marker("cheap")
     if name in LAWFUL and name not in (*REPRESENTATIVES, *WRAPPED) and not asked_of_all:
       item.add_marker(pytest.mark.slow)
-    if item.get_closest_marker("slow") or on_cards:
+    if item.get_closest_marker("slow"):
       continue
     if kept is not None:
       rare = not any(part in f"[{case}" for part in kept)
@@ -61,10 +67,8 @@ def pytest_collection_modifyitems(config, items):
       rare = name in LAWFUL and name not in ALWAYS and not asked_of_all
     if rare:
       item.add_marker(pytest.mark.thorough)
-  files = {item.path.name for item in items}
-  lost = [key for key, kept in lost.items() if kept and key.partition("::")[0] in files]
   if lost:
-    raise pytest.UsageError(f"tests/thorough.py keeps cases that are not there: {lost}.")
+    raise pytest.UsageError(f"tests/thorough.py names cases that are not there: {sorted(lost)}.")
   items.sort(key=lambda item: item.path.stem not in LONG)
 
 
