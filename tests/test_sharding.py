@@ -382,6 +382,19 @@ def check_pages_cut_in_blocks(kind):
     assert (off != 0).mean() < 0.05
 
 
+def check_quantize(kind):
+  """By tables too, which lie on no mesh, and of scales whose blocks shards would cut."""
+  x = jnp.sin(jnp.arange(64 * 1024.0)).reshape(64, 1024)
+  forms: Any = [("nf4", P("a"), True), ("dynamic", P("a", "b"), True), ("fp4", P(None, "b"), False)]
+  for codebook, spec, double in forms:
+    sharded = jax.device_put(x, NamedSharding(mesh_of(TWO, kind), spec))
+    q = lowmem.quantize(sharded, codebook, 64, double)
+    exact = lowmem.quantize(x, codebook, 64, double)
+    assert_same_bits((q, q.dequantize()), (exact, exact.dequantize()))
+    assert q.codes.sharding.is_equivalent_to(sharded.sharding, 2)
+    assert q.dequantize().sharding.is_equivalent_to(sharded.sharding, 2)
+
+
 def check_conversions(kind):
   """Of a factor whose blocks are of several rows: JAX reshapes no such array on explicit axes."""
   params, grads = arrays("", (512, 16), "float32")
@@ -430,9 +443,10 @@ if __name__ == "__main__":
   _stream.WHOLE, _stream._SMALLEST = 1 << 12, 1 << 11  # small arrays are to be walked in tiles
   check_cases(kind, every)
   check_offloaded(kind)
-  check_pages_cut_in_blocks(kind)
   check_conversions(kind)
+  check_quantize(kind)
   if whole:
+    check_pages_cut_in_blocks(kind)
     check_transformations(kind)
     check_phases(kind)
     check_rules_on_whole_arrays(kind)

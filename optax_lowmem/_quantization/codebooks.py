@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from optax_lowmem._arguments.spelling import did_you_mean
 from optax_lowmem._quantization.codebook import Codebook
@@ -35,6 +36,13 @@ CodebookName = Literal[
 ]
 
 
+def _looked_up(table: Any, index: Any) -> jax.Array:
+  """Entries of a short table, which lie as `index` does: on explicit axes JAX has to be told."""
+  where = jax.typeof(index).sharding
+  told = where if AxisType.Explicit in where.mesh.axis_types else None
+  return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=told)
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear(Codebook):
   """Evenly spaced values: -1, -126/127, …, 0, …, 1, stored with an offset of 128."""
@@ -45,7 +53,7 @@ class Linear(Codebook):
   def decode(self, codes: jax.Array) -> jax.Array:
     # A table, because XLA may turn the division into a product that misses 1.0 by an ulp.
     table = (np.arange(256) - 128).astype(np.float32) / np.float32(127)
-    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+    return _looked_up(table, codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +77,10 @@ class Table(Codebook):
   def encode(self, r: jax.Array) -> jax.Array:
     thresholds, codes = self._nearest
     index = sum((r > t).astype(jnp.uint8) for t in thresholds)
-    return jnp.asarray(codes).at[index].get(mode="promise_in_bounds")
+    return _looked_up(codes, index)
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    table = jnp.asarray(np.asarray(self.table, np.float32))
-    return table.at[codes].get(mode="promise_in_bounds")
+    return _looked_up(np.asarray(self.table, np.float32), codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +117,19 @@ class Dynamic(Codebook):
     decade = sum((a >= 10.0 ** (i - 7)).astype(jnp.int32) for i in range(1, 7))
     steps = jnp.left_shift(1 if self.signed else 2, decade)
     power = jnp.asarray(10.0 ** np.arange(6, -1, -1), jnp.float32)
-    fraction = (a * power.at[decade].get(mode="promise_in_bounds") - 0.1) / 0.9
+    fraction = (a * _looked_up(power, decade) - 0.1) / 0.9
     j = jnp.clip((fraction * steps.astype(jnp.float32)).astype(jnp.int32), 0, steps - 1)
     if self.signed:
       guess = 127 + jnp.where(r < 0, -(steps + j), steps + j)
     else:
       guess = steps - 1 + j
     bounds = jnp.asarray(np.concatenate([[-np.inf], _thresholds(self._map), [np.inf]]), jnp.float32)
-    lower = bounds.at[guess].get(mode="promise_in_bounds")
-    upper = bounds.at[guess + 1].get(mode="promise_in_bounds")
+    lower = _looked_up(bounds, guess)
+    upper = _looked_up(bounds, guess + 1)
     return (guess + (r > upper) - (r <= lower)).astype(jnp.uint8)
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    return jnp.asarray(self._map).at[codes].get(mode="promise_in_bounds")
+    return _looked_up(self._map, codes)
 
 
 def _linspace(steps: int) -> np.ndarray:

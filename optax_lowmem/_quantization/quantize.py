@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_lowmem._arguments.checks import check_block_size
 from optax_lowmem._quantization.array import QuantizedArray, encode
@@ -44,7 +45,8 @@ def quantize(
     block_size: elements a block; a positive even number.
     double_quantize: also quantize the scales: their mean is subtracted and the rest held in 8-bit
       `dynamic` codes with one float32 scale for 256 of them (Dettmers et al, 2023). The scales are
-      taken in row-major order, so that the bits are those of bitsandbytes.
+      taken in row-major order, so that the bits are those of bitsandbytes; of an array on explicit
+      axes, each device holds those of all.
 
   Returns:
     A `QuantizedArray` of `x`'s shape and dtype.
@@ -83,10 +85,17 @@ def quantize(
   q = encode(x, book, (block_size,))
   if not double_quantize:
     return q
-  scales = jnp.asarray(q.scales).reshape(-1)
+  scales = _flat(q.scales)
   offset = _mean(scales)
   nested = encode(scales - offset, get_codebook("dynamic"), (_SCALE_BLOCK,))
   return dataclasses.replace(q, scales=dataclasses.replace(nested, offset=offset))
+
+
+def _flat(scales: jax.Array) -> jax.Array:
+  """A vector of scales, whose blocks are cut by no shard: on explicit axes, all on each device."""
+  mesh = jax.typeof(scales).sharding.mesh
+  whole = NamedSharding(mesh, PartitionSpec(None)) if AxisType.Explicit in mesh.axis_types else None
+  return jax.lax.reshape(scales, (scales.size,), out_sharding=whole)
 
 
 def _mean(x: jax.Array) -> jax.Array:
