@@ -31,7 +31,16 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 # Few tests that take long: a process that came to them last would run them while others wait.
-LONG = ("test_sharding", "test_composition", "test_qlora_options", "test_offloaded")
+LONG = (
+  "test_sharding",
+  "test_contract",
+  "test_multi_steps",
+  "test_kernels",
+  "test_plan_cli",
+  "test_finetune",
+  "test_update_in_backward",
+  "test_masters_composition",
+)
 
 
 def pytest_addoption(parser):

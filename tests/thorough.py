@@ -52,6 +52,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
   "test_backward_offloaded": {
     "test_it_is_the_step_without_pages_to_the_bit": (),
     "test_runs_with_and_without_pages_go_on_from_each_other": (),
+    "test_shapes_and_a_compiled_init_are_those_of_init": (),
   },
   "test_backward_sharded": {
     "test_on_eight_devices": (),
@@ -80,6 +81,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
   "test_composition": {
     "test_composes": ("chain", "multi_steps-adamw-4"),
     "test_jit_vmap_and_scan_over_layers_agree": ("[adamw-8",),
+    "test_layers_stacked_in_one_array_train_as_layers_apart": (),
     "test_quantizes_what_is_composed": ("clipped-8", "injected-8", "muon-4"),
     "test_state_keeps_structure_shapes_dtypes_and_weak_types": ("[adamw-8", "masters-adamw-8"),
   },
@@ -87,10 +89,11 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_every_shape": (),
     "test_moments_are_computed_in_float32_whatever_the_parameters": ("adamw-8",),
     "test_relative_error_is_the_same_at_every_scale": ("0-adamw-8", "0-came-8"),
+    "test_relative_error_is_the_same_at_every_scale_in_phases": ("1e-10-came",),
     "test_state_is_the_same_where_jax_has_64_bits": (
       "[adamw-8-tiles",
-      "came-8-whole",
-      "lion-4-tiles",
+      "[came-8-whole",
+      "[lion-4-tiles",
     ),
     "test_storing_what_was_loaded_changes_nothing": (
       "[adamw-8-tiles",
@@ -98,6 +101,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
       "[lion-4-whole",
       "masters-adamw-8-phases",
     ),
+    "test_tiles_give_what_whole_arrays_give": ("[adamw-8", "[lion-4"),
   },
   "test_docs": {
     "test_a_page_runs_from_top_to_bottom": (
@@ -105,7 +109,6 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
       "/index",
       "quickstart",
       "choosing",
-      "bf16",
       "sharding",
       "checkpoints",
       "how_it_works",
@@ -306,6 +309,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_a_general_layer_sums_over_axes_in_the_inputs_order": (),
     "test_a_stack_of_general_layers_is_the_layers_one_by_one": (),
     "test_an_adapter_in_16_bits_computes_what_one_in_32_bits_of_its_values_does": (),
+    "test_an_adapter_in_16_bits_keeps_them_when_it_is_loaded": (),
     "test_an_adapter_that_changed_its_base_is_saved_as_one_of_the_original": (),
     "test_an_adapters_own_bias_is_merged_where_outputs_are_permuted": (),
     "test_dora_is_the_papers_equation_and_its_norm_gets_no_gradient": (),
@@ -316,7 +320,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_merge_keeps_the_dtype_of_the_weight": (),
     "test_merge_of_a_quantized_base_into_the_original_weights": (),
     "test_pissa_leaves_the_function_of_a_float_model_and_takes_the_largest_part": (),
-    "test_what_is_trained_is_named_and_nothing_else_moves": ("options4", "options1"),
+    "test_what_is_trained_is_named_and_nothing_else_moves": (),
     "test_what_is_trained_whole_is_held_in_32_bits": (),
   },
   "test_nn_devices": {
@@ -373,7 +377,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_the_trust_ratio_is_real": ("8-lamb", "4-lars"),
   },
   "test_offloaded": {
-    "test_a_thousand_steps_are_bit_equal": ("8 bits",),
+    "test_a_thousand_steps_are_bit_equal": (),
     "test_by_rows_it_is_the_same": ("adamw 8-two lanes",),
     "test_composes": ("multi_steps",),
     "test_hyperparameters_are_injected": (),
@@ -434,6 +438,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
   },
   "test_qlora_faults": {
     "test_a_flipped_bit_in_a_state_is_refused": (),
+    "test_a_flipped_bit_in_an_adapter_is_refused_where_it_is_used": (),
     "test_a_folder_is_written_to_by_one_process_and_the_lock_dies_with_it": (),
     "test_a_full_disk_is_a_sentence_and_the_run_goes_on": ("1",),
     "test_metrics_never_decide_whether_a_run_goes_on": ("binary",),
@@ -446,6 +451,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_in_the_backward_pass_it_is_the_ordinary_step": (),
     "test_many_parts_add_up_in_bfloat16": (),
     "test_resumed_it_is_bit_for_bit_the_same": (),
+    "test_state_has_no_second_copy_of_the_weights": (),
     "test_sums_of_passes_are_made_where_jax_has_64_bits": (),
     "test_the_loss_falls": (),
     "test_the_norm_is_that_of_all_gradients": (),
@@ -460,6 +466,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_packed_rows_give_the_loss_and_gradient_of_padded_ones": (),
   },
   "test_qlora_parity": {
+    "test_bits_are_those_of_bitsandbytes": (),
     "test_the_comparison_sees_what_is_wrong": (),
     "test_twenty_steps_are_those_of_peft_and_bitsandbytes": (),
   },
@@ -471,6 +478,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
   "test_qlora_use": {
     "test_chat_reads_lines_and_remembers": (),
     "test_merged_model_is_base_and_adapter": (),
+    "test_merged_model_of_a_gguf_file_is_that_of_its_directory": (),
     "test_tokens_one_by_one_are_those_of_the_generator": (),
   },
   "test_quantized": {
@@ -502,11 +510,13 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_fixed_point": (),
     "test_negation_is_exact": (),
     "test_order_is_kept_within_a_block": (),
+    "test_scaling_by_a_power_of_two_is_exact": (),
     "test_sign_and_zero_are_kept": (),
     "test_what_is_not_finite_is_contained": (),
     "test_what_is_positive_stays_positive": (),
   },
   "test_stream": {
+    "test_only_a_tile_is_ever_dense": (),
     "test_the_loop_runs_on_all_cores": ("8-adamw",),
     "test_tiles_give_what_the_whole_array_gives": ("shape1",),
   },
