@@ -443,10 +443,10 @@ if __name__ == "__main__":
   _stream.WHOLE, _stream._SMALLEST = 1 << 12, 1 << 11  # small arrays are to be walked in tiles
   check_cases(kind, every)
   check_offloaded(kind)
+  check_pages_cut_in_blocks(kind)
   check_conversions(kind)
   check_quantize(kind)
   if whole:
-    check_pages_cut_in_blocks(kind)
     check_transformations(kind)
     check_phases(kind)
     check_rules_on_whole_arrays(kind)

@@ -39,7 +39,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
   parser.add_argument(
     "source", nargs="?", metavar="MODEL", help="a name, a config.json, a directory"
   )
-  size, card = "of each device: 24GB, 24GiB", "compile for it: h100, a100-40gb, rtx-4090, l4, ..."
+  size, card = "of each device: 24GB, 24GiB", "compile for it: h100, rtx-4090, l4, v5e, ..."
   if command == "compare":  # which refuses them
     size = card = argparse.SUPPRESS
   parser.add_argument("--memory", metavar="SIZE", help=size)
