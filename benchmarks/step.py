@@ -36,12 +36,14 @@ def rows() -> dict[str, list[tuple[str, optax.GradientTransformation]]]:
     "mu": lowmem.Blockwise("dynamic", 256),
     "nu": lowmem.Blockwise("dynamic_unsigned", 256),
   }
+  log = {"mu": lowmem.Blockwise("log8"), "nu": lowmem.Blockwise("log8_unsigned")}
   return {
     "adamw": [
       ("optax.adamw", optax.adamw(1e-3)),
       ("adamw, 32 bits", lowmem.adamw(1e-3, bits=32)),
       ("adamw, 8 bits", lowmem.adamw(1e-3)),
       ("adamw, 4 bits", lowmem.adamw(1e-3, bits=4)),
+      ("adamw, log codes", lowmem.quantized(optax.adamw(1e-3), storage=log)),
       ("adamw, dynamic map", lowmem.quantized(optax.adamw(1e-3), storage=dynamic)),
     ],
     "lion": [

@@ -365,6 +365,17 @@ def test_a_cpu_program_is_the_same_with_auto(monkeypatch):
   assert memory[0] == memory[1]
 
 
+@pytest.mark.parametrize(("others", "method"), [(False, "while"), (True, "optimization_barrier")])
+def test_phases_are_left_out_where_nothing_would_run_them(monkeypatch, others, method):
+  """What of the default is lowered for AMD's GPUs: tiles where there are none, which is traced."""
+  monkeypatch.setattr(_choice, "other_platforms", lambda: others)
+  tx, params = lowmem.adamw(1e-3), jnp.ones((1024, 512))
+  traced = jax.jit(tx.update).trace(params, tx.init(params), params)
+  text = traced.lower(lowering_platforms=("rocm",)).as_text()
+  found = [name for name in ("while", "optimization_barrier") if f"stablehlo.{name}" in text]
+  assert found == [method]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("make", [lowmem.adamw, lowmem.lion, lowmem.rmsprop])
 def test_optimizers_lower_for_cuda(monkeypatch, make, bits):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
+from jax.extend.backend import backends
 
 # Here, and not when first asked for, within the user's step: an import of Pallas adds to what
 # programs are cached by from jax 0.12 on, and the step would be traced and compiled twice.
@@ -69,6 +70,11 @@ def platforms() -> tuple[str, ...]:
   """
   tpu = jax.default_backend() == "tpu" or importlib.util.find_spec("libtpu") is not None
   return ("cuda", "tpu") if tpu else ("cuda",)
+
+
+def other_platforms() -> bool:
+  """Whether there are devices here for which nothing has a method of its own."""
+  return not backends().keys() <= {"cpu", "cuda", "tpu"}
 
 
 def refusal(fn: Any, reads: Any, writes: Any, fresh: Any, platform: str = "cuda") -> str | None:
