@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(optax_lowmem.__file__).parent
 # As CONTRIBUTING.md draws them: each may import those before it.
 ORDER = [
   "_arguments",
+  "_meshes",
   "_quantization",
   "_host_memory",
   "_state",

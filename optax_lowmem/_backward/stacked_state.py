@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import optax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from optax_lowmem._backward.stacks import count_of
 from optax_lowmem._host_memory.capacity import check_on_host, check_pool, devices_of, shard_bytes
@@ -20,6 +20,7 @@ from optax_lowmem._host_memory.pages import (
   known_on_host,
   store_stack,
 )
+from optax_lowmem._meshes.explicit_axes import is_explicit
 from optax_lowmem._paging.lazy_state import lazy_state, made
 from optax_lowmem._paging.stacked import Stack, within
 from optax_lowmem._paging.surroundings import in_eval_shape
@@ -96,4 +97,4 @@ def _marked_state(tx: optax.GradientTransformation, layers: Any) -> Any:
 def _is_automatic(sharding: Any) -> bool:
   """Whether it is of several devices, on a mesh of automatic axes."""
   several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-  return several and AxisType.Explicit not in sharding.mesh.axis_types
+  return several and not is_explicit(sharding.mesh)

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_lowmem._host_memory.placement import DEVICE, PINNED_HOST, Placement, placement_of
+from optax_lowmem._meshes.explicit_axes import explicit_names, is_explicit
 
 # Where no shardings are named, JAX pairs a donated argument with the first result of its shape and
 # dtype, in whatever memory: a donated moment with the new parameter, upon which the runtime aborts
@@ -209,19 +210,14 @@ def joined(lanes: list[jax.Array], axis: int) -> jax.Array:
 def _explicit(x: Any) -> tuple[Any, PartitionSpec]:
   """The mesh of explicit axes that `x` lies on, if any, and how."""
   sharding = jax.typeof(x).sharding
-  explicit = AxisType.Explicit in sharding.mesh.axis_types
-  return (sharding.mesh if explicit else None), sharding.spec
+  return (sharding.mesh if is_explicit(sharding.mesh) else None), sharding.spec
 
 
 def _by_shards(local: Callable[..., Any], mesh: Any, before: Any, after: Any) -> Callable[..., Any]:
   """Under explicit axes, a reshape that takes a sharded axis apart is each device's own."""
   if mesh is None:
     return local
-  names = {
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind == AxisType.Explicit
-  }
+  names = explicit_names(mesh)
   return jax.jit(
     jax.shard_map(
       local, mesh=mesh, in_specs=before, out_specs=after, axis_names=names, check_vma=False

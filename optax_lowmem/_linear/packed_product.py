@@ -12,6 +12,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType
 
 from optax_lowmem._linear.contraction import Contraction
+from optax_lowmem._meshes.explicit_axes import is_explicit
 from optax_lowmem._quantization.array import QuantizedArray
 
 
@@ -161,7 +162,7 @@ def multiply_backward(precision, place, weight, g):
   # weight from the forward pass, which is all that 4-bit storage saved.
   dense = wait_for(g, weight).dequantize(g.dtype)
   dx = jax.lax.dot_general(g, dense, (((g.ndim - 1,), (0,)), ((), ())), precision=precision)
-  if AxisType.Explicit in place.mesh.axis_types:
+  if is_explicit(place.mesh):
     dx = jax.sharding.reshard(dx, place)
   return dx, None  # None: no gradient for the frozen weight
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_lowmem._host_memory.pages import Paged, as_page, cuts, without_page_axes
 from optax_lowmem._host_memory.placement import DEVICE, placement_of
+from optax_lowmem._meshes.explicit_axes import explicit_mesh, explicit_names
 
 Flat = Sequence[Any]
 
@@ -49,10 +50,8 @@ def on_parts(
     new, made = fn(here, list(rest[: len(arrays)]), list(rest[len(arrays) :]))
     return [*jax.tree.leaves(new), *made]
 
-  meshes = [jax.typeof(x).sharding.mesh for x in flat]
-  explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
-  if explicit:
-    results = _with_shard_map(run, flat, padded, out_padded, out_lanes, explicit[0])
+  if (mesh := explicit_mesh(flat)) is not None:
+    results = _with_shard_map(run, flat, padded, out_padded, out_lanes, mesh)
   else:
     results = run(*flat)
   count = len(out_lanes)
@@ -80,14 +79,13 @@ def _with_shard_map(
 ) -> Flat:
   spec = _common_spec(flat, padded, mesh)
   scalars = [PartitionSpec()] * (len(flat) - len(padded))
-  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
   specs = [_spec(spec, pad) for pad in padded] + scalars
   results = jax.shard_map(
     run,
     mesh=mesh,
     in_specs=tuple(specs),
     out_specs=[_spec(spec, pad) for pad in out_padded],
-    axis_names={name for name, kind in kinds if kind == AxisType.Explicit},
+    axis_names=explicit_names(mesh),
     check_vma=False,
   )(*(_laid_out(x, s, mesh) for x, s in zip(flat, specs, strict=True)))
   old = [jax.typeof(x).sharding.spec for x in out_lanes]

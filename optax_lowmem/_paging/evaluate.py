@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from optax_lowmem._host_memory.pages import Paged, is_paged
+from optax_lowmem._meshes.explicit_axes import is_explicit
 from optax_lowmem._paging.device_parts import on_parts
 from optax_lowmem._paging.order import gradients, ordered
 from optax_lowmem._paging.regions import Region, find_regions
@@ -240,7 +240,7 @@ def _buffer(like: Any, cuts: Sequence[int], near: jax.Array | None) -> jax.Array
 def _laid_as(x: jax.Array, like: Any) -> jax.Array:
   """`x`, laid as `like` on a mesh of explicit axes; a loop leaves it as its pages lie."""
   where = like.sharding
-  alike = AxisType.Explicit not in where.mesh.axis_types or jax.typeof(x).sharding == where
+  alike = not is_explicit(where.mesh) or jax.typeof(x).sharding == where
   return x if alike else jax.sharding.reshard(x, where)
 
 

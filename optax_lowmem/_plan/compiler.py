@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowmem._host_memory.pages import host_of, is_paged
+from optax_lowmem._meshes.explicit_axes import is_explicit
 from optax_lowmem._plan.cards import CARDS, TPUS, card_named
 from optax_lowmem.kernels import using
 
@@ -162,11 +163,11 @@ def compile_for(
   jitted = jax.jit(fn, donate_argnums=tuple(donate), out_shardings=out)
   platform = "tpu" if known.name in TPUS else "cuda"
   with contextlib.ExitStack() as stack:
-    if AxisType.Explicit in on.axis_types:
+    if is_explicit(on):
       stack.enter_context(jax.set_mesh(on))
     if known.name in CARDS and CARDS[known.name].capability < (8, 0):
       stack.enter_context(using("xla"))  # Triton is for Ampere and later
-    if AxisType.Explicit not in on.axis_types:  # Pallas asks for its device (jax 0.11 and later)
+    if not is_explicit(on):  # Pallas asks for its device (jax 0.11 and later)
       stack.enter_context(jax.sharding.use_abstract_mesh(on.abstract_mesh))
     try:
       return _measured(known.name, jitted, laid, platform)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from optax_lowmem._meshes.explicit_axes import is_explicit
 from optax_lowmem._programs.outputs import inputs_of, subprogram
 from optax_lowmem._programs.primitives import called, is_var
 
@@ -69,5 +70,5 @@ def _inside(eqn: Any, args: list[Any], at: set[int], run: Callable[..., Any]) ->
 
 
 def _shaped(aval: Any) -> jax.ShapeDtypeStruct:
-  explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
-  return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding if explicit else None)
+  sharding = aval.sharding if is_explicit(aval.sharding.mesh) else None
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)

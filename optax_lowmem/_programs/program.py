@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType
 
+from optax_lowmem._meshes.explicit_axes import explicit_sharding
 from optax_lowmem._programs.elementwise import Op, Proof, Ref
 
 _FLOAT32 = (8, 23)  # bits of exponent and mantissa
@@ -84,7 +84,7 @@ class Program:
     env.update((self._inputs[k].index, x) for k, x in args.items())
     env.update((self._outputs[k].index, x) for k, x in (given or {}).items())
     like = next(iter(args.values()))
-    form = like.shape, _explicit_sharding(like)
+    form = like.shape, explicit_sharding(like)  # a selection asks for operands that lie alike
     for op in self._needed(leaf, wanted, given or {})[0]:
       if _is_rounding_point(op):
         value = env[op.inputs[0].index]
@@ -229,12 +229,6 @@ def _rounded(x: jax.Array) -> jax.Array:
 
 def _full(ref: Ref, value: Any, shape: tuple[int, ...], sharding: Any = None) -> jax.Array:
   return jnp.broadcast_to(jnp.asarray(value, ref.aval.dtype), shape, out_sharding=sharding)
-
-
-def _explicit_sharding(x: Any) -> Any:
-  """How `x` lies on a mesh of explicit axes, where a selection asks for operands that lie alike."""
-  sharding = jax.typeof(x).sharding
-  return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _bind(op: Op, env: dict[int, Any], form: tuple[tuple[int, ...], Any] | None = None) -> None:

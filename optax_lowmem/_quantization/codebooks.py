@@ -11,9 +11,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from optax_lowmem._arguments.spelling import did_you_mean
+from optax_lowmem._meshes.explicit_axes import explicit_sharding
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.log_codebook import Log
 from optax_lowmem._quantization.power_codebook import Power, Sum
@@ -38,9 +38,8 @@ CodebookName = Literal[
 
 def _looked_up(table: Any, index: Any) -> jax.Array:
   """Entries of a short table, which lie as `index` does: on explicit axes JAX has to be told."""
-  where = jax.typeof(index).sharding
-  told = where if AxisType.Explicit in where.mesh.axis_types else None
-  return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=told)
+  where = explicit_sharding(index)
+  return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=where)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_lowmem._arguments.checks import check_block_size
+from optax_lowmem._meshes.explicit_axes import is_explicit
 from optax_lowmem._quantization.array import QuantizedArray, encode
 from optax_lowmem._quantization.codebook import Codebook
 from optax_lowmem._quantization.codebooks import CodebookName, get_codebook
@@ -94,7 +95,7 @@ def quantize(
 def _flat(scales: jax.Array) -> jax.Array:
   """A vector of scales, whose blocks are cut by no shard: on explicit axes, all on each device."""
   mesh = jax.typeof(scales).sharding.mesh
-  whole = NamedSharding(mesh, PartitionSpec(None)) if AxisType.Explicit in mesh.axis_types else None
+  whole = NamedSharding(mesh, PartitionSpec(None)) if is_explicit(mesh) else None
   return jax.lax.reshape(scales, (scales.size,), out_sharding=whole)
 
 

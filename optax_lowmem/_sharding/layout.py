@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_lowmem._meshes.explicit_axes import explicit_sharding, is_explicit
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._quantization.positions import Positions
 
@@ -53,7 +53,7 @@ def laid_out(
   array in other words than its next state's would be traced again.
   """
   spec = tuple(spec)
-  if AxisType.Explicit not in mesh.axis_types:
+  if not is_explicit(mesh):
     spec = spec[: max((k + 1 for k, names in enumerate(spec) if names), default=0)]
   return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
@@ -76,8 +76,7 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
   if not isinstance(leaf, Tracer):
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
-  sharding = jax.typeof(leaf).sharding
-  return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+  return explicit_sharding(leaf)
 
 
 def shard_of(tile: Tile) -> Tile:

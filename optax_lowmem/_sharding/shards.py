@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optax_lowmem._meshes.explicit_axes import explicit_mesh, explicit_names
 from optax_lowmem._programs.phases import in_a_phase
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._quantization.tangents import derivative
@@ -49,14 +50,12 @@ def on_shards(
   if in_a_phase():  # with reductions over all devices beside it: XLA is to lay out all of it
     return dict(fn(values, shared))
   task = _Task(fn, values, shared, results)
-  meshes = [jax.typeof(x).sharding.mesh for x in task.arrays]
-  explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
-  if explicit:
-    return task.results(_with_shard_map(task, explicit[0]))
+  if (mesh := explicit_mesh(task.arrays)) is not None:
+    return task.results(_with_shard_map(task, mesh))
   # What is not traced is computed now, where it lies; in a `shard_map` of the user's, arrays are
   # shards already.
   traced = any(isinstance(x, Tracer) for x in task.arrays)
-  manual = any(AxisType.Manual in mesh.axis_types for mesh in meshes)
+  manual = any(AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types for x in task.arrays)
   if jax.device_count() == 1 or manual or not traced:
     return dict(fn(values, shared))
   return task.results(_with_custom_partitioning(task))
@@ -93,14 +92,11 @@ def with_automatic_sharding(run: Callable[..., Any], args: Any, like: Any) -> An
 
   A flat view of a sharded array has no explicit sharding. The results are sharded as `like`.
   """
-  leaves = jax.tree.leaves(like)
-  meshes = (jax.typeof(x).sharding.mesh for x in leaves)
-  explicit = [m for m in meshes if AxisType.Explicit in m.axis_types]
-  if not explicit:
+  if (mesh := explicit_mesh(jax.tree.leaves(like))) is None:
     return run(*args)
 
   def sharding(x):  # scalars are on no mesh yet
-    return NamedSharding(explicit[0], jax.typeof(x).sharding.spec)
+    return NamedSharding(mesh, jax.typeof(x).sharding.spec)
 
   return jax.sharding.auto_axes(run, out_sharding=jax.tree.map(sharding, like))(*args)
 
@@ -167,7 +163,6 @@ class _Task:
 
 def _with_shard_map(task: _Task, mesh: Any) -> list[jax.Array]:
   before = [jax.typeof(x).sharding.spec for x in task.arrays]
-  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
   spec, whole = divide(task.units, before[task.guide], mesh.shape), PartitionSpec()
 
   def lay_out(x, spec):
@@ -178,7 +173,7 @@ def _with_shard_map(task: _Task, mesh: Any) -> list[jax.Array]:
     mesh=mesh,
     in_specs=(*[spec] * len(task.arrays), *[whole] * len(task.shared)),
     out_specs=spec,
-    axis_names={name for name, kind in kinds if kind == AxisType.Explicit},
+    axis_names=explicit_names(mesh),
     check_vma=False,  # it would ask of every loop that its constants be marked as varying
   )
   new = run(*(lay_out(x, spec) for x in task.arrays), *(lay_out(x, whole) for x in task.shared))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import AxisType
 
+from optax_lowmem._meshes.explicit_axes import explicit_mesh
 from optax_lowmem._quantization.positions import Positions, indices
 from optax_lowmem._update.tile_loop import map_tiles
 
@@ -46,8 +46,7 @@ def in_place(
     new = map_tiles(step, [index, *flat[len(arrays) :]], flat[: len(arrays)])
     return [x.reshape(shape) for x in new]
 
-  meshes = [jax.typeof(x).sharding.mesh for x in every]
-  explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+  explicit = explicit_mesh(every) is not None
   if explicit or jax.device_count() > 1:  # a flat view of what is sharded would gather it
     return whole(*every)
   return jax.lax.platform_dependent(*every, cpu=tiles, default=whole)
