@@ -3,7 +3,8 @@
 import json
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optax_lowmem as lowmem
 from compiled import compile_for, mesh_of
@@ -16,8 +17,22 @@ CASES["sums"] = lowmem.multi_steps(lowmem.adamw(1e-3), 4, bits=8), "float32"
 CASES["rounding"] = lowmem.stochastic_rounding(lowmem.adamw(1e-3), seed=0), "bfloat16"
 
 
+def quantized(mesh, double):
+  """The collectives of an array by rows and columns that is quantized and decoded."""
+  x = jax.ShapeDtypeStruct((512, 2048), "float32", sharding=NamedSharding(mesh, P("x", "y")))
+  with jax.set_mesh(mesh):
+    compiled = compile_for(
+      lambda x: lowmem.quantize(x, "nf4", 64, double).dequantize(), (x,), count=8
+    )
+  return compiled.traffic.collectives
+
+
 def main():
   found = {}
+  for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = mesh_of("h100", (4, 2), ("x", "y"), kind)
+    for name, double in (("quantize", False), ("quantize doubly", True)):
+      found[f"{name} {kind.name}"] = quantized(mesh, double)
   for name, (tx, dtype) in CASES.items():
     one = compile_for(*apply_step(tx, {"w": jax.ShapeDtypeStruct(STACK, dtype)}))
     for kind in (AxisType.Auto, AxisType.Explicit):

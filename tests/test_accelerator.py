@@ -247,3 +247,11 @@ def test_eight_cards_in_bfloat16(eight, name, mesh, axes):
 @pytest.mark.parametrize("mesh", ["Auto", "Explicit"])
 def test_eight_cards_reduce_norms_only(eight, mesh, axes):
   assert set(eight[f"came-8 {mesh} {axes}"]["collectives"]) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("mesh", ["Auto", "Explicit"])
+def test_eight_cards_quantize(eight, mesh):
+  """Each its blocks; of scales that are quantized too, explicit axes gather all, and no more."""
+  assert not eight[f"quantize {mesh}"]
+  if mesh == "Explicit":
+    assert set(eight[f"quantize doubly {mesh}"]) == {"all-gather"}
