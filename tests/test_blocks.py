@@ -206,3 +206,20 @@ def test_reprs_are_one_line():
     assert repr(value) == text.strip()
   assert "\n" not in repr(jax.tree.map(lambda _: cpu, pair))
   assert "\n" in str(explained)
+
+
+@pytest.mark.parametrize("shape", [(64, 0), (0, 64), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("codebook", ["power8", "power4", "nf4"])
+@pytest.mark.parametrize("double", [False, True])
+def test_an_array_may_have_no_elements(shape, codebook, double):
+  q = lowmem.quantize(jnp.zeros(shape), codebook, 64, double)
+  assert q.shape == q.dequantize().shape == shape
+  assert q.codes.size == 0
+
+
+@pytest.mark.parametrize("codebook", _CODEBOOKS)
+def test_no_dtype_is_left_to_promotion(codebook):
+  x = jnp.linspace(0.0, 1.0, 128).reshape(2, 64)
+  with jax.numpy_dtype_promotion("strict"):
+    q = lowmem.quantize(x, codebook, 64, double_quantize=True)
+    assert jnp.isfinite(q.dequantize()).all()

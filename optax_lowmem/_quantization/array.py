@@ -155,6 +155,8 @@ def encode_finite(
   """`encode` for an `x` that is known to be finite, in the place of `old`, if there was one."""
   lead, n = _merge(x.shape, block)
   ones, count = (1,) * (len(block) - 1), -(-n // math.prod(block))
+  if not x.size:
+    return _empty(x, codebook, block)
 
   def split(x):
     return _split(x.astype(jnp.float32).reshape(*lead, n), math.prod(block))
@@ -177,6 +179,15 @@ def encode_finite(
     extent=x.shape[len(lead) :],
     dtype=x.dtype,
   )
+
+
+def _empty(x: jax.Array, codebook: Codebook, block: tuple[int, ...]) -> QuantizedArray:
+  """An array without elements: none of its codes and scales either, along the same axes."""
+  one = encode_finite(jnp.ones([max(1, n) for n in x.shape], x.dtype), codebook, block)
+  lead = x.shape[: x.ndim - len(block)]
+  none = (0, *(1,) * (len(block) - 1)) if 0 in x.shape[len(lead) :] else None
+  arrays = jax.tree.map(lambda a: jnp.zeros((*lead, *(none or a.shape[len(lead) :])), a.dtype), one)
+  return dataclasses.replace(arrays, extent=x.shape[len(lead) :])
 
 
 def _encode_parts(
@@ -252,6 +263,8 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
     scales = scales.dequantize()
   lead, n = _merge(q.shape, q.block)
   length = math.prod(q.block)
+  if not q.size:
+    return jnp.zeros(q.shape, dtype)
   scales = scales.reshape((*lead, 1) if n <= length else (*lead, -(-n // length), 1))
   if q.codebook.bits == 8:
     blocks = _split(q.codes.reshape(*lead, n), length)

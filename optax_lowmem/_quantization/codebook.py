@@ -20,6 +20,7 @@ ONE = 0x3F800000  # bits of the float32 1.0
 GOLDEN = 0x9E3779B1 - 2**32  # 2^32 / golden ratio, as int32: Fibonacci hashing
 # Below the smallest normal number XLA's CPU backend flushes to zero, and a reciprocal overflows.
 TINY = float(jnp.finfo(jnp.float32).tiny)
+_LARGE = 2.0**120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,9 @@ class Codebook(abc.ABC):
     """
     if not self.signed:
       blocks = jnp.maximum(blocks, 0.0)
-    return self.encode(jnp.where(scales > 0.0, blocks / scales, 0.0))
+    # XLA multiplies by the inverse, which of the largest floats is flushed to zero.
+    part = jnp.where(scales > _LARGE, 2.0**-8, 1.0)
+    return self.encode(jnp.where(scales > 0.0, (blocks * part) / (scales * part), 0.0))
 
   def decode_blocks(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """Returns the float32 values of uint8 codes under `scales`, which broadcast."""

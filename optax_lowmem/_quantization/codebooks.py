@@ -125,7 +125,8 @@ class Dynamic(Codebook):
     bounds = jnp.asarray(np.concatenate([[-np.inf], _thresholds(self._map), [np.inf]]), jnp.float32)
     lower = _looked_up(bounds, guess)
     upper = _looked_up(bounds, guess + 1)
-    return (guess + (r > upper) - (r <= lower)).astype(jnp.uint8)
+    moved = (r > upper).astype(jnp.int32) - (r <= lower).astype(jnp.int32)
+    return (guess + moved).astype(jnp.uint8)
 
   def decode(self, codes: jax.Array) -> jax.Array:
     return _looked_up(self._map, codes)

@@ -65,8 +65,9 @@ class Log(Arithmetic):
   ) -> jax.Array:
     del old  # rounded as its bits say
     r = jax.lax.bitcast_convert_type(self.magnitude_bits(blocks), jnp.float32)
-    r = r * (1.0 / jnp.maximum(scales, TINY))
-    pattern = jax.lax.bitcast_convert_type(r, jnp.int32)
+    # 64 times as large, as of the largest floats the inverse would be flushed to zero.
+    r = r * (64.0 / jnp.maximum(scales, self.smallest_scale))
+    pattern = jax.lax.bitcast_convert_type(r, jnp.int32) - (6 << 23)
     # The last four bits are not hashed: an ulp, as between two compilations, seldom turns a code.
     noise = (pattern >> 4) * GOLDEN
 

@@ -107,4 +107,4 @@ def _mean(x: jax.Array) -> jax.Array:
       total = jnp.pad(total, (0, 1))
     half = total.size // 2
     total = total[:half] + total[half:]
-  return total.sum() / x.size
+  return total.sum() / max(1, x.size)

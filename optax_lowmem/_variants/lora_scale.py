@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
@@ -18,9 +19,7 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = Fals
   """
   many = per_layer and isinstance(rank, Sequence)
   ranks, least = (rank, 0) if many else ([rank], 1)
-  if any(isinstance(r, bool) or not isinstance(r, int) or r < least for r in ranks) or not any(
-    ranks
-  ):
+  if any((_index(r) or 0) < least for r in ranks) or not any(map(_index, ranks)):
     raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
   for a in alpha if per_layer and isinstance(alpha, Sequence) else [alpha]:
     if not (_is_number(a) and 0 < float(a) < math.inf):
@@ -30,6 +29,18 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = Fals
       )
   if not (_is_number(dropout) and 0.0 <= float(dropout) < 1.0):
     raise ValueError(f"`dropout` must be in [0, 1), got {dropout!r}. 0 turns it off.")
+
+
+def plain_numbers(rank: Any, alpha: Any) -> tuple[Any, Any]:
+  """A rank and an alpha, or those of each layer, as Python's numbers, which a file can hold."""
+
+  def number(a):
+    return a if isinstance(a, int | float) else float(a)
+
+  def each(fn, x):
+    return tuple(map(fn, x)) if isinstance(x, Sequence) else fn(x)
+
+  return each(operator.index, rank), each(number, alpha)
 
 
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -52,6 +63,14 @@ def masked(value: jax.Array, axis: int, ranks: Sequence[int] | None) -> jax.Arra
   shape = [1] * value.ndim
   shape[0], shape[axis] = keep.shape
   return jnp.where(keep.reshape(shape), value, 0.0)
+
+
+def _index(r: Any) -> int | None:
+  """An integer of Python, NumPy or JAX as one of Python; None if it is none."""
+  try:
+    return None if isinstance(r, bool) else operator.index(r)
+  except TypeError:
+    return None
 
 
 def _is_number(x: Any) -> bool:

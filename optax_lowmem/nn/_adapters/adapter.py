@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_lowmem._variants.lora_scale import check_numbers, masked, scale_of, spread
+from optax_lowmem._variants.lora_scale import check_numbers, masked, plain_numbers, scale_of, spread
 from optax_lowmem._variants.variant import Arrays, Part, Variant, check_settings, matrix
 from optax_lowmem.nn._adapters.dora import DoRA
 from optax_lowmem.nn._adapters.lora_init import Init, check_init
@@ -81,6 +81,7 @@ class Adapter(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_lora(rank, alpha, dropout, rngs)
+    rank, alpha = plain_numbers(rank, alpha)
     self.check_base("base", base)
     variant = self.variant = chosen(variant, use_dora, lora_bias)
     check_init(init)
@@ -158,6 +159,17 @@ class Adapter(nnx.Module):
     if self.scales is not None:
       return self.scales[...]
     return scale_of(self.rank, self.alpha, self.use_rslora)
+
+  def check_one_layer(self) -> None:
+    """Refuses a call of a stack of which some Variables are cut into layers, and others are not."""
+    keys = getattr(getattr(self.dropout, "rngs", None), "key", None)
+    for kind, variable in (("nn.LoRAScale", self.scales), ("nnx.RngState", keys)):
+      if variable is not None and variable[...].ndim:
+        raise ValueError(
+          f"this {type(self).__name__} holds a stack of layers, its `{kind}` has shape "
+          f"{variable[...].shape}. Call it under `nnx.scan` or `nnx.vmap` over the leading axis; "
+          f"an `nnx.StateAxes` has to name `{kind}` beside `nnx.Param`."
+        )
 
   def values(self) -> Arrays:
     """The parts' arrays, by their names."""

@@ -93,6 +93,7 @@ class LoRAEmbed(Adapter):
     return self.base.dtype
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    self.check_one_layer()
     y = self.base(inputs, **_sharding(out_sharding))
     rows = inputs if self.num_embeddings > 1 else jnp.zeros_like(inputs)
     values = self.variant.looked_up(self.values(), lambda part: _rows(part, rows, out_sharding))

@@ -101,6 +101,7 @@ class LoRALinear(Adapter):
     check_dense("" if name == "base" else name, base)
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    self.check_one_layer()
     x, sharding = inputs, placement(self.base, out_sharding)
     y = self.base(x, **sharding)
     given = x.astype(y.dtype)

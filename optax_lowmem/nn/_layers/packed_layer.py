@@ -61,7 +61,8 @@ class PackedLayer(nnx.Module):
     if q.ndim != len(contraction.matrix_shape):
       raise ValueError(
         f"this {type(self).__name__} holds a stack of layers, its weight has shape {q.shape}. "
-        "Call it under `nnx.scan` or `nnx.vmap` over the leading axis."
+        "Call it under `nnx.scan` or `nnx.vmap` over the leading axis; an `nnx.StateAxes` has to "
+        "name `nn.QuantizedWeight` beside `nnx.Param`."
       )
     return contract(x, q, contraction, precision)
 

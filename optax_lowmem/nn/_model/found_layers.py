@@ -127,6 +127,8 @@ def find_layers(
 def _layer(place: Place, calls: Calls | None) -> Layer | str:
   """A layer from its calls, or why it is none."""
   base = place.base
+  if place.norm:
+    return place.reason
   if calls is None and not place.replaceable:
     return "it is held in a tuple, in which it cannot be replaced"
   if calls is None:

@@ -15,11 +15,19 @@ from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 
 class Place(NamedTuple):
-  """A module, its dotted path, and every (holder, key) in the model that refers to it."""
+  """A module in a model.
+
+  Attributes:
+    path: its dotted path.
+    module: itself.
+    holders: every (holder, key) in the model that refers to it.
+    norm: the class of the module above it that changes its weights in each call; "" if none does.
+  """
 
   path: str
   module: Any  # an nnx.Module; Any, because NNX types its attributes as nothing
   holders: list[tuple[Any, Any]]
+  norm: str = ""
 
   @property
   def adapted(self) -> bool:
@@ -31,16 +39,25 @@ class Place(NamedTuple):
     return self.module.base if self.adapted else self.module
 
   @property
+  def linear(self) -> bool:
+    """Whether it multiplies by a matrix of its own, with or without an adapter."""
+    return not self.norm and is_linear(self.base)
+
+  @property
+  def reason(self) -> str:
+    """Why it is no linear layer, if something is known of that."""
+    if self.norm:
+      return f"{self.norm} changes its weight in each call"
+    return reading(self.module).reason
+
+  @property
   def replaceable(self) -> bool:
     return not any(isinstance(holder, tuple) for holder, _ in self.holders)
 
   def replace(self, new: nnx.Module) -> None:
     """Puts `new` wherever the module is held."""
     for holder, key in self.holders:
-      if isinstance(holder, (dict, list, nnx.List)):
-        holder[key] = new
-      else:
-        setattr(holder, key, new)
+      put(holder, key, new)
 
 
 class ModelTree:
@@ -70,11 +87,12 @@ class ModelTree:
 
   def layers(self) -> list[Place]:
     """The linear layers and embeddings, with or without an adapter."""
-    return [p for p in self.outer if p.adapted or is_linear(p.module) or is_embed(p.module)]
+    own = [place for place in self.outer if not place.norm]
+    return [p for p in own if p.adapted or is_linear(p.module) or is_embed(p.module)]
 
   def linear(self) -> list[Place]:
     """The linear layers, with or without an adapter."""
-    return [place for place in self.outer if is_linear(place.base)]
+    return [place for place in self.outer if place.linear]
 
   def heads(self) -> list[str]:
     """The paths of the output head."""
@@ -109,16 +127,16 @@ class ModelTree:
       argument,
       targets,
       [place.path for place in possible],
-      lambda: ((place.path, _kind(place.module)) for place in self.places),
+      lambda: ((place.path, _kind(place)) for place in self.places),
     )
     chosen = [place for place in possible if place.path in paths]
     check_replaceable(chosen)
     return chosen
 
 
-def _kind(module: Any) -> str:
-  reason = reading(module).reason
-  return f"a {type(module).__name__}" + (f", no linear layer: {reason}" if reason else "")
+def _kind(place: Place) -> str:
+  reason = place.reason
+  return f"a {type(place.module).__name__}" + (f", no linear layer: {reason}" if reason else "")
 
 
 def check_replaceable(chosen: Sequence[Place]) -> None:
@@ -130,24 +148,56 @@ def check_replaceable(chosen: Sequence[Place]) -> None:
       )
 
 
+def holders_of(model: nnx.Module, value: Any) -> list[tuple[Any, Any]]:
+  """Every (holder, key) in a model that refers to a module or a Variable."""
+  found: list[tuple[Any, Any]] = []
+  seen: set[int] = {id(model)}
+  open_: list[Any] = [model]
+  while open_:
+    node = open_.pop()
+    for key, child in _children(node):
+      if child is value:
+        found.append((node, key))
+      elif isinstance(child, _NODES) and id(child) not in seen:
+        seen.add(id(child))
+        open_.append(child)
+  return found
+
+
+def put(holder: Any, key: Any, new: Any) -> None:
+  """Makes a holder refer to something else."""
+  if isinstance(holder, (dict, list, nnx.List)):
+    holder[key] = new
+  else:
+    setattr(holder, key, new)
+
+
+_NODES = (dict, list, tuple, nnx.Pytree)
+
+
 def _places(model: nnx.Module) -> Iterator[Place]:
   found: dict[int, Place] = {}
   seen: set[int] = {id(model)}
 
-  def walk(node: Any, path: tuple[str, ...]) -> None:
+  def walk(node: Any, path: tuple[str, ...], norm: str) -> None:
+    norm = type(node).__name__ if isinstance(node, _NORMS) else norm
     for key, child in _children(node):
-      if not isinstance(child, (dict, list, tuple, nnx.Pytree)):
+      if not isinstance(child, _NODES):
         continue
       below = path if isinstance(node, Adapter) else (*path, str(key))
       if isinstance(child, nnx.Module):
-        place = found.setdefault(id(child), Place(".".join(below), child, []))
+        place = found.setdefault(id(child), Place(".".join(below), child, [], norm))
         place.holders.append((node, key))
       if id(child) not in seen:
         seen.add(id(child))
-        walk(child, below)
+        walk(child, below, norm)
 
-  walk(model, ())
+  walk(model, (), "")
   yield from found.values()
+
+
+# What is below them has its weights replaced in each call: a packed one would not be found.
+_NORMS = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def _children(node: Any) -> Iterator[tuple[Any, Any]]:

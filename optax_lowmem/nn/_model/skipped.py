@@ -24,10 +24,9 @@ def skipped(tree: ModelTree) -> dict[str, str]:
   found = {}
   for place in (Place("", tree.model, []), *tree.places):
     module: Any = place.module
-    if place.adapted or is_known(module) or is_no_product(module):
+    if place.adapted or ((is_known(module) or is_no_product(module)) and not place.norm):
       continue
-    known = reading(module)
-    if known.foreign is not None:
+    if reading(module).foreign is not None and not place.norm:
       continue
     shapes = [
       tuple(n for n in v.shape if n > 1)
@@ -36,7 +35,7 @@ def skipped(tree: ModelTree) -> dict[str, str]:
     ]
     leaf = sum(1 for _ in nnx.iter_modules(module)) == 1 and callable(module)
     if any(len(shape) >= (2 if leaf else 3) for shape in shapes):
-      reason = known.reason or "it has no `__call__`"
+      reason = place.reason or "it has no `__call__`"
       found[place.path or "the model itself"] = f"{type(module).__name__}: {reason}"
   return found
 

@@ -12,6 +12,7 @@ from optax_lowmem._arguments.argument_names import knowing
 from optax_lowmem._linear.head_names import HEAD
 from optax_lowmem._linear.names import excluded
 from optax_lowmem._linear.packed_weight import check_codebook
+from optax_lowmem._variants.lora_scale import plain_numbers
 from optax_lowmem._variants.variant import Variant, check_settings
 from optax_lowmem.nn._adapters.adapter import check_lora, check_param_dtype
 from optax_lowmem.nn._adapters.lora_embed import LoRAEmbed
@@ -105,7 +106,8 @@ def quantize_model(
     possible = [
       place
       for place in tree.places
-      if is_linear(place.module)
+      if not place.norm
+      and is_linear(place.module)
       and dense_variable(place.module) is not None
       and place.path not in skip
     ]
@@ -213,6 +215,7 @@ def add_lora(
   ValueError: `targets` 'layer.0' matches no module that can be changed. Nearest: layers.0. ...
   """
   check_lora(rank, alpha, dropout, rngs)
+  rank, alpha = plain_numbers(rank, alpha)
   check_init(init)
   check_param_dtype(param_dtype)
   check_bias(bias)
@@ -245,7 +248,7 @@ def add_lora(
           rngs=rngs,
         ),
       )
-    train_modules(saved, param_dtype)
+    train_modules(model, saved, param_dtype)
     train_biases(ModelTree(model), bias, param_dtype)
   return model
 

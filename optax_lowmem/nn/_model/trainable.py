@@ -19,7 +19,7 @@ from optax_lowmem.nn._layers.base_layer import (
   stack_shape,
   weight_field,
 )
-from optax_lowmem.nn._model.model_tree import ModelTree, Place
+from optax_lowmem.nn._model.model_tree import ModelTree, Place, holders_of, put
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 
 _KNOWN = "linear layers of one matrix, nnx.Embed, nnx.RMSNorm and nnx.LayerNorm"
@@ -94,8 +94,10 @@ def _of_linear(layer: Any) -> list[Tensor]:
   return [*found, Tensor(layer, field, "bias", lead, to_vector, from_vector)]
 
 
-def train(holder: Any, field: str, dtype: Any = jnp.float32) -> None:
+def train(model: nnx.Module, holder: Any, field: str, dtype: Any = jnp.float32) -> None:
   """Makes a Variable one that an optimizer of `nnx.LoRAParam` trains, in `dtype` or a wider one.
+
+  It takes the old one's place wherever the model refers to it: a table may be the head's, too.
 
   In bfloat16, a step of less than 1/512 of a weight leaves it as it is: at a learning rate of 1e-5,
   more than nine of ten. What a layer computes in stays what it was.
@@ -109,7 +111,9 @@ def train(holder: Any, field: str, dtype: Any = jnp.float32) -> None:
     value = value.astype(wide)
   if not isinstance(old, nnx.LoRAParam) or value.dtype != old[...].dtype:
     # Made anew, it would be placed by its annotation, for which there may be no mesh any more.
-    setattr(holder, field, nnx.LoRAParam.from_metadata(value, old.get_metadata()))
+    new = nnx.LoRAParam.from_metadata(value, old.get_metadata())
+    for place, key in holders_of(model, old):
+      put(place, key, new)
 
 
 def find_saved(tree: ModelTree, modules: str | Sequence[str]) -> list[Place]:
@@ -155,6 +159,13 @@ def check_named(
     if (field := _trainable_bias(layer)) is not None:
       wanted[place.path, field] = layer
   for (path, field), layer in wanted.items():
+    if any(
+      isinstance(holder, tuple) for holder, _ in holders_of(tree.model, getattr(layer, field))
+    ):
+      raise ValueError(
+        f"`{path}.{field}` would be trained (`modules_to_save`, `bias`), and is held in a tuple "
+        "too, which cannot be changed in place. Hold it in an `nnx.List` instead."
+      )
     if field not in {tensor.field for tensor in tensors_of(layer) or []}:
       raise ValueError(
         f"`{path}.{field}` of a {type(layer).__name__} would be trained (`modules_to_save`, "
@@ -163,13 +174,13 @@ def check_named(
       )
 
 
-def train_modules(places: Sequence[Place], dtype: Any = jnp.float32) -> None:
+def train_modules(model: nnx.Module, places: Sequence[Place], dtype: Any = jnp.float32) -> None:
   """Makes every `nnx.Param` in the modules trainable, held in `dtype` or a wider one."""
   for place in places:
     for _, module in nnx.iter_modules(place.module):
       for field, value in list(vars(module).items()):
         if isinstance(value, nnx.Param):
-          train(module, field, dtype)
+          train(model, module, field, dtype)
 
 
 def check_bias(bias: str) -> None:
@@ -181,7 +192,7 @@ def train_biases(tree: ModelTree, bias: str, dtype: Any = jnp.float32) -> None:
   """Makes the biases of adapted layers, or all, trainable."""
   for place in {"none": [], "all": tree.outer, "lora_only": tree.adapters}[bias]:
     if (field := _trainable_bias(place.base)) is not None:
-      train(place.base, field, dtype)
+      train(tree.model, place.base, field, dtype)
 
 
 def _trainable_bias(layer: Any) -> str | None:
@@ -192,17 +203,25 @@ def _trainable_bias(layer: Any) -> str | None:
 def trained_beside(tree: ModelTree) -> dict[str, tuple[Tensor, list[str]]]:
   """{path.suffix: tensor and names} of every trained Variable that is no adapter's."""
   found: dict[str, tuple[Tensor, list[str]]] = {}
+  named: set[int] = set()  # a Variable that is another's, too, may have a name there
+  unnamed: dict[str, Any] = {}
   for place in tree.outer:
     module = place.base
-    held = [k for k, v in vars(module).items() if isinstance(v, nnx.LoRAParam)]
     tensors = {t.field: t for t in tensors_of(module) or []}
-    for field in held:
+    for field, variable in vars(module).items():
+      if not isinstance(variable, nnx.LoRAParam):
+        continue
       if field not in tensors:
-        raise ValueError(
-          f"`{place.path}.{field}` is trained, and what it is called in PEFT is not known: only "
-          f"{_KNOWN} have a counterpart."
-        )
+        unnamed[f"{place.path}.{field}"] = variable
+        continue
       tensor = tensors[field]
       names = tree.torch_names(place, tensor.lead)
       found[f"{place.path}.{tensor.suffix}"] = (tensor, names)
+      named.add(id(variable))
+  for path, variable in unnamed.items():
+    if id(variable) not in named:
+      raise ValueError(
+        f"`{path}` is trained, and what it is called in PEFT is not known: only {_KNOWN} have a "
+        "counterpart."
+      )
   return found

@@ -16,7 +16,7 @@ from optax_lowmem._variants.variant import Variant
 from optax_lowmem.nn._adapters.variants import VARIANTS
 from optax_lowmem.nn._layers.base_layer import matrix_shape, stack_shape
 from optax_lowmem.nn._model.found_layers import Layers, shown
-from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable
+from optax_lowmem.nn._model.model_tree import ModelTree, Place, check_replaceable, holders_of, put
 from optax_lowmem.nn._model.surgery import adapter
 from optax_lowmem.nn._model.targets import Target
 from optax_lowmem.nn._model.trainable import check_saved, train_biases, train_modules
@@ -113,11 +113,13 @@ def _load(model: M, file: AdapterFile, stack: str, rngs: nnx.Rngs | None) -> M:
       variable[...] = jnp.asarray(value, variable[...].dtype)
     if lora is not place.module:
       place.replace(lora)
-  train_modules(saved)
+  train_modules(model, saved)
   train_biases(ModelTree(model), file.config.get("bias", "none"))
   for tensor, value in tensors:
     old = tensor.variable
-    setattr(tensor.holder, tensor.field, type(old)(jnp.asarray(value), **old.get_metadata()))
+    new = type(old)(jnp.asarray(value), **old.get_metadata())
+    for holder, key in holders_of(model, old):
+      put(holder, key, new)
   return model
 
 

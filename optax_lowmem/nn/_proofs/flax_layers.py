@@ -35,13 +35,31 @@ def flax_contraction(layer: Any) -> Contraction:
   """How the axes of a layer's weight make a matrix.
 
   Raises:
-    ValueError: its equation is not a plain product.
+    ValueError: its equation is not a plain product, or its layers are not stacked along the leading
+      axes.
   """
   if isinstance(layer, nnx.LinearGeneral):
     batch = tuple(layer.batch_axis.values())
     shape = (*batch, *layer.in_features, *layer.out_features)
-    return Contraction(None, tuple(layer.axis), len(batch), shape)
-  if isinstance(layer, nnx.Einsum):
-    return Contraction.of_equation(layer.einsum_str, tuple(layer.kernel_shape))
-  weight = layer.embedding if is_embed(layer) else layer.kernel
-  return Contraction.dense(*weight[...].shape[-2:])
+    found = Contraction(None, tuple(layer.axis), len(batch), shape)
+  elif isinstance(layer, nnx.Einsum):
+    found = Contraction.of_equation(layer.einsum_str, tuple(layer.kernel_shape))
+  else:
+    sizes = ("num_embeddings", "features") if is_embed(layer) else ("in_features", "out_features")
+    shape = (layer.embedding if is_embed(layer) else layer.kernel)[...].shape
+    if len(shape) > 2:  # one matrix tells its sizes itself, and may have been replaced
+      shape = tuple(getattr(layer, name) for name in sizes)
+    found = Contraction.dense(*shape)
+  _check_stack(layer, found)
+  return found
+
+
+def _check_stack(layer: Any, contraction: Contraction) -> None:
+  """Refuses layers that are stacked along another axis than the first."""
+  name = "embedding" if is_embed(layer) else "kernel"
+  shape, one = getattr(layer, name)[...].shape, tuple(contraction.kernel_shape)
+  if shape[-len(one) :] != one:
+    raise ValueError(
+      f"the {name} of a {type(layer).__name__} has shape {shape}, which does not end in {one}. "
+      "Stack layers along the leading axes, as `nnx.vmap` does where `out_axes` is 0."
+    )
