@@ -238,8 +238,11 @@ class TestBadInput:
   @pytest.mark.parametrize(
     ("options", "message"),
     [
-      ("--optim adamw_8bits", "adamw_8bit"),
+      ("--optim adamw_8bits", "--optim adamw_8bits: no such optimizer. Nearest: adamw_8bit, "),
+      ("--optim muon", "no such optimizer. Nearest: lion. Known: adafactor, adagrad, "),
       ("--targets q_project", "matches no module that can be changed"),
+      ("--targets q_proj,v_porj", "'v_porj' matches no module that can be changed. Nearest: v_"),
+      ("--modules-to-save norm,nrom", "`modules_to_save` 'nrom' is no module of `model`. "),
       ("--targets [q", "regular expression"),
       ("--steps 0", "--steps must be at least 1, got 0"),
       ("--batch-size -1", "--batch-size must be at least 1, got -1"),

@@ -292,9 +292,10 @@ def test_recommend(capsys):
 
 def test_what_to_take_is_a_command_for_a_shell(capsys):
   """A `|` that is not quoted would be a pipe."""
-  said = ran(capsys, "recommend smollm2-135m --memory 0.9GB --targets q_proj,v_proj")
-  (take,) = (line for line in said.splitlines() if line.startswith("Take: "))
-  assert "--targets 'q_proj|v_proj'" in take
+  for targets in ("'q_proj|v_proj'", "q_proj,v_proj"):
+    said = ran(capsys, f"recommend smollm2-135m --memory 0.9GB --targets {targets}")
+    (take,) = (line for line in said.splitlines() if line.startswith("Take: "))
+    assert f"--targets {targets}" in take
 
 
 @pytest.fixture
@@ -318,6 +319,13 @@ def test_the_settings_of_a_file_are_those_of_flags(file, capsys):
     by_flags = record(capsys, f"{line} {flags}")
     assert by_flags[0]["device"] < 1e8  # of adapters
     assert record(capsys, f"{line} --config {file(*lines)}") == by_flags
+  path = file("model: smollm2-135m", "optim: came, lion_8bit")
+  by_flags = record(capsys, "compare smollm2-135m --optim came,lion_8bit")
+  assert [row["name"] for row in by_flags] == ["came", "lion_8bit"]
+  assert record(capsys, f"compare --config {path}") == by_flags
+  assert record(capsys, f"compare llama-2-7b --config {path}") != by_flags
+  rows = record(capsys, f"compare --config {path} --optim adamw")
+  assert [row["name"] for row in rows] == ["adamw"]
 
 
 def test_an_error_names_the_file_whose_key_it_is(file, capsys):
@@ -400,8 +408,11 @@ REFUSED = {
   "plan llama-2-7b --card h10": "`card` 'h10' is unknown. Did you mean 'h100'",
   "plan llama-2-7b --seq-len 8192 --memory 24GB": "more than the 4096 positions",
   "plan llama-2-7b --max seq-len": "needs --memory or --card",
-  "plan llama-2-7b --optim adamw_9bit --memory 1GB": "Did you mean 'adamw_",
+  "plan llama-2-7b --optim adamw_9bit --memory 1GB": "Nearest: adamw_",
   "plan --memory 24GB": "Name a model",
+  "plan llama-2-7b --model llama-3-8b": "--model llama-3-8b contradicts llama-2-7b, which is named",
+  "plan llama-2-7b --targets q_proj,v_porj --memory 9GB": "'v_porj' matches no module that can",
+  "plan llama-2-7b --optim muon --memory 1GB": "--optim muon: no such optimizer. Nearest: lion.",
   "plan nothing.json --memory 24GB": "There is no file nothing.json",
   "plan llama-2-7b --full --rank 8 --memory 1GB": "--rank is for adapters, and --full trains all",
   "plan llama-2-7b --full --qlora --memory 1GB": "--full trains all parameters, and --qlora",
@@ -410,7 +421,8 @@ REFUSED = {
   "recommend llama-2-7b": "Say what there is: --memory 24GB",
   "compare llama-2-7b --memory 24GB": "--memory has no part in `lowmem compare`",
   "recommend llama-2-7b --memory 24GB --full": "say --task (instructions: adapters, then",
-  "compare llama-2-7b --optim adamw,lyon": "optimizer name 'lyon' is unknown. Did you mean 'lion'",
+  "compare llama-2-7b --optim adamw,lyon": "--optim lyon: no such optimizer. Nearest: lion",
+  "compare llama-2-7b --optim adamw,,lion": "--optim adamw,,lion has an empty name",
 }
 
 

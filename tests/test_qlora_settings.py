@@ -47,7 +47,8 @@ def test_flags_go_before_yaml_and_yaml_before_defaults(tmp_path):
     ("packing: 1", "is neither true nor false"),
     ("lr: fast", "lr: 'fast' is not a float"),
     ("quantize: nf8", "quantize must be one of nf4"),
-    ("config: other.yaml", "no setting 'config'"),
+    ("config: other.yaml", r"run.yaml: config: a file names no other\. Put all settings into one"),
+    ("confg: other.yaml", r"no setting 'confg'\.$"),
     ("- rank", "must hold lines such as"),
     ("rank: 4: 5", "is not YAML"),
     ("rank: 4\nlr: 1\nrank: 8", "'rank' is there twice"),
@@ -120,9 +121,10 @@ def test_flags_are_named_like_settings():
 
 
 @pytest.mark.parametrize(
-  ("line", "yaml", "pattern"),
+  ("line", "yaml", "names"),
   [
-    ("--target_modules q_proj,v_proj", "target_modules: [q_proj, v_proj]", "q_proj|v_proj"),
+    ("--target_modules q_proj,v_proj", "target_modules: [q_proj, v_proj]", ["q_proj", "v_proj"]),
+    ("--targets [(]?q_proj,v_proj", "targets: ['[(]?q_proj', v_proj]", ["[(]?q_proj", "v_proj"]),
     ("--targets q_proj|v_proj", "targets: q_proj|v_proj", "q_proj|v_proj"),
     ("--targets q_proj,", "targets: q_proj,", "q_proj"),
     ("--targets=\tq_proj", "targets: ' q_proj '", "q_proj"),
@@ -130,11 +132,29 @@ def test_flags_are_named_like_settings():
     ("--targets all-linear", "targets: [all-linear]", "all-linear"),
   ],
 )
-def test_targets_may_be_a_list(tmp_path, line, yaml, pattern):
-  """As PEFT and others have them; one pattern all the same, as runs and adapters keep it."""
+def test_targets_may_be_a_list(tmp_path, line, yaml, names):
+  """As PEFT and others have them; names are kept apart, since each must match a layer."""
   config = write(tmp_path / "run.yaml", yaml + "\n")
-  assert parse("", line.split(" ")).targets == pattern
-  assert parse("", ["--config", str(config)]).targets == pattern
+  s = parse("", line.split(" "))
+  assert s.targets == names
+  assert parse("", ["--config", str(config)]).targets == names
+  save_settings(s, tmp_path, "00")
+  assert parse("", ["--config", str(tmp_path / "config.yaml")]).targets == names
+  assert parse("", ["--resume", str(tmp_path), *line.split(" ")]).targets == names
+
+
+def test_a_run_that_has_its_targets_as_one_pattern_is_resumed_with_their_names(tmp_path):
+  """As all had them once."""
+  save_settings(parse("", ["--targets", "q_proj|v_proj"]), tmp_path, "00")
+  resume = ["--resume", str(tmp_path), "--targets"]
+  assert parse("", [*resume, "q_proj,v_proj"]).targets == ["q_proj", "v_proj"]
+  assert parse("", resume[:2]).targets == "q_proj|v_proj"
+  with pytest.raises(ValueError) as error:
+    parse("", [*resume, "q_proj,k_proj"])
+  assert "--targets q_proj,k_proj contradicts the run in" in str(error.value)
+  assert "which has q_proj|v_proj." in str(error.value)
+  with pytest.raises(ValueError, match=r"--modules-to-save norm contradicts .* has none\."):
+    parse("", [*resume[:2], "--modules-to-save", "norm"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a run says of itself, and the names it understands."""
 
+import io
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from optax_lowmem.qlora.data.batches import Batches, Row
 from optax_lowmem.qlora.files import hub
+from optax_lowmem.qlora.kinds import KINDS
 from optax_lowmem.qlora.run import terminal
 from optax_lowmem.qlora.run.arguments import parse
 from optax_lowmem.qlora.run.settings import HELP, Settings
@@ -178,3 +180,34 @@ def test_a_name_of_the_hub_is_fetched(files, tmp_path, monkeypatch, capsys):
 
 def test_the_time_that_is_left():
   assert terminal._clock(59.6) == "0:01:00" and terminal._clock(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python opens it, by locale
+def test_a_question_that_is_not_utf8_is_passed_over(errors, files, monkeypatch, capsys):
+  questions = io.BytesIO(b"caf\xe9\nsay 7\n")
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(questions, encoding="utf-8", errors=errors))
+  talk = ["chat", f"{files}/model", "--max-tokens", "4", "--temperature", "0"]
+  assert main(talk) == 0
+  said, answer = capsys.readouterr().out.split("\n", 1)
+  assert said == (
+    r"(The question 'caf\udce9' holds bytes that are not UTF-8. Write it in that encoding; of a "
+    "file, `iconv -f LATIN1 -t UTF-8` makes one.)"
+  )
+  monkeypatch.setattr(sys, "stdin", io.StringIO("say 7\n"))
+  assert main(talk) == 0
+  assert capsys.readouterr().out == answer and answer.strip()
+
+
+def test_a_system_message_that_is_not_utf8_is_refused(files, capsys):
+  said = refused(["chat", f"{files}/model", "--system", "caf\udce9"], capsys)
+  assert r"--system 'caf\udce9' holds bytes that are not UTF-8. Write it in that encoding" in said
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.noun)
+@pytest.mark.parametrize(("losses", "best"), [((2.0, 3.0), True), ((3.0, 2.0), False)])
+def test_the_best_is_named_where_it_is_not_the_last(kind, losses, best, tmp_path):
+  records = [{"step": i, "held_out_loss": loss} for i, loss in enumerate((9.0, *losses))]
+  (tmp_path / "best").mkdir()
+  said = "\n".join(kind.results(tmp_path, records))
+  assert said.count(" --best") == (2 + (kind.noun == "adapter") if best else 0), said
+  assert ("The held-out loss was lowest, 2.000, at step 1" in said) == best

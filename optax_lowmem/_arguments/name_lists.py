@@ -1,14 +1,15 @@
-"""Names of layers as other trainers list them, as one regular expression."""
+"""Names of layers, as a list or as a text with commas between them."""
 
 from typing import Any
 
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
-def pattern_of(value: Any) -> str:
-  """A list of patterns, or a text with commas between them, as one pattern for any of them.
+def names_of(value: Any) -> str | list[str]:
+  """The patterns in a list, or between the commas of a text; of a single one, that one.
 
-  A comma in brackets is the pattern's own.
+  They are not made one pattern for any of them: each must match a layer, or it is a typo. A comma
+  in brackets is a pattern's own.
 
   Args:
     value: a text, or a list of texts.
@@ -16,8 +17,8 @@ def pattern_of(value: Any) -> str:
   Raises:
     ValueError: for what is neither, for no name at all, and for all-linear beside others.
 
-  >>> pattern_of("q_proj, v_proj"), pattern_of(["q_proj", "v_proj"]), pattern_of("[qkv]{1,2}_proj")
-  ('q_proj|v_proj', 'q_proj|v_proj', '[qkv]{1,2}_proj')
+  >>> names_of("q_proj, v_proj"), names_of(["q_proj", "v_proj"]), names_of("[qkv]{1,2}_proj")
+  (['q_proj', 'v_proj'], ['q_proj', 'v_proj'], '[qkv]{1,2}_proj')
   """
   if isinstance(value, str):
     parts = _cut(value)
@@ -29,7 +30,7 @@ def pattern_of(value: Any) -> str:
     raise ValueError("names no layer; write names, such as q_proj,v_proj, or all-linear")
   if len(parts) > 1 and "all-linear" in parts:
     raise ValueError("names all-linear beside others; it stands alone")
-  return "|".join(parts)
+  return parts if len(parts) > 1 else parts[0]
 
 
 def _cut(text: str) -> list[str]:
@@ -39,7 +40,7 @@ def _cut(text: str) -> list[str]:
     if char == "," and not open_ and not escaped:
       parts.append("")
       continue
-    if not escaped and char in _PAIRS:
+    if not escaped and char in _PAIRS and open_[-1:] != ["]"]:  # a bracket in a class is a letter
       open_.append(_PAIRS[char])
     elif not escaped and open_ and char == open_[-1]:
       open_.pop()

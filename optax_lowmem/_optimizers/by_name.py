@@ -61,7 +61,7 @@ def _paged(make: _Make, *args: Any, **kwargs: Any) -> optax.GradientTransformati
   return offloaded(make(*args, **kwargs))
 
 
-def _letters(name: str) -> str:
+def letters_of(name: str) -> str:
   """A name without what people spell differently: "PagedAdamW8bit" is "paged_adamw_8bit"."""
   return re.sub(r"[^a-z0-9]", "", name.lower())
 
@@ -70,7 +70,7 @@ def _optaxs() -> dict[str, str]:
   """Where optax keeps its own optimizers, by the letters of their names."""
   homes = (("optax", optax), ("optax.contrib", optax.contrib))
   return {
-    _letters(name): f"{home}.{name}"
+    letters_of(name): f"{home}.{name}"
     for home, module in homes
     for name, f in vars(module).items()
     if inspect.isfunction(f) and "learning_rate" in inspect.signature(f).parameters
@@ -78,7 +78,7 @@ def _optaxs() -> dict[str, str]:
 
 
 _NAMES = _names()
-_SPELLED = {_letters(name): name for name in _NAMES}
+SPELLED = {letters_of(name): name for name in _NAMES}
 
 
 def create(
@@ -117,13 +117,13 @@ def create(
       ...
     ValueError: optimizer name 'adamw_8bits' is unknown. Did you mean 'adamw_8bit'? Known: ...
   """
-  asked = _letters(name) if isinstance(name, str) else ""
-  if asked not in _SPELLED:
+  asked = letters_of(name) if isinstance(name, str) else ""
+  if asked not in SPELLED:
     known = ", ".join(sorted(n for n in _NAMES if not n.startswith("paged_")))
     raise ValueError(
       f"optimizer name {name!r} {_reason(asked)} Known: {known}; each also as 'paged_…'."
     )
-  return _NAMES[_SPELLED[asked]](learning_rate, **kwargs)
+  return _NAMES[SPELLED[asked]](learning_rate, **kwargs)
 
 
 def _reason(asked: str) -> str:
@@ -135,5 +135,5 @@ def _reason(asked: str) -> str:
     call = f"{optaxs[rule]}(learning_rate)"
     call = f"quantized({call}, {bits or 8})"
     return f"is optax's own: pass `{f'offloaded({call})' if paged else call}`."
-  near = nearest(asked, _SPELLED, cutoff=0.5)
-  return "is unknown." + (f" Did you mean {_SPELLED[near[0]]!r}?" if near else "")
+  near = nearest(asked, SPELLED, cutoff=0.5)
+  return "is unknown." + (f" Did you mean {SPELLED[near[0]]!r}?" if near else "")

@@ -52,14 +52,20 @@ def parser_for(command: str) -> argparse.ArgumentParser:
 
 def case_of(words: dict[str, Any]) -> Case:
   """The model and the settings that were asked for."""
-  source = words.get("source") or words.get("model")
+  source, model = words.get("source"), words.get("model")
+  if source and model and source != model:
+    raise ValueError(
+      f"--model {model} contradicts {source}, which is named without a flag. Leave out one of them."
+    )
+  source = source or with_file(words).get("model")
   if source is None:
     raise ValueError("Name a model: `lowmem plan llama-2-7b`, or a config.json.")
   if (count := words.get("mesh", 1)) > 1:
     with contextlib.suppress(RuntimeError):  # JAX has begun, perhaps with as many as are needed
       jax.config.update("jax_platforms", "cpu")  # nothing is run, and no card need be held
       jax.config.update("jax_num_cpu_devices", count)
-  rest = {name: value for name, value in words.items() if name not in (*OWN, "model")}
+  rest = {name: value for name, value in words.items() if name not in OWN}
+  rest["model"] = None  # that is the source, which need not be one that a run could have
   if words.get("qlora"):
     if words.get("full"):
       raise ValueError("--full trains all parameters, and --qlora adapters. Leave out one of them.")

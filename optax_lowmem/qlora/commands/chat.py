@@ -1,6 +1,9 @@
 """``lowmem chat RUN``: a conversation with what a run has trained."""
 
 import argparse
+import contextlib
+import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,6 +45,9 @@ def talk(argv: Sequence[str]) -> int:
   first: list[Message] = [{"role": "system", "content": given.system}] if given.system else []
   messages = list(first)
   limit = model.config.max_position_embeddings
+  if isinstance(sys.stdin, io.TextIOWrapper):
+    with contextlib.suppress(io.UnsupportedOperation):  # something has been read already
+      sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte must not cost what follows it
   terminal = sys.stdin.isatty()
   if terminal:
     say("Ask something. /clear forgets the conversation; Ctrl-D ends it.")
@@ -50,6 +56,9 @@ def talk(argv: Sequence[str]) -> int:
     if question == "/clear":
       messages = list(first)
     if question in ("", "/clear"):
+      continue
+    if bad := unreadable("The question", question, sys.stdin.encoding):
+      say(f"({bad}; of a file, `iconv -f LATIN1 -t UTF-8` makes one.)")
       continue
     messages.append({"role": "user", "content": question})
     try:
@@ -82,6 +91,23 @@ def check(given: argparse.Namespace) -> None:
     raise ValueError(f"--temperature must be 0 or a positive number, got {given.temperature}.")
   if not 0 < given.top_p <= 1:
     raise ValueError(f"--top-p must be above 0 and at most 1, got {given.top_p}.")
+  if bad := unreadable("--system", given.system or "", sys.getfilesystemencoding()):
+    raise ValueError(f"{bad}.")
+
+
+def unreadable(what: str, text: str, encoding: str | None) -> str:
+  """What to say of a text with bytes that are no characters, which no tokenizer takes; or "".
+
+  Args:
+    what: what the text is.
+    text: of which Python holds such bytes as halves of characters.
+    encoding: in which it was read.
+  """
+  if not re.search("[\ud800-\udfff]", text):
+    return ""
+  bad = text if len(text) <= 100 else re.sub("[^\ud800-\udfff]+", "...", text)[:100]
+  name = (encoding or "UTF-8").upper()
+  return f"{what} {bad!a} holds bytes that are not {name}. Write it in that encoding"
 
 
 class Speaker:

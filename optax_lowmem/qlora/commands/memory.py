@@ -19,7 +19,8 @@ from optax_lowmem.qlora.planning.budget import budget_of
 from optax_lowmem.qlora.planning.picture import draw
 from optax_lowmem.qlora.planning.search import largest
 from optax_lowmem.qlora.run.arguments import given, with_file
-from optax_lowmem.qlora.run.settings import ONLY
+from optax_lowmem.qlora.run.recipe import check_optim
+from optax_lowmem.qlora.run.settings import ONLY, Settings
 from optax_lowmem.qlora.run.terminal import say, sentences
 
 
@@ -77,11 +78,11 @@ def compare(argv: list[str]) -> int:
         "or ask `lowmem plan` whether a run fits."
       )
     of_adapters = {name for name, trained in ONLY.items() if trained == "adapters"}
-    if not ({"full", "qlora"} | of_adapters) & set(with_file(words)):
+    said = with_file(words)
+    if not ({"full", "qlora"} | of_adapters) & set(said):
       words["full"] = True
-    chosen = words.pop("optim", None)
-    case = case_of(words)
-    names = {"optimizers": chosen.split(",")} if chosen else {}
+    names = {"optimizers": _several(said["optim"])} if "optim" in said else {}
+    case = case_of(words | {"optim": Settings.optim})  # one that a run can have
     table = compare_optimizer_memory(case.step().state.trained, **names)
   if words.get("json"):
     print(json.dumps([each.__dict__ for each in table], indent=2))
@@ -91,3 +92,13 @@ def compare(argv: list[str]) -> int:
   if case.full and (bits := case.settings.masters) in ("8", "16"):
     say(f"Masters of {bits} bits come besides: {int(bits) // 8} B/param of what is in bfloat16.")
   return 0
+
+
+def _several(text: str) -> list[str]:
+  """The optimizers in a list with commas; ValueError for one that is not known."""
+  names = [name.strip() for name in text.split(",")]
+  if not all(names):
+    raise ValueError(f"--optim {text} has an empty name. Write names, such as adamw,came.")
+  for name in names:
+    check_optim(name)
+  return names

@@ -264,7 +264,8 @@ class Run:
     held = lowmem.memory_report((self.frozen, self.state.trained), self.state.opt_state)
     say(f"Held now: {held.line()}.")
     seconds = time.perf_counter() - begun
-    conclude(self.out, self.metrics, parts, seconds, self.kind.results(self.out))
+    results = self.kind.results(self.out, self.records)
+    conclude(self.out, self.metrics, parts, seconds, results)
 
 
 def _go_on(out: Path) -> str:

@@ -59,9 +59,9 @@ class Adapters(Kind):
   def parts(self, frozen: Any, trained: Any, opt_state: Any, s: Settings) -> list[Part]:
     return byte_parts(frozen, trained, opt_state, s.optim, s.quantize)
 
-  def results(self, out: Path) -> Sequence[str]:
+  def left(self, out: Path, best: str) -> Sequence[str]:
     return (
       f"The adapter, in PEFT's format: {out / 'adapter'}. The loss curve: {out / 'loss.png'}.",
-      f"Talk to it: {called('chat')} {out}",
-      f"A model without adapters: {called('merge')} {out} --out {out}-merged",
+      f"Talk to it: {called('chat')} {out}{best}",
+      f"A model without adapters: {called('merge')} {out} --out {out}-merged{best}",
     )

@@ -93,10 +93,10 @@ class AllParameters(Kind):
       "update: a second backward pass in each step. --max-grad-norm 0 does without.",
     )
 
-  def results(self, out: Path) -> Sequence[str]:
+  def left(self, out: Path, best: str) -> Sequence[str]:
     return (
       f"The model: {out / 'model'}. The loss curve: {out / 'loss.png'}.",
-      f"Talk to it: {called('chat')} {out}",
+      f"Talk to it: {called('chat')} {out}{best}",
     )
 
 

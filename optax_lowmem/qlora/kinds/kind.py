@@ -11,9 +11,11 @@ import optax
 
 from optax_lowmem.qlora.loading.checkpoint import Checkpoint
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
+from optax_lowmem.qlora.run.checkpoints import found
 from optax_lowmem.qlora.run.settings import Settings
 from optax_lowmem.qlora.text.chat_tokenizer import ChatTokenizer
 from optax_lowmem.qlora.training.devices import Devices, Spread
+from optax_lowmem.qlora.training.evaluation import better_than_last
 from optax_lowmem.qlora.training.report import Part
 from optax_lowmem.qlora.training.step import Method, State
 
@@ -98,8 +100,22 @@ class Kind(abc.ABC):
     return ()
 
   @abc.abstractmethod
-  def results(self, out: Path) -> Sequence[str]:
-    """What a run has left, and what can be done with it."""
+  def left(self, out: Path, best: str) -> Sequence[str]:
+    """What a run has left, and what can be done with it.
+
+    Args:
+      out: its folder.
+      best: what a command ends with that is to take the best of it: " --best", or "".
+    """
+
+  def results(self, out: Path, records: Sequence[dict[str, Any]]) -> Sequence[str]:
+    """The same; where it is not the last measurement that was the best, the best is named."""
+    best = better_than_last(records) if found(out / "best").exists() else None
+    if best is None:
+      return self.left(out, "")
+    note = f"The held-out loss was lowest, {best.loss:.3f}, at step {best.step}, of which "
+    note += f"{out / 'best'} holds the {self.noun}; without --best, commands take the last."
+    return (*self.left(out, " --best"), note)
 
   def kept(self, state: State) -> State:
     """What is saved of a state beside what `save` writes."""

@@ -12,7 +12,7 @@ from optax_lowmem._plan.parts import of_gradients
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
 from optax_lowmem.qlora.planning.estimate import temporaries
 from optax_lowmem.qlora.planning.steps import Step, step_of
-from optax_lowmem.qlora.run.settings import ONLY, Settings, flag_of, trained_by, usual_of
+from optax_lowmem.qlora.run.settings import ONLY, Settings, flag_of, text_of, trained_by, usual_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +94,8 @@ class Case:
       flag = flag_of(each.name)
       if isinstance(value, bool):
         said.append(flag if value else f"--no-{flag[2:]}")
-      elif isinstance(value, dict):
-        pairs = ",".join(f"{k}={v}" for k, v in value.items())
-        said.append(f"{flag} {shlex.quote(pairs)}")
       else:
-        text = ",".join(value) if isinstance(value, list) else str(value)
-        said.append(f"{flag} {shlex.quote(text)}")
+        said.append(f"{flag} {shlex.quote(text_of(value))}")
     return " ".join(said)
 
 

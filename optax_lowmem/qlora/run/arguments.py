@@ -130,6 +130,7 @@ def from_yaml(path: Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise ValueError(f"--config {path} must hold lines such as `rank: 16`.")
   known, settings = {each.name: each for each in fields(Settings)}, {}
+  known.pop("config")
   for key, value in content.items():
     name = known_as(str(key))
     if why := instead(str(key)):
@@ -138,7 +139,12 @@ def from_yaml(path: Path) -> dict[str, Any]:
       raise ValueError(
         f"--config {path}: {key} and another name for it, {flag_of(name)}; keep one."
       )
-    if name not in known or name == "config":
+    if name == "config":
+      raise ValueError(
+        f"--config {path}: {key}: a file names no other. Put all settings into one, and what is to "
+        "go before it on the command line."
+      )
+    if name not in known:
       hint = did_you_mean(name, known)
       raise ValueError(f"--config {path}: there is no setting {key!r:.100}.{hint}")
     try:

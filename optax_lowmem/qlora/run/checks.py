@@ -150,7 +150,8 @@ def check_patterns(s: Settings, config: LlamaConfig) -> None:
   names = [name.rpartition(".")[0] for name in expected_shapes(config)]
   names += [re.sub(r"\.\d+\.", ".", name) for name in names]  # the layers as one stack
   names = list(dict.fromkeys([*names, *(name.rpartition(".")[2] for name in names)]))
-  patterns = {"--targets": [s.targets], "--modules-to-save": s.modules_to_save}
+  targets = [s.targets] if isinstance(s.targets, str) else s.targets
+  patterns = {"--targets": targets, "--modules-to-save": s.modules_to_save}
   patterns |= {"--rank-pattern": s.rank_pattern, "--alpha-pattern": s.alpha_pattern}
   for flag, each in patterns.items():
     for pattern in each:

@@ -11,6 +11,8 @@ from flax import nnx
 
 import optax_lowmem as lowmem
 from optax_lowmem import nn as lowmem_nn
+from optax_lowmem._arguments.spelling import nearest
+from optax_lowmem._optimizers.by_name import SPELLED, letters_of
 from optax_lowmem.qlora.loading.llama import Quantize, abstract_llama, load_llama
 from optax_lowmem.qlora.models.attention import AttentionKind
 from optax_lowmem.qlora.models.llama_config import LlamaConfig
@@ -32,8 +34,26 @@ def learning_rate(s: Settings) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup])
 
 
+def check_optim(name: str) -> None:
+  """Raises ValueError for the name of no optimizer.
+
+  What `create` says of it is for those who write Python.
+  """
+  asked = letters_of(name)
+  if asked in SPELLED:
+    return
+  near = [SPELLED[each] for each in nearest(asked, SPELLED, count=3, cutoff=0.5)]
+  hint = f" Nearest: {', '.join(near)}." if near else ""
+  known = sorted(each for each in SPELLED.values() if not each.startswith("paged_"))
+  raise ValueError(
+    f"--optim {name:.100}: no such optimizer.{hint} Known: {', '.join(known)}; each also with "
+    "paged_ before it."
+  )
+
+
 def named_rule(s: Settings, name: str) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer of that name, at a learning rate that rises and falls."""
+  check_optim(s.optim)
   schedule = learning_rate(s)
   decay = {} if s.weight_decay is None else {"weight_decay": s.weight_decay}
   try:

@@ -24,7 +24,7 @@ import yaml
 
 from optax_lowmem.qlora.files.disk import write_whole
 from optax_lowmem.qlora.run.run_folder import is_unfinished
-from optax_lowmem.qlora.run.settings import CHANGEABLE, ONLY, Settings, trained_by
+from optax_lowmem.qlora.run.settings import CHANGEABLE, ONLY, Settings, flag_of, text_of, trained_by
 
 _KEYS = ("data_sha256", "today", "base", "template")
 
@@ -69,12 +69,18 @@ def resumed(folder: Path, given: dict[str, Any], known: set[str]) -> dict[str, A
     raise type(error)(f"--resume {error}") from error
   saved = {name: value for name, value in saved.items() if name in known}
   for name, value in given.items():
-    if name not in CHANGEABLE and saved.get(name) != value:
+    before = saved.get(name)
+    if name not in CHANGEABLE and before != value and before != _as_before(name, value):
       raise ValueError(
-        f"--{name.replace('_', '-')} {value} contradicts the run in {folder}, which has "
-        f"{saved.get(name)}. Leave it out to continue that run, or start a new one."
+        f"{flag_of(name)} {text_of(value)} contradicts the run in {folder}, which has "
+        f"{text_of(before) or 'none'}. Leave it out to continue that run, or start a new one."
       )
   return saved | {"out": str(folder), "stop_after": 0, "dry_run": False}
+
+
+def _as_before(name: str, value: Any) -> Any:
+  """A value as runs had it once: several targets were one pattern."""
+  return "|".join(value) if name == "targets" and isinstance(value, list) else value
 
 
 def began(folder: Path) -> datetime.date | None:

@@ -5,7 +5,7 @@ import typing
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
-from optax_lowmem._arguments.name_lists import pattern_of
+from optax_lowmem._arguments.name_lists import names_of
 from optax_lowmem.qlora.models.attention import KINDS
 from optax_lowmem.qlora.run.setting_rows import Trained as Trained
 from optax_lowmem.qlora.run.setting_rows import setting
@@ -113,12 +113,12 @@ class Settings:
   rank: int = setting(16, "rank of the adapters", least=1, most=1 << 16, only="adapters")
   alpha: float = setting(32.0, "the adapters are scaled by alpha / rank", only="adapters")
   dropout: float = setting(0.0, "dropout in the adapters", only="adapters")
-  targets: str = setting(
+  targets: str | list[str] = setting(
     "([qkvo]|qkv|gate|up|gate_up|down)_proj",
-    "layers to adapt: names, such as q_proj,v_proj, or a regular expression for names or full "
-    "paths; all-linear is every linear layer but the head",
+    "layers to adapt: names, such as q_proj,v_proj, each of which must be there, or a regular "
+    "expression for names or full paths; all-linear is every linear layer but the head",
     only="adapters",
-    read=pattern_of,
+    read=names_of,
   )
   init: str = setting(
     "default",
@@ -248,6 +248,13 @@ def trained_by(s: Settings) -> Trained:
 def flag_of(name: str) -> str:
   """A setting as a flag: `--seq-len`."""
   return f"--{name.replace('_', '-')}"
+
+
+def text_of(value: Any) -> str:
+  """A setting's value as a flag takes it, but for a switch."""
+  if isinstance(value, dict):
+    return ",".join(f"{name}={each}" for name, each in value.items())
+  return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def default_of(each: "Field[Any]") -> Any:

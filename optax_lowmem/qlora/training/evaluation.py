@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -34,6 +34,22 @@ class HeldOut:
     total = sum(float(self.step(state, self.frozen, batch)) for batch in self.batches)
     loss = total / self.tokens
     return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+class Measured(NamedTuple):
+  """A held-out loss, and the step after which it was measured."""
+
+  loss: float
+  step: int
+
+
+def better_than_last(records: Sequence[dict[str, Any]]) -> Measured | None:
+  """The lowest held-out loss after a step of training; None where that is the last one's."""
+  best, _ = since_best(records)
+  found = [(r["held_out_loss"], r["step"]) for r in records if "held_out_loss" in r and r["step"]]
+  if math.isinf(best) or found[-1][0] == best:
+    return None
+  return next(Measured(loss, step) for loss, step in found if loss == best)
 
 
 def since_best(records: Sequence[dict[str, Any]]) -> tuple[float, int]:
