@@ -146,3 +146,11 @@ def test_numbers_may_be_of_numpy_or_jax(kind, tmp_path):
   assert (model.a.rank, model.a.alpha) == (2, 4)
   assert (type(model.a.rank), type(model.a.alpha)) == (int, float)
   nn.save_peft(model, tmp_path / "adapter", base_model="a")
+
+
+def test_a_packed_weight_is_read_as_any_variable():
+  model: Any = nn.quantize_model(nnx.Dict(a=nnx.Linear(64, 8, rngs=nnx.Rngs(0))))
+  weight = model.a.weight
+  assert weight[...].codes is weight.get_value().codes
+  with pytest.raises(TypeError, match="cannot be indexed by 0"):
+    _ = weight[0]

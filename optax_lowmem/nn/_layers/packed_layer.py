@@ -22,6 +22,15 @@ class QuantizedWeight(nnx.Variable[QuantizedArray]):
   packed bits alone.
   """
 
+  def __getitem__(self, key: Any) -> QuantizedArray:
+    """The `QuantizedArray`, of ``[...]``, as of any Variable. Parts have no value of their own."""
+    if key is not Ellipsis:
+      raise TypeError(
+        f"a QuantizedWeight cannot be indexed by {key!r}, its blocks would be cut. Take the values "
+        "first, with `dequantize()`."
+      )
+    return self.get_value()
+
 
 class PackedLayer(nnx.Module):
   """A weight held as matrices (out, in), decoded for each product and never kept.
