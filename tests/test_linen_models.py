@@ -502,6 +502,145 @@ def test_layers_whose_weights_are_normalized_are_left_alone():
     linen.LoRA(Normed(), layers, 2, 4, "a")
 
 
+class Step(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    return jnp.tanh(nn.Dense(4, name="a")(x)), None
+
+
+class Stepwise(nn.Module):
+  """A layer that runs in a condition, in a loop, and under a derivative."""
+
+  def setup(self):
+    self.a = nn.Dense(4)
+
+  def __call__(self, x, _=None):
+    if self.is_initializing():
+      return self.a(x), None
+    x = nn.cond(x.sum() > 0, lambda m, x: m.a(x), lambda m, x: x, self, x)
+    x = nn.while_loop(
+      lambda m, x: x.sum() < 0, lambda m, x: m.a(x), self, x, broadcast_variables="params"
+    )
+    return nn.vjp(lambda m, x: m.a(x), self, x)[1](x)[1], None
+
+
+def doubled(variables):
+  return jax.tree.map(lambda a: 2 * a, variables)
+
+
+def mapped(kind, function=doubled, collection: Any = "params"):
+  return nn.map_variables(kind, collection, function, init=False)
+
+
+class Half(nn.Module):
+  """A layer that is called as it is, and by a method whose variables are mapped."""
+
+  def setup(self):
+    self.a = nn.Dense(4)
+
+  @functools.partial(nn.map_variables, mapped_collections="params", trans_in_fn=doubled)
+  def other(self, x):
+    return self.a(x)
+
+  def __call__(self, x, _=None):
+    return self.other(self.a(x)), None
+
+
+OVER: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+STACK: Any = {"axis_size": 2, "in_axes": None, **OVER}
+
+
+def found_in(kind, stack):
+  """The layers of a model with that and a Dense, and its parameters: `stack` of the first."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(4, name="b")(kind(name="s")(x, None)[0])
+
+  x, one = jnp.ones((2, 4)), {"kernel": (4, 4), "bias": (4,)}
+  shapes = {"s": {"a": {k: (*stack, *s) for k, s in one.items()}}, "b": one}
+  params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda s: isinstance(s, tuple))
+  return Model(), linen.find_layers(Model(), {"params": params}, x), params, x
+
+
+@pytest.mark.parametrize(
+  "stack, kind",
+  [
+    ((), mapped(Step)),
+    ((), mapped(Step, collection=True)),
+    ((), mapped(Step, functools.partial(jax.tree.map, jnp.transpose))),
+    ((), mapped(Step, functools.partial(jax.tree.map, jax.lax.stop_gradient))),
+    ((), Half),
+    ((2,), mapped(nn.scan(Step, length=2, **OVER))),
+    ((2,), nn.scan(nn.remat(mapped(Step)), length=2, **OVER)),
+    ((2,), nn.vmap(nn.jit(mapped(Step)), **STACK)),
+  ],
+)
+def test_layers_whose_weights_are_mapped_are_left_alone(stack, kind):
+  model, layers, params, _ = found_in(kind, stack)
+  assert layers.names == ["b"]
+  with pytest.raises(ValueError, match=r"`s.a` is a Dense whose kernel is computed"):
+    linen.LoRA(model, layers, 2, 4, "a")
+  with pytest.raises(ValueError, match=r"whose kernel is .* stored one \(`nn.map_variables`\)"):
+    linen.quantize_params(params, layers, targets="s.a")
+
+
+@pytest.mark.parametrize(
+  "stack, kind",
+  [
+    ((), mapped(Step, collection="batch_stats")),
+    ((), mapped(Step, lambda variables: variables)),
+    ((), Stepwise),
+    ((2,), nn.scan(nn.remat(Stepwise), length=2, **OVER)),
+    ((2,), nn.scan(nn.jit(mapped(Step, jax.device_put)), length=2, **OVER)),
+    ((2, 3), nn.vmap(nn.scan(Step, length=3, **OVER), **STACK)),
+  ],
+)
+def test_layers_that_take_what_is_stored_are_found_however_it_comes_to_them(stack, kind):
+  model, layers, params, x = found_in(kind, stack)
+  assert {layer.name: layer.stack for layer in layers.layers} == {"s.a": stack, "b": ()}
+  packed = linen.quantize_params(params, layers, exclude=None)
+  assert linen.find_layers(model, {"params": packed}, x).names == ["s.a", "b"]
+
+
+class Jitted(nn.Module):
+  @nn.jit
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(4, name="a")(nn.LayerNorm(name="norm")(x))
+
+
+def test_layers_of_modules_that_are_jitted_alike_are_all_found_each_time():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return Jitted(name="j_1")(Jitted(name="j_0")(x))
+
+  x = jnp.ones((2, 4))
+  variables = jax.eval_shape(Model().init, KEY, x)
+  for _ in range(2):
+    layers = linen.find_layers(Model(), variables, x)
+    assert layers.names == ["j_0.a", "j_1.a"]
+    assert ("j_1.norm", "LayerNorm") in layers.others
+
+
+def test_merged_into_packed_parameters_layers_without_adapters_stay_packed():
+  model, x = nn.Sequential([nn.Dense(8), nn.Dense(4)]), jnp.ones((2, 4))
+  params = parameters_of(model, x)["params"]
+  layers = linen.find_layers(model, {"params": params}, x)
+  lora = linen.LoRA(model, layers, 2, 4, "layers_0")
+  adapters = moved(new(lora))
+  packed = linen.quantize_params(params, layers, exclude=None)
+  merged = lora.merge(packed, adapters)
+  assert isinstance(merged["layers_0"]["kernel"], jax.Array)
+  assert isinstance(merged["layers_1"]["kernel"], lowmem.QuantizedArray)
+  want = lora.apply({"params": packed, "lora": adapters}, x)
+  close(linen.apply(model, {"params": merged}, x), want)
+  want = lora.apply({"params": params, "lora": adapters}, x)
+  close(model.apply({"params": lora.merge(params, adapters)}, x), want)
+
+
 def test_the_head_is_found_by_its_sizes_and_not_packed():
   class Untied(nn.Module):
     @nn.compact

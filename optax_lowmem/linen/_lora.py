@@ -185,12 +185,13 @@ class LoRA:
   def merge(self, params: Mapping[str, Any], adapters: Any, dtype: Any = None) -> dict[str, Any]:
     r"""Takes adapters into the weights: :math:`W + s A B`, in float32.
 
-    The result is for the plain model. A packed kernel with an adapter is decoded; one without
-    stays packed, and needs `linen.apply`. If the original ones are at hand, pass those as `params`
-    instead. It is differentiable in `adapters`, but the gradient then needs float32 arrays of the
-    size of every adapted layer, where that of `apply` needs none. An embedding that the output
-    layer is tied to is refused: its adapter is of the input alone, and a merged table would change
-    both.
+    The result is for the model without adapters. A packed kernel with an adapter is decoded; one
+    without stays packed, so that the model is called by `linen.apply`. For parameters that
+    `model.apply` takes, pass `params` as they were before they were packed; nothing of them is
+    rounded to 4 bits then. It is differentiable in `adapters`, but the gradient then needs float32
+    arrays of the size of every adapted layer, where that of `apply` needs none. An embedding that
+    the output layer is tied to is refused: its adapter is of the input alone, and a merged table
+    would change both.
 
     Args:
       params: the parameters of the model, packed or not.
