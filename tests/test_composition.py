@@ -12,6 +12,7 @@ import pytest
 from optax import contrib
 
 import optax_lowmem as lowmem
+from optax_lowmem._update.tile_loop import map_tiles
 from own_process import printed
 from programs import times_compiled
 from registry import (
@@ -299,3 +300,21 @@ def test_trains_a_linen_state(name):
   assert losses[-1] < 0.5 * losses[0]
   assert len(quantized_leaves(state.opt_state)) == 2
   assert compiled == 1
+
+
+@pytest.mark.parametrize("name", ["adamw-8", "came-8", "lion-4", "sums"])
+def test_no_tracer_is_leaked(name):
+  """Who looks for a leak of their own can."""
+  sums = lowmem.multi_steps(lowmem.adamw(1e-3), 2, bits=8)
+  tx = sums if name == "sums" else REGISTRY[name].ours(1e-3)
+  params = {"w": jnp.ones((64, 256))}
+  with jax.checking_leaks():
+    jax.jit(tx.update)(params, tx.init(params), params)
+
+
+def test_tiles_without_jit():
+  """A loop then counts in Python. Those of a whole rule take 11 s."""
+  x = jnp.arange(1 << 16, dtype=jnp.float32)
+  with jax.disable_jit():
+    (new,) = map_tiles(lambda reads, writes: [reads[0] + writes[0]], [x], [x], 1 << 14)
+  chex.assert_trees_all_equal(new, x + x)

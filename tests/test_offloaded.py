@@ -610,3 +610,15 @@ def test_paged_names():
   chex.assert_trees_all_equal(state, lowmem.offloaded(lowmem.adamw(LR)).init(params))
   state = lowmem.create("paged_adamw_32bit", LR, weight_decay=0.1).init(params)
   assert lowmem.state_bytes(state) == {"device": 4, "pinned_host": 2 * 4 * 64 * 64}
+
+
+@pytest.mark.parametrize("width", ["32 bits", "8 bits"])
+def test_several_runs_under_vmap(width):
+  """Compiled too: their rows would be gathered from host memory, which JAX refuses."""
+  tx = RULES[width]()
+  params = jnp.linspace(-1, 1, 3 * 96 * 64).reshape(3, 96, 64)
+  found = []
+  for one in (tx, lowmem.offloaded(tx)):
+    state = jax.vmap(one.init)(params)
+    found.append(jax.jit(jax.vmap(one.update))(params, state, params)[0])
+  chex.assert_trees_all_equal(*found)

@@ -82,6 +82,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_composes": ("chain", "multi_steps-adamw-4"),
     "test_jit_vmap_and_scan_over_layers_agree": ("[adamw-8",),
     "test_layers_stacked_in_one_array_train_as_layers_apart": (),
+    "test_no_tracer_is_leaked": ("adamw-8",),
     "test_quantizes_what_is_composed": ("clipped-8", "injected-8", "muon-4"),
     "test_state_keeps_structure_shapes_dtypes_and_weak_types": ("[adamw-8", "masters-adamw-8"),
   },

@@ -69,8 +69,16 @@ def stream(
       new[k] = store_as(new[k], flat[k])
     return new
 
+  @jax.custom_batching.custom_vmap
   def by_rows(*flat):
     return Evaluation(closed, heard.updates, flat, wanted, replaced, max_bytes).results()
+
+  @by_rows.def_vmap
+  def all_at_once(_, batched, *flat):
+    # Rows of many runs would be gathered, from host memory, which JAX refuses.
+    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+    results = jax.vmap(at_once, in_axes=axes)(*flat)
+    return results, jax.tree.map(lambda _: True, results)
 
   if lies_unknown([x for x in flat if is_paged(x)]):
     results = at_once(*flat)

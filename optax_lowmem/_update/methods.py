@@ -49,14 +49,16 @@ def run(plan: LeafPlan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> d
     gradient's place, moments would seem to depend on the learning rate.
     """
     traced = {i: env[i] for i in plan.scalars if isinstance(env[i], Tracer)}
+    # JAX keeps these functions with the program: tracers that they held would be leaks.
+    fixed = {i: x for i, x in env.items() if not isinstance(x, Tracer)}
 
     @jax.custom_jvp
     def launch(traced, values):
-      return execute({**env, **traced}, values)
+      return execute({**fixed, **traced}, values)
 
     def launch_jvp(primals, tangents):
       def same(traced, values):
-        return _on(map_rows, plan, {**env, **traced}, values)
+        return _on(map_rows, plan, {**fixed, **traced}, values)
 
       return derivative(same, primals, tangents)
 

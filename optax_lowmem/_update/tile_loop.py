@@ -93,6 +93,7 @@ def map_tiles(
   for segment in _segments(rows, columns, unit, tile):
 
     def step(i, carry, segment=segment):
+      i = jnp.asarray(i)  # a Python integer under `jax.disable_jit`
       state, made = carry
       state = paste(state, made, segment, jnp.maximum(i - 1, 0))
       i = _smaller(i, segment.tiles - 1)
