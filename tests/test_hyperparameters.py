@@ -1,6 +1,7 @@
 """Arguments that depend on each other, and `optax.inject_hyperparams`, over every optimizer."""
 
 import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -160,3 +161,16 @@ def test_the_message_holds_the_recipe(rule):
   assert given == str(static(rule))
   tx = injected(rule, static(rule))
   jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_an_injected_optimizer_outside_jit_says_that_it_is_compiled_each_time():
+  params = jnp.ones((8, 8))
+  tx = optax.inject_hyperparams(lambda learning_rate: lowmem.adamw(learning_rate))(1e-3)
+  state = tx.init(params)
+  with pytest.warns(UserWarning, match="anew in each update.*Put the step into `jax.jit`"):
+    tx.update(params, state, params)
+  within = lowmem.quantized(optax.inject_hyperparams(optax.adamw)(1e-3))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    jax.jit(tx.update)(params, state, params)
+    within.update(params, within.init(params), params)

@@ -157,12 +157,22 @@ def _check_dtype(name: str, value: Any, bits: int) -> None:
     )
 
 
+def is_injected() -> bool:
+  """Whether `optax.inject_hyperparams` is calling, which makes an optimizer anew in each update."""
+  return _frame_of_inject() is not None
+
+
 def _groups_of_inject() -> list[dict[str, Any]]:
   """What `optax.inject_hyperparams`, if it is calling, holds by the names of arguments."""
+  frame = _frame_of_inject()
+  return [] if frame is None else [d for d in frame.f_locals.values() if isinstance(d, dict)]
+
+
+def _frame_of_inject() -> Any:
   frame: Any = sys._getframe(1)
   while frame is not None and frame.f_code not in _INJECTING:
     frame = frame.f_back
-  return [] if frame is None else [d for d in frame.f_locals.values() if isinstance(d, dict)]
+  return frame
 
 
 def _is_scheduled(name: str, value: Any, groups: Sequence[dict[str, Any]]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,14 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from optax_lowmem._arguments.hyperparameters import is_injected
 from optax_lowmem.kernels import _choice
 
+_INJECTED = (
+  "`optax.inject_hyperparams` makes the optimizer anew in each update, which outside of `jax.jit` "
+  "is compiled each time. Put the step into `jax.jit`, or inject within: "
+  "`quantized(optax.inject_hyperparams(optax.adamw)(…))`."
+)
 _PLAIN = bool | int | str | np.bool_ | np.integer
 
 
@@ -60,6 +67,7 @@ def compiled_outside_jit(update: Callable[..., Any]) -> Callable[..., Any]:
   loss is, are traced then; it is compiled anew for every other value of a flag, an integer or a
   string. Where there is something else, a function say, each call is traced.
   """
+  injected = is_injected()
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def compiled(mode, fixed, trees, numbers):
@@ -70,6 +78,8 @@ def compiled_outside_jit(update: Callable[..., Any]) -> Callable[..., Any]:
     trees = updates, state, params
     numbers, fixed = _split(extra_args, _is_number)
     if all(map(_is_concrete, jax.tree.leaves((trees, numbers)))) and fixed.is_plain:
+      if injected:
+        warnings.warn(_INJECTED, UserWarning, stacklevel=2)
       return compiled(_choice.setting(), fixed, trees, numbers)
     return update(*trees, extra_args)
 
