@@ -7,6 +7,7 @@ import contextlib
 import functools
 import sys
 import tempfile
+import warnings
 from typing import Any, cast
 from unittest import mock
 
@@ -412,6 +413,19 @@ def check_conversions(kind):
         assert x.ndim == 0 or x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
+def check_injected(kind):
+  """Updated outside of `jit`, on the mesh of the context, on which injected numbers lie then."""
+  mesh = mesh_of(ONE, kind)
+  params, grads = jax.device_put(arrays("", (128, 256), "float32"), NamedSharding(mesh, P("a")))
+  tx = optax.inject_hyperparams(lambda learning_rate: lowmem.adamw(learning_rate))(1e-2)
+  with jax.set_mesh(mesh), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".*makes the optimizer anew")
+    state = tx.init(params)
+    assert_same_bits(
+      tx.update(grads, state, params)[0], jax.jit(tx.update)(grads, state, params)[0]
+    )
+
+
 def check_checkpoints(kind):
   """Saved on one mesh, restored to another one, from device or host memory."""
   for name in ("adamw", "adamw_4bit", "came", "lamb"):
@@ -453,3 +467,4 @@ if __name__ == "__main__":
     check_norms(kind, every)
     check_dense(kind)
     check_checkpoints(kind)
+    check_injected(kind)

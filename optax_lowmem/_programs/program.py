@@ -50,7 +50,7 @@ class Program:
     Args:
       args: the arguments without owner; what stands at the others' places is ignored.
     """
-    env = {ref.index: value for ref, value in self._constants}
+    env = {ref.index: _off_mesh(value) for ref, value in self._constants}
     env |= {r.index: v for r, v in zip(self._inputs, args, strict=True) if r.owner is None}
     for op in self._ops.get(None, ()):
       _bind(op, env)
@@ -225,6 +225,13 @@ def _rounded(x: jax.Array) -> jax.Array:
   pattern = jax.lax.bitcast_convert_type(x, jnp.int32)
   magnitude = jnp.minimum(pattern & 0x7FFFFFFF, _NAN)
   return jax.lax.bitcast_convert_type(magnitude | (pattern & -0x80000000), jnp.float32)
+
+
+def _off_mesh(constant: Any) -> Any:
+  """A number that lies on explicit axes as one of NumPy: JAX lets no `shard_map` close over it."""
+  known = isinstance(constant, jax.Array) and not isinstance(constant, Tracer)
+  on_mesh = known and constant.ndim == 0 and explicit_sharding(constant) is not None
+  return np.asarray(constant) if on_mesh else constant
 
 
 def _full(ref: Ref, value: Any, shape: tuple[int, ...], sharding: Any = None) -> jax.Array:
