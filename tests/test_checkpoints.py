@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 
 import optax_lowmem as lowmem
 from registry import REGISTRY, every, make, tree, update_of
@@ -160,6 +160,60 @@ def test_states_are_converted_between_forms(given, wanted):
     assert np.abs(old[k] - new[k]).mean() <= coarse * np.abs(old[k]).mean()
     if given == wanted:
       np.testing.assert_array_equal(old[k], new[k])
+
+
+def nnx_state(tx):
+  """The state that an `nnx.Optimizer` holds after a step, in boxes, and its model."""
+  model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
+  return cast(Any, optimizer.opt_state), model
+
+
+BOXED = ("power8", "32 bits", "paged", "paged 32")
+
+
+def boxed(form):
+  return lowmem.offloaded(optax.adam(1e-3), min_bytes=0) if form == "paged 32" else FORMS[form]()
+
+
+@pytest.mark.parametrize("form", BOXED)
+def test_states_of_nnx_optimizers_are_read_in_their_boxes(form):
+  """A page whose arrays were in boxes was an error of JAX's."""
+  state, _ = nnx_state(boxed(form))
+  pure = nnx.as_pure(state)
+  for fn in (lowmem.unpaged, lowmem.dequantized):
+    found = fn(state)
+    chex.assert_trees_all_equal(nnx.as_pure(found), fn(pure))
+    assert all(isinstance(x, nnx.Variable) for x in in_boxes(found))
+  if "paged" in form:
+    again = lowmem.paged(lowmem.unpaged(state), like=state)
+    chex.assert_trees_all_equal_structs(again, state)
+    chex.assert_trees_all_equal(lowmem.unpaged(nnx.as_pure(again)), lowmem.unpaged(pure))
+    assert lowmem.state_bytes(again) == lowmem.state_bytes(state)
+
+
+def in_boxes(tree):
+  return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+@pytest.mark.parametrize("given, wanted", [*zip(BOXED, (*BOXED[1:], BOXED[0]), strict=True)])
+def test_states_of_nnx_optimizers_are_converted(given, wanted):
+  """They were said to be none of `from_tx`."""
+  from_tx, to_tx = boxed(given), boxed(wanted)
+  state, model = nnx_state(from_tx)
+  params = nnx.state(model, nnx.Param)
+  new = lowmem.convert_state(state, from_tx, to_tx, params)
+  chex.assert_trees_all_equal_structs(new, to_tx.init(params))
+  want = lowmem.convert_state(nnx.as_pure(state), from_tx, to_tx, nnx.as_pure(params))
+  chex.assert_trees_all_equal(*(nnx.as_pure(lowmem.unpaged(x)) for x in (new, want)))
+  # As the docstring says:
+  optimizer = nnx.Optimizer(model, to_tx, wrt=nnx.Param)
+  nnx.update(optimizer.opt_state, nnx.state(nnx.as_pure(new)))
+  held: Any = optimizer.opt_state
+  chex.assert_trees_all_equal(nnx.as_pure(lowmem.unpaged(held)), lowmem.unpaged(want))
+  assert lowmem.state_bytes(held) == lowmem.state_bytes(new)
+  optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
 
 
 def test_conversion_needs_the_same_rules():

@@ -113,3 +113,20 @@ def test_copies_are_alike():
   found = lowmem.explain(lowmem.lion(1e-3), PARAMS, platform="cpu")
   for again in (copy.copy(found), pickle.loads(pickle.dumps(found))):
     assert again == found and str(again) == str(found)
+
+
+def test_state_that_belongs_to_no_parameter_has_a_row():
+  """`optax.flatten` has one array for all; no bytes were said to be held, and nothing quantized."""
+  tx = lowmem.adamw(1e-3)
+  (own,) = lowmem.explain(tx, {"w": PARAMS["w"]})
+  assert lowmem.explain(tx, PARAMS).other is None
+  found = lowmem.explain(optax.flatten(tx), {"w": PARAMS["w"]})
+  assert found[0].bytes == 0 and found[0].reason == "no array of the state has its shape"
+  assert found.other is not None
+  assert (found.other.held, found.other.bytes) == (own.held, own.bytes)
+  assert f"bytes={own.bytes}" in repr(found)
+  assert str(found).splitlines()[-1].split()[:3] == ["other", "state", "mu:"]
+  assert pickle.loads(pickle.dumps(found)).other == found.other
+  rows = lowmem.explain(lowmem.came(1e-3), {"w": PARAMS["w"]}).other
+  assert rows is not None and set(rows.held) >= {"v_row", "v_col", "res_row", "res_col"}
+  assert (rows.bytes, rows.method) == (4 * 4 * 256, "")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from optax import contrib
@@ -292,6 +293,52 @@ def test_slow_averages_over_many_steps(name, limit):
   assert jnp.abs(p - q).mean() <= limit * jnp.abs(p).mean()
 
 
+ADAMAX = {
+  "optax": (optax.with_extra_args_support, (1.001, 1.001, 1.001)),
+  "8 bits": (lowmem.quantized, (1.1, 1.1, 2.5)),
+  "4 bits": (functools.partial(lowmem.quantized, bits=4), (np.inf, np.inf, np.inf)),
+  "4 bits, mu 8": (
+    functools.partial(lowmem.quantized, bits=4, storage={"mu": lowmem.Blockwise("power8")}),
+    (1.5, 3, 3),
+  ),
+}
+OUTLIERS = (1, 30, 1000)
+
+
+def largest_steps(name):
+  """The largest of 8 × 60 steps of Adamax, in learning rates, for each size of one of 64 features.
+
+  In float32 it is 1: `nu` is a maximum of |g|, which no later |mu| is above.
+  """
+  tx = ADAMAX[name][0](optax.adamax(LR))
+
+  def run(keys, outlier):
+    column = jnp.ones(64).at[0].set(outlier)
+
+    def step(t, carry):
+      state, largest = carry
+      g = jax.random.normal(keys[t], (512, 64)) * column
+      updates, state = tx.update(g, state, jnp.zeros((512, 64)))
+      return state, jnp.maximum(largest, jnp.abs(updates).max() / LR)
+
+    return jax.lax.fori_loop(0, 60, step, (tx.init(jnp.zeros((512, 64))), 0.0))[1]
+
+  run = jax.jit(run)
+  seeds = [jax.random.split(jax.random.key(k), 60) for k in range(8)]
+  return [max(float(run(keys, float(x))) for keys in seeds) for x in OUTLIERS]
+
+
+@pytest.mark.parametrize("name", ADAMAX)
+def test_steps_of_adamax_stay_near_the_learning_rate(name):
+  """As docs/transformations.md says: not in 4 bits, unless `mu` has 8."""
+  found = largest_steps(name)
+  for step, limit in zip(found, ADAMAX[name][1], strict=True):
+    assert 0.99 <= step <= limit
+  assert (max(found) > 20) == (name == "4 bits")
+
+
 if __name__ == "__main__":  # the drifts, to be rounded up in docs/transformations.md
+  for adamax in ADAMAX:
+    print(f"| adamax, {adamax} |", *(f"{x:.2f} |" for x in largest_steps(adamax)), flush=True)
   for stored in STORED:
     print(f"| {stored} | {100 * drift_of(stored)[0]:.2f} % |", flush=True)

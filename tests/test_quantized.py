@@ -93,8 +93,45 @@ def test_a_state_of_which_nothing_is_quantized_warns():
     lowmem.quantized(holding(jnp.int32)).init(params())
 
 
+@pytest.mark.parametrize(
+  "inner, message",
+  [
+    (optax.flatten(optax.adam(1e-3)), r"`optax\.flatten\(lowmem\.quantized\(tx\)\)`"),
+    (optax.contrib.galore(1e-3, rank=32), "have the shape of no parameter"),
+  ],
+)
+def test_a_state_that_has_the_shape_of_no_parameter_warns(inner, message):
+  """It had the bytes of float32, without a word."""
+  large = {"w": jnp.zeros((128, 128))}
+  with pytest.warns(UserWarning, match="nothing of this state is quantized.*" + message):
+    lowmem.quantized(inner).init(large)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    lowmem.quantized(inner).init({"w": jnp.zeros((16, 16))})  # too small to be quantized anyway
+    lowmem.quantized(inner, bits=32).init(large)
+    remedied = optax.flatten(lowmem.quantized(optax.adam(1e-3))).init(large)
+  assert sum(map(is_quantized, jax.tree.leaves(remedied, is_leaf=is_quantized))) == 2
+
+
 class Held(NamedTuple):
   seen: Any
+
+
+@pytest.mark.parametrize("make", [lowmem.adamw, lowmem.came])
+def test_a_nan_stays_in_moments_of_float32_alone(make):
+  """As docs/how_it_works.md says, and what helps: skipped steps, or small arrays quantized too."""
+  params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+  bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
+
+  def spoiled(tx):
+    """Of which parameters updates are not finite in a good step after a bad one."""
+    _, state = tx.update(bad, tx.init(params), params)
+    updates, _ = tx.update(params, state, params)
+    return {k for k in params if not jnp.isfinite(updates[k]).all()}
+
+  assert spoiled(make(1e-3)) == {"b"}
+  assert not spoiled(make(1e-3, min_size=0))
+  assert not spoiled(optax.apply_if_finite(make(1e-3), max_consecutive_errors=3))
 
 
 def test_state_that_starts_above_zero():

@@ -9,6 +9,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_lowmem._arguments.nnx_boxes import boxed_as, unbox
 from optax_lowmem._host_memory.pages import (
   Paged,
   fetch,
@@ -27,10 +28,12 @@ def unpaged(state: Any) -> Any:
   which a checkpoint of a run without `offloaded` can be restored straight into host memory.
 
   Args:
-    state: a state of `offloaded`, or any tree that holds one.
+    state: a state of `offloaded`, or any tree that holds one, such as `opt_state` of an
+      `nnx.Optimizer`.
 
   Returns:
-    The same tree with arrays in the place of `Paged`.
+    The same tree with arrays in the place of `Paged`; where Flax NNX has boxes around a page's
+    arrays, with one around its array.
 
   Examples:
     >>> import jax.numpy as jnp, optax_lowmem as lowmem
@@ -40,17 +43,20 @@ def unpaged(state: Any) -> Any:
   """
 
   def one(x):
-    if not is_paged(x):
-      return x
-    if not isinstance(x.lanes[0], jax.ShapeDtypeStruct):
-      return fetch(x)
-    sharding = x.lanes[0].sharding
-    if isinstance(sharding, NamedSharding):
-      spec = without_page_axes(sharding.spec)[x.last_first :]
-      sharding = sharding.update(spec=PartitionSpec(*spec))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return boxed_as(_array(unbox(x)), x) if is_paged(x) else x
 
   return jax.tree.map(one, state, is_leaf=is_paged)
+
+
+def _array(x: Paged) -> Any:
+  """The array of a page, on the device; of an abstract page an abstract one, where it is."""
+  if not isinstance(x.lanes[0], jax.ShapeDtypeStruct):
+    return fetch(x)
+  sharding = x.lanes[0].sharding
+  if isinstance(sharding, NamedSharding):
+    spec = without_page_axes(sharding.spec)[x.last_first :]
+    sharding = sharding.update(spec=PartitionSpec(*spec))
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def paged(state: Any, like: Any = None) -> Any:
@@ -108,17 +114,19 @@ def paged(state: Any, like: Any = None) -> Any:
     else:
       lanes = _lanes(fetch(x) if is_paged(x) else x, target)
     pairs = zip(lanes, target.lanes, strict=True)
-    lanes = [jax.device_put(lane, like.sharding) for lane, like in pairs]
+    lanes = [jax.device_put(lane, wanted.sharding) for lane, wanted in pairs]
     return dataclasses.replace(target, lanes=tuple(map(PINNED_HOST.put, lanes)))
 
-  leaves, treedef = jax.tree.flatten(like, is_leaf=is_paged)
-  given = jax.tree.leaves(state, is_leaf=is_paged)
+  # Boxes of Flax NNX hide what lies in a page; the result is in those of `like`.
+  leaves, treedef = jax.tree.flatten(unbox(like), is_leaf=is_paged)
+  given = jax.tree.leaves(unbox(state), is_leaf=is_paged)
   if len(given) != len(leaves):
     raise ValueError(
       f"`state` has {len(given)} arrays and `like` {len(leaves)}. Both must be of the same "
       "parameters and optimizer."
     )
-  return treedef.unflatten(map(one, given, leaves))
+  made = treedef.unflatten(map(one, given, leaves))
+  return jax.tree.structure(like).unflatten(jax.tree.leaves(made))
 
 
 def _put_back(state: Any) -> Any:

@@ -61,7 +61,9 @@ def adafactor(
   float32; with it, 1 + 4/64 bytes a parameter more at 8 bits, 1/2 + 4/64 at 4.
 
   A non-finite gradient element makes all updates of its array non-finite, as in optax, if the array
-  is factored or clipped. The statistics keep their last finite values, at 32 bits as well.
+  is factored or clipped. The statistics keep their last finite values, at 32 bits as well, and so
+  does a quantized momentum. One in float32 (of arrays below `min_size`) keeps what is not finite:
+  `optax.apply_if_finite` around the transformation skips such steps.
 
   Two passes over the gradient, for its means and for the RMS that clips it, come before the update.
   With momentum, what is averaged is held in float32 meanwhile, and made in one more array.

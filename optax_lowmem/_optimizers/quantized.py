@@ -67,7 +67,9 @@ def quantized(
 
   The arithmetic is in float32 whatever the dtype of parameters and gradients; updates come back
   in the wider of these two dtypes. A non-finite gradient element makes its own update non-finite,
-  as in optax; its stored moments keep their last values and its neighbours' are untouched.
+  as in optax; its quantized moments keep their last values and its neighbours' are untouched. A
+  moment in float32 (of arrays below `min_size`, say) takes it up and keeps it, also as in optax:
+  `optax.apply_if_finite` around the transformation skips such steps.
 
   An update outside `jax.jit` is compiled all the same. Among extra arguments, arrays and floats are
   traced then; flags, integers and strings are not, and for each of their values it is compiled

@@ -85,7 +85,9 @@ def scale_by_came(
   RMS). On a GPU, momentum in 8 bits, it needs none: what two phases need is computed twice.
 
   A non-finite gradient element makes all updates of its array non-finite, since its row, its column
-  and the RMS are: as in float32. The statistics and a quantized momentum keep their last values.
+  and the RMS are: as in float32. The statistics and a quantized momentum keep their last values. A
+  momentum in float32 (of arrays below `min_size`) keeps what is not finite:
+  `optax.apply_if_finite` around the transformation skips such steps.
 
   Args:
     b1: decay of the momentum.

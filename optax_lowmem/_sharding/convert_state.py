@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from optax_lowmem._arguments.nnx_boxes import boxed_as, unbox
 from optax_lowmem._host_memory.paged_state import paged, unpaged
 from optax_lowmem._quantization.array import QuantizedArray, encode
 from optax_lowmem._sharding.shards import on_shards
@@ -31,13 +32,15 @@ def convert_state(
   rules, in the same order.
 
   Args:
-    state: a state of `from_tx`.
+    state: a state of `from_tx`; of an `nnx.Optimizer` its `opt_state`.
     from_tx: the transformation that it is of.
     to_tx: the transformation that it is to be of.
     params: the parameters, which say how `to_tx` lays out its state.
 
   Returns:
-    A state of `to_tx`, where `to_tx.init(params)` would put it.
+    A state of `to_tx`, where `to_tx.init(params)` would put it, and in boxes of Flax NNX where that
+    has them. Into a new `nnx.Optimizer` it goes by ``nnx.update(optimizer.opt_state,
+    nnx.state(nnx.as_pure(state)))``.
 
   Raises:
     ValueError: if `state` is none of `from_tx`, or the two have different rules, or keep master
@@ -52,10 +55,11 @@ def convert_state(
     >>> state[0].mu
     QuantizedArray(float32[64,64], codebook='power8', block=64)
   """
-  expected = jax.eval_shape(lambda p: unpaged(from_tx.init(p)), params)
-  _compare("`state`", unpaged(state), "`from_tx`", expected)
+  expected = unbox(jax.eval_shape(lambda p: unpaged(from_tx.init(p)), params))
+  source = unpaged(unbox(state))
+  _compare("`state`", source, "`from_tx`", expected)
   like = to_tx.init(params)
-  source, target = unpaged(state), jax.eval_shape(unpaged, like)
+  target = unbox(jax.eval_shape(unpaged, like))
   sources, source_def = jax.tree.flatten(source, is_leaf=is_quantized)
   targets, target_def = jax.tree.flatten(target, is_leaf=is_quantized)
   _compare(
@@ -161,7 +165,8 @@ def dequantized(tree: Any) -> Any:
     tree: a state, or any tree.
 
   Returns:
-    The tree with arrays in the place of `QuantizedArray` and `Paged`.
+    The tree with arrays in the place of `QuantizedArray` and `Paged`; in boxes where Flax NNX has
+    boxes around what these are made of.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_lowmem as lowmem
@@ -171,6 +176,6 @@ def dequantized(tree: Any) -> Any:
   """
 
   def one(x):
-    return _values(x) if is_quantized(x) else x
+    return boxed_as(_values(unbox(x)), x) if is_quantized(x) else x
 
   return jax.tree.map(one, unpaged(tree), is_leaf=is_quantized)

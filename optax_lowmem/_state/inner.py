@@ -80,6 +80,7 @@ def warn_if_unknown(
   ]
   fields = sorted({str(field_of(m)) for m in unknown})
   if not fields:
+    _warn_if_shapeless(state, moments, sum(sizes), min_size)
     return
   names, others = ", ".join(fields), [m for m in unknown if not is_of_optax(state, m)]
   why = f"what optax keeps as {names} is left as it is, see docs/transformations.md."
@@ -90,3 +91,23 @@ def warn_if_unknown(
       f'`storage={{{named}}}`, and give Blockwise("power8_unsigned") to what is never negative.'
     )
   warnings.warn(f"nothing of this state is quantized: {why}", stacklevel=3)
+
+
+def _warn_if_shapeless(state: Any, moments: Sequence[Place], total: int, min_size: int) -> None:
+  """Warns of large floats that have the shape of no parameter, where nothing is quantized."""
+  shapes = [
+    x.shape
+    for m, x in zip(moments, jax.tree.leaves(state), strict=True)
+    if m.owner is None and jnp.issubdtype(x.dtype, jnp.floating)
+    if math.prod(x.shape) >= min_size
+  ]
+  if not shapes:
+    return
+  # `optax.flatten` shows its rule all parameters as one vector.
+  why = "its large arrays have the shape of no parameter, see docs/transformations.md."
+  if all(shape == (total,) for shape in shapes):
+    why = (
+      "it is of all parameters in one array, as `optax.flatten` has them. Swap the two: "
+      "`optax.flatten(lowmem.quantized(tx))`."
+    )
+  warnings.warn(f"nothing of this state is quantized: {why}", stacklevel=4)

@@ -7,14 +7,8 @@ from typing import Any
 
 import jax
 
+from optax_lowmem._arguments.nnx_boxes import unbox as unbox
 from optax_lowmem._state.moments import is_quantized
-
-
-def unbox(tree: Any) -> Any:
-  """`tree` with every `nnx.Variable` replaced by its value."""
-  # Where flax was never imported there are no variables, and it need not be installed.
-  nnx = sys.modules.get("flax.nnx")
-  return tree if nnx is None else nnx.as_pure(tree)
 
 
 def is_model(x: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._host_memory.state_bytes import state_bytes
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._state.leaves import holds_pages, stored_places
-from optax_lowmem._state.moments import field_of
+from optax_lowmem._state.moments import Place, field_of
 from optax_lowmem._state.nnx_variables import is_model, unbox
 from optax_lowmem._update.journal import Note, journal
 
@@ -49,33 +50,43 @@ class Explanation(tuple[Explained, ...]):
 
   Attributes:
     platform: what updates are compiled for.
+    other: the arrays of the state that have the shape of no parameter: rows and columns of factored
+      moments, what `optax.flatten` joins. None if there are none; single numbers are left out. Its
+      `parameter` is ``"other state"``, its `method` empty where it is that of the parameters.
   """
 
   platform: str
+  other: Explained | None
 
-  def __new__(cls, explained: Iterable[Explained], platform: str) -> Explanation:
+  def __new__(
+    cls, explained: Iterable[Explained], platform: str, other: Explained | None = None
+  ) -> Explanation:
     new = super().__new__(cls, explained)
-    new.platform = platform
+    new.platform, new.other = platform, other
     return new
 
   def __getnewargs__(self) -> tuple[Any, ...]:
-    return tuple(self), self.platform  # for `copy` and `pickle`
+    return tuple(self), self.platform, self.other  # for `copy` and `pickle`
 
   def __repr__(self) -> str:
     methods = collections.Counter(e.method for e in self)
-    counts = {"parameters": len(self), "bytes": sum(e.bytes for e in self), **methods}
+    counts = {"parameters": len(self), "bytes": sum(e.bytes for e in self._rows()), **methods}
     return f"Explanation({', '.join(f'{what}={n}' for what, n in counts.items())})"
 
   def __str__(self) -> str:
     rows = [("parameter", "shape", "state", "bytes", f"updated by, on {self.platform}", "because")]
-    for e in self:
+    for e in self._rows():
       held = ", ".join(f"{field}: {form}" for field, form in e.held.items()) or "none"
-      rows.append((e.parameter, str(e.shape), held, f"{e.bytes:,}", e.method, e.reason))
+      shape = "" if e is self.other else str(e.shape)
+      rows.append((e.parameter, shape, held, f"{e.bytes:,}", e.method, e.reason))
     widths = [max(len(row[k]) for row in rows) for k in range(5)]
     lines = []
     for *cells, last in rows:
       lines.append("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + "  " + last)
     return "\n".join(lines)
+
+  def _rows(self) -> list[Explained]:
+    return [*self] if self.other is None else [*self, self.other]
 
 
 def explain(
@@ -93,7 +104,8 @@ def explain(
     platform: ``"cuda"``, ``"rocm"``, ``"tpu"`` or ``"cpu"``: what updates are compiled for.
 
   Returns:
-    An `Explanation`: a tuple with an `Explained` for each parameter, which prints as a table.
+    An `Explanation`: a tuple with an `Explained` for each parameter, which prints as a table. State
+    that belongs to no parameter is its `other`, the last row.
 
   Raises:
     ValueError: for an unknown platform.
@@ -127,13 +139,17 @@ def explain(
     jax.eval_shape(lambda *args: update(*args), shapes, state, shapes)  # not from a cache
   flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
   held: list[dict[str, Any]] = [{} for _ in flat]
+  others: list[tuple[Place, Any]] = []
   for place, leaf in stored_places(state, shapes):
-    if place.owner is not None:
+    if place.owner is None and math.prod(leaf.shape) > 1:
+      others.append((place, leaf))
+    elif place.owner is not None:
       held[place.owner][field_of(place) or jax.tree_util.keystr(place.prefix)] = leaf
   explained = []
   for (path, leaf), arrays in zip(flat, held, strict=True):
     name = jax.tree_util.keystr(path)
-    note = notes.get(name, Note("optax", "nothing of its state is quantized"))
+    why = "no array of the state has its shape" if others and not arrays else None
+    note = notes.get(name, Note("optax", why or "nothing of its state is quantized"))
     method, reason = _on(platform, note)
     explained.append(
       Explained(
@@ -145,7 +161,31 @@ def explain(
         reason=reason,
       )
     )
-  return Explanation(explained, platform)
+  known = {e.parameter for e in explained}
+  left = [note for name, note in notes.items() if name not in known]
+  return Explanation(explained, platform, _other(others, left, platform))
+
+
+def _other(arrays: list[tuple[Place, Any]], notes: list[Note], platform: str) -> Explained | None:
+  """What is held for no parameter, and its update, if that is one by itself."""
+  if not arrays:
+    return None
+  forms: dict[str, dict[str, None]] = {}
+  for place, leaf in arrays:
+    names = [k.name for k in place.path if isinstance(k, jax.tree_util.GetAttrKey)]
+    field = names[-1] if names else jax.tree_util.keystr(place.path)
+    forms.setdefault(field, {})[_form(leaf)] = None
+  method, reason = "", "its arrays have the shape of no parameter"
+  if notes:
+    method, reason = _on(platform, notes[0])
+  return Explained(
+    parameter="other state",
+    shape=(),
+    held={field: " and ".join(found) for field, found in forms.items()},
+    bytes=sum(state_bytes([leaf for _, leaf in arrays]).values()),
+    method=method,
+    reason=reason,
+  )
 
 
 def _form(x: Any) -> str:
