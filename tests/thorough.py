@@ -59,6 +59,15 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
   },
   "test_blocks": {
     "test_layout": ("-log8",),
+    "test_no_dtype_is_left_to_promotion": ("[power8]", "log4_unsigned", "[dynamic]", "nf4"),
+    "test_requantizing_changes_nothing": (
+      "[power8]",
+      "power4_unsigned",
+      "sum8",
+      "[log8]",
+      "nf4",
+      "dynamic",
+    ),
   },
   "test_came": {
     "test_a_stack_of_layers_is_its_layers": (),
@@ -69,7 +78,12 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_follows_the_authors": ("default_wd-mat", "default_wd-row1"),
   },
   "test_checkpoints": {
-    "test_another_form_is_refused_by_name": ("power8-",),
+    "test_another_form_is_refused_by_name": (
+      "power8-log8",
+      "power8-4 bits",
+      "power8-32 bits",
+      "power8-blocks",
+    ),
     "test_every_form_survives_and_goes_on": ("power8", "own", "paged"),
     "test_states_are_converted_between_forms": ("power8-paged", "power8-4 bits", "own-4"),
   },
@@ -79,29 +93,21 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_every_value_encodes_to_itself": ("[power8]", "nf4", "dynamic"),
   },
   "test_composition": {
-    "test_composes": ("chain", "multi_steps-adamw-4"),
+    "test_composes": ("chain-adamw-8", "multi_steps-adamw-4"),
     "test_jit_vmap_and_scan_over_layers_agree": ("[adamw-8",),
     "test_layers_stacked_in_one_array_train_as_layers_apart": (),
     "test_no_tracer_is_leaked": ("adamw-8",),
-    "test_quantizes_what_is_composed": ("clipped-8", "injected-8", "muon-4"),
+    "test_quantizes_what_is_composed": ("injected-8", "muon-4"),
     "test_state_keeps_structure_shapes_dtypes_and_weak_types": ("[adamw-8", "masters-adamw-8"),
   },
   "test_contract": {
     "test_every_shape": (),
     "test_moments_are_computed_in_float32_whatever_the_parameters": ("adamw-8",),
+    "test_positive_second_moments_stay_positive": ("[adamw-8-whole", "[came-8-phases"),
     "test_relative_error_is_the_same_at_every_scale": ("0-adamw-8", "0-came-8"),
     "test_relative_error_is_the_same_at_every_scale_in_phases": ("1e-10-came",),
-    "test_state_is_the_same_where_jax_has_64_bits": (
-      "[adamw-8-tiles",
-      "[came-8-whole",
-      "[lion-4-tiles",
-    ),
-    "test_storing_what_was_loaded_changes_nothing": (
-      "[adamw-8-tiles",
-      "[came-8-phases",
-      "[lion-4-whole",
-      "masters-adamw-8-phases",
-    ),
+    "test_state_is_the_same_where_jax_has_64_bits": ("[adamw-8-tiles", "[came-8-whole"),
+    "test_storing_what_was_loaded_changes_nothing": ("[adamw-8-tiles", "[came-8-phases"),
     "test_tiles_give_what_whole_arrays_give": ("[adamw-8", "[lion-4"),
   },
   "test_docs": {
@@ -198,7 +204,13 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_dropout_is_of_adapters_only_and_is_never_silently_off": (),
     "test_gradient_of_8_packed_layers_needs_no_more_than_one_and_a_half": ("True",),
     "test_gradients_are_those_of_the_merged_weights": (),
+    "test_layers_that_take_what_is_stored_are_found_however_it_comes_to_them": (
+      "stack0",
+      "ScanCheckpoint",
+    ),
+    "test_layers_whose_weights_are_mapped_are_left_alone": ("stack0", "Half", "ScanCheckpoint"),
     "test_new_adapters_change_nothing_and_trained_ones_are_the_merged_weights": ("unrolled",),
+    "test_packed_model_is_the_model_with_decoded_kernels": (),
     "test_shared_layers_vmap_jit_and_subclasses": (),
     "test_the_head_is_found_by_its_sizes_and_not_packed": (),
     "test_train_state_of_adapters_on_a_packed_model_learns_and_leaves_the_base": (),
@@ -210,6 +222,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_gradient_memory_is_under_a_quarter_of_the_weights": (),
     "test_other_codes_are_those_of_quantize_model": (),
     "test_packed_bits_are_those_of_each_layer_alone": (),
+    "test_quantized_computes_with_the_dequantized_weights": (),
     "test_trains_adapters_only_and_dropout_moves_on": (),
   },
   "test_llama_architectures": {
@@ -262,7 +275,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
   "test_masters": {
     "test_8_bits_stay_near_float32_for_a_thousand_steps": (),
     "test_a_thousand_steps_are_those_of_float32": ("[optax.adamw",),
-    "test_steps_by_tiles_are_those_of_float32": ("4 bits",),
+    "test_steps_by_tiles_are_those_of_float32": (),
   },
   "test_masters_composition": {
     "test_a_run_that_is_resumed_is_the_same": ("orbax-16 bits",),
@@ -272,7 +285,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_moments_in_host_memory_change_nothing": (),
     "test_multi_steps": ("within-8",),
     "test_on_eight_devices": (),
-    "test_state_keeps_its_form": ("[adamw-16",),
+    "test_state_keeps_its_form": (),
     "test_states_are_converted_within_the_same_bits": (),
     "test_the_kernel_gives_what_tiles_give": (),
     "test_trains_an_nnx_model": (),
@@ -283,7 +296,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
   },
   "test_mixed_precision_docs": {
     "test_all_together": (),
-    "test_recipes_train": ("bf16 parameters", "fp16"),
+    "test_recipes_train": ("bf16 parameters",),
   },
   "test_moments": {
     "test_runs_by_tiles_where_documented": ("adam", "lion", "muon", "came"),
@@ -293,7 +306,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_a_run_that_is_resumed_is_the_same": (),
     "test_a_schedule_and_what_is_skipped": ("16",),
     "test_a_step_is_that_of_the_mean": ("[adamw-8",),
-    "test_composes": ("chain-16",),
+    "test_composes": (),
     "test_extra_arguments_reach_the_inner_transformation": ("8",),
     "test_hyperparameters_are_injected": (),
     "test_master_weights": ("around-8", "within-8"),
@@ -363,12 +376,14 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_stack_runs_under_scan_remat_vmap_and_grad": (),
   },
   "test_nn_peft": {
+    "test_a_head_is_written_as_pytorch_holds_it_and_comes_back": ("default",),
     "test_half_precision_adapters_are_written_and_read_again": (),
     "test_loads_onto_a_4_bit_base": (),
   },
   "test_nn_peft_logits": {
     "test_loaded_adapter_gives_the_logits_of_peft": ("dora-scanned", "head-scanned"),
     "test_merged_weights_are_those_of_peft": ("head-one",),
+    "test_saved_again_is_the_same_file": ("[lora]", "[dora]", "modules_to_save"),
   },
   "test_norms": {
     "test_32_bits_are_optax": ("[lamb]", "lars_decayed"),
@@ -430,7 +445,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_the_numbers_of_one_device": (),
   },
   "test_qlora_export": {
-    "test_16_bit_adapters_are_exported_exactly": ("bfloat16",),
+    "test_16_bit_adapters_are_exported_exactly": (),
     "test_a_base_file_and_what_the_adapter_says_is_the_adapted_model": (),
     "test_the_file_holds_the_adapter_under_the_names_of_its_family": (),
   },
@@ -487,7 +502,7 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_rules_that_are_not_elementwise_run_on_whole_arrays": ("inner2",),
   },
   "test_rank_promotion": {
-    "test_layers": ("lora_bias",),
+    "test_layers": (),
     "test_quantize": ("nf4-]",),
     "test_updates": ("adamw-8",),
   },
@@ -532,6 +547,6 @@ ALWAYS_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "test_inputs_aux_and_the_norm_of_all_gradients": (),
     "test_it_is_the_ordinary_step": ("adamw",),
     "test_memory_on_a_cpu": ("[adamw",),
-    "test_quantized_state_is_the_ordinary_one": ("adamw-8",),
+    "test_quantized_state_is_the_ordinary_one": (),
   },
 }
