@@ -225,3 +225,12 @@ def test_moments_of_8_and_4_bits_in_one_rule():
   for ours in (whole, tiled):
     assert jnp.abs(ours - expected).mean() < 0.2 * travelled
   assert jnp.abs(whole - tiled).mean() < 0.01 * travelled
+
+
+@pytest.mark.parametrize("rule", [optax.adafactor, lowmem.adafactor])
+def test_rows_and_columns_are_no_reason_to_warn(rule):
+  """Without momentum nothing is quantized, and there is nothing to."""
+  tx = rule(1e-3) if rule is lowmem.adafactor else lowmem.quantized(rule(1e-3))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    jax.eval_shape(tx.init, {"w": jnp.zeros((4096, 8192))})

@@ -94,14 +94,15 @@ def warn_if_unknown(
 
 
 def _warn_if_shapeless(state: Any, moments: Sequence[Place], total: int, min_size: int) -> None:
-  """Warns of large floats that have the shape of no parameter, where nothing is quantized."""
+  """Warns of floats as large as parameters but of no parameter's shape; nothing is quantized."""
   shapes = [
     x.shape
     for m, x in zip(moments, jax.tree.leaves(state), strict=True)
     if m.owner is None and jnp.issubdtype(x.dtype, jnp.floating)
     if math.prod(x.shape) >= min_size
   ]
-  if not shapes:
+  # Rows and columns of factored moments are far fewer.
+  if not shapes or 2 * sum(map(math.prod, shapes)) < total:
     return
   # `optax.flatten` shows its rule all parameters as one vector.
   why = "its large arrays have the shape of no parameter, see docs/transformations.md."
