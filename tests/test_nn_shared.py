@@ -47,18 +47,18 @@ def test_a_layer_in_a_norm_is_left_alone(norm):
 
 
 class Head(nnx.Module):
-  def __init__(self, table):
-    self.tables = nnx.List([table])  # as a model may hold it
+  def __init__(self, table, hold=nnx.List):
+    self.tables = nnx.data(hold([table]))  # as a model may hold it
 
   def __call__(self, x):
     return x @ self.tables[0][...].T
 
 
 class Tied(nnx.Module):
-  def __init__(self):
+  def __init__(self, hold: Any = nnx.List):
     self.embed_tokens = nnx.Embed(32, 16, rngs=nnx.Rngs(0))
     self.up_proj = nnx.Linear(16, 16, rngs=nnx.Rngs(1))
-    self.lm_head = Head(self.embed_tokens.embedding)
+    self.lm_head = Head(self.embed_tokens.embedding, hold)
 
   def __call__(self, tokens):
     return self.lm_head(self.up_proj(self.embed_tokens(tokens)))
@@ -82,6 +82,21 @@ def test_a_variable_that_modules_share_stays_shared(tmp_path):
   nn.load_peft(again, tmp_path / "adapter", rngs=nnx.Rngs(0))
   assert again.lm_head.tables[0] is again.embed_tokens.embedding
   np.testing.assert_array_equal(again(tokens), model(tokens))
+
+
+def test_a_variable_in_a_tuple_is_refused_before_anything_is_changed(tmp_path):
+  model = Tied()
+  nn.add_lora(model, 2, 4, "up_proj", modules_to_save="embed_tokens", rngs=nnx.Rngs(0))
+  nn.save_peft(model, tmp_path / "adapter", base_model="tied")
+  options: Any = {"modules_to_save": "embed_tokens", "rngs": nnx.Rngs(0)}
+  for change in (
+    lambda m: nn.add_lora(m, 2, 4, "up_proj", **options),
+    lambda m: nn.load_peft(m, tmp_path / "adapter", rngs=nnx.Rngs(0)),
+  ):
+    model = Tied(tuple)
+    with pytest.raises(ValueError, match=r"`embed_tokens\.embedding`.*held in a tuple.*nnx\.List"):
+      change(model)
+    assert isinstance(model.up_proj, nnx.Linear)
 
 
 class Along1(nnx.Module):
@@ -154,3 +169,32 @@ def test_a_packed_weight_is_read_as_any_variable():
   assert weight[...].codes is weight.get_value().codes
   with pytest.raises(TypeError, match="cannot be indexed by 0"):
     _ = weight[0]
+
+
+def test_holders_of_a_shared_variable_compute_in_what_they_did():
+  """The table is held in 32 bits then, by all of them."""
+  one, other = (nnx.Embed(32, 16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)) for _ in range(2))
+  other.embedding = one.embedding
+  up = nnx.Linear(16, 16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+  model: Any = nnx.Dict(one=one, other=other, up=up)
+  nn.add_lora(model, 2, 4, "up", modules_to_save="one", rngs=nnx.Rngs(0))
+  assert model.other.embedding is model.one.embedding
+  assert model.one.embedding[...].dtype == jnp.float32
+  assert {layer(jnp.arange(3)).dtype for layer in (one, other)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_layer_that_only_one_of_its_holders_norms_is_left_alone():
+  layer = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+  norm = nnx.SpectralNorm(layer, rngs=nnx.Rngs(0))
+  model: Any = nnx.Dict(a=layer, b=norm, c=nnx.Linear(64, 64, rngs=nnx.Rngs(1)))
+  with pytest.warns(UserWarning, match="SpectralNorm changes its weight"):
+    nn.quantize_model(model, exclude=None)
+  assert model.a is layer and isinstance(model.c, nn.NF4Linear)
+
+
+@pytest.mark.parametrize("rank", [[2.5, 4], [True, 4], [-1, 4], [0, 0], "4"])
+def test_ranks_of_a_stack_are_integers(rank):
+  make = nnx.vmap(lambda r: nnx.Linear(8, 8, rngs=r))
+  base = nnx.split_rngs(splits=2)(make)(nnx.Rngs(0))
+  with pytest.raises(ValueError, match="`rank` must be an integer"):
+    nn.LoRALinear(base, rank, 4, rngs=nnx.Rngs(0))

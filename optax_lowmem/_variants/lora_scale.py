@@ -19,7 +19,8 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, *, per_layer: bool = Fals
   """
   many = per_layer and isinstance(rank, Sequence)
   ranks, least = (rank, 0) if many else ([rank], 1)
-  if any((_index(r) or 0) < least for r in ranks) or not any(map(_index, ranks)):
+  numbers = [_index(r) for r in ranks]
+  if any(n is None or n < least for n in numbers) or not any(numbers):
     raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}. 8 or 16 is usual.")
   for a in alpha if per_layer and isinstance(alpha, Sequence) else [alpha]:
     if not (_is_number(a) and 0 < float(a) < math.inf):

@@ -13,6 +13,10 @@ from optax_lowmem.nn._adapters.adapter import Adapter
 from optax_lowmem.nn._layers.base_layer import is_linear, matrix_shape, reading, stack_shape
 from optax_lowmem.nn._proofs.flax_layers import is_embed
 
+_NODES = (dict, list, tuple, nnx.Pytree)
+# What is below them has its weights replaced in each call: a packed one would not be found.
+_NORMS = (nnx.WeightNorm, nnx.SpectralNorm)
+
 
 class Place(NamedTuple):
   """A module in a model.
@@ -172,9 +176,6 @@ def put(holder: Any, key: Any, new: Any) -> None:
     setattr(holder, key, new)
 
 
-_NODES = (dict, list, tuple, nnx.Pytree)
-
-
 def _places(model: nnx.Module) -> Iterator[Place]:
   found: dict[int, Place] = {}
   seen: set[int] = {id(model)}
@@ -186,7 +187,8 @@ def _places(model: nnx.Module) -> Iterator[Place]:
         continue
       below = path if isinstance(node, Adapter) else (*path, str(key))
       if isinstance(child, nnx.Module):
-        place = found.setdefault(id(child), Place(".".join(below), child, [], norm))
+        place = found.get(id(child)) or Place(".".join(below), child, [])
+        found[id(child)] = place._replace(norm=place.norm or norm)
         place.holders.append((node, key))
       if id(child) not in seen:
         seen.add(id(child))
@@ -194,10 +196,6 @@ def _places(model: nnx.Module) -> Iterator[Place]:
 
   walk(model, (), "")
   yield from found.values()
-
-
-# What is below them has its weights replaced in each call: a packed one would not be found.
-_NORMS = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def _children(node: Any) -> Iterator[tuple[Any, Any]]:

@@ -225,7 +225,7 @@ def add_lora(
   with shown(model, layers):
     tree = ModelTree(model, stack)
     saved = find_saved(tree, modules_to_save or ())
-    check_saved(saved)
+    check_saved(tree, saved)
     found = find_targets(tree, targets, rank, alpha, rank_pattern, alpha_pattern, tree.below(saved))
     for target in found:
       path, base = target.place.path, target.place.module

@@ -106,14 +106,15 @@ def train(model: nnx.Module, holder: Any, field: str, dtype: Any = jnp.float32) 
   value = old[...]
   wide = jnp.promote_types(value.dtype, dtype)
   if wide != value.dtype and hasattr(holder, "dtype"):
-    if holder.dtype is None:  # or it would compute in what its weight is held in
-      holder.dtype = value.dtype
     value = value.astype(wide)
-  if not isinstance(old, nnx.LoRAParam) or value.dtype != old[...].dtype:
-    # Made anew, it would be placed by its annotation, for which there may be no mesh any more.
-    new = nnx.LoRAParam.from_metadata(value, old.get_metadata())
-    for place, key in holders_of(model, old):
-      put(place, key, new)
+  if isinstance(old, nnx.LoRAParam) and value.dtype == old[...].dtype:
+    return
+  # Made anew, it would be placed by its annotation, for which there may be no mesh any more.
+  new = nnx.LoRAParam.from_metadata(value, old.get_metadata())
+  for place, key in holders_of(model, old):
+    if value.dtype != old[...].dtype and getattr(place, "dtype", value.dtype) is None:
+      place.dtype = old[...].dtype  # or it would compute in what its weight is held in
+    put(place, key, new)
 
 
 def find_saved(tree: ModelTree, modules: str | Sequence[str]) -> list[Place]:
@@ -132,14 +133,21 @@ def find_saved(tree: ModelTree, modules: str | Sequence[str]) -> list[Place]:
   return list(found.values())
 
 
-def check_saved(places: Sequence[Place]) -> None:
+def check_saved(tree: ModelTree, places: Sequence[Place]) -> None:
   """Refuses modules to save that hold what cannot be trained."""
   for place in places:
     if place.adapted:
       raise ValueError(f"`{place.path}` of `modules_to_save` has an adapter already.")
     for path, module in nnx.iter_modules(place.module):
+      inner = ".".join([place.path, *map(str, path)])
+      for field, value in vars(module).items():
+        holders = holders_of(tree.model, value) if isinstance(value, nnx.Param) else []
+        if any(isinstance(holder, tuple) for holder, _ in holders):
+          raise ValueError(
+            f"`{inner}.{field}` of `modules_to_save` is held in a tuple too, which cannot be "
+            "changed in place. Hold it in an `nnx.List` instead."
+          )
       if is_linear(module) and dense_variable(module) is None:
-        inner = ".".join([place.path, *map(str, path)])
         raise ValueError(
           f"`{inner}` of `modules_to_save` is quantized, and only floating-point weights are "
           "trained. Name it in `quantize_model`'s `exclude`."
@@ -159,13 +167,6 @@ def check_named(
     if (field := _trainable_bias(layer)) is not None:
       wanted[place.path, field] = layer
   for (path, field), layer in wanted.items():
-    if any(
-      isinstance(holder, tuple) for holder, _ in holders_of(tree.model, getattr(layer, field))
-    ):
-      raise ValueError(
-        f"`{path}.{field}` would be trained (`modules_to_save`, `bias`), and is held in a tuple "
-        "too, which cannot be changed in place. Hold it in an `nnx.List` instead."
-      )
     if field not in {tensor.field for tensor in tensors_of(layer) or []}:
       raise ValueError(
         f"`{path}.{field}` of a {type(layer).__name__} would be trained (`modules_to_save`, "

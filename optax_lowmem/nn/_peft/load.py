@@ -91,7 +91,7 @@ def load_peft(
 def _load(model: M, file: AdapterFile, stack: str, rngs: nnx.Rngs | None) -> M:
   tree = ModelTree(model, stack)
   saved = saved_modules(tree, file)
-  check_saved(saved)
+  check_saved(tree, saved)
   skip = {id(place.module) for place in tree.below(saved)}
   layers = [place for place in tree.layers() if id(place.module) not in skip]
   known = [name for place in layers for name in tree.names(place)]
