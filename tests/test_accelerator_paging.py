@@ -157,3 +157,15 @@ def check_eight_cards():
 
 if __name__ == "__main__":
   check_eight_cards()
+
+
+def test_several_runs_under_vmap():
+  """Compiled for the card too: all pages at once, as docs/offload.md says, and back to the host."""
+  params, found = jnp.zeros((3, 2048, 2048)), []
+  for tx in (lowmem.adamw(1e-3), lowmem.offloaded(lowmem.adamw(1e-3))):
+    state = jax.vmap(tx.init)(params)
+    found.append(compile_for(jax.vmap(tx.update), (params, state, params), donate=(1,)))
+  plain, paged = found
+  assert not plain.host_bytes
+  assert paged.host_bytes == lowmem.state_bytes(state)["pinned_host"]
+  assert paged.device_bytes <= plain.device_bytes + paged.host_bytes
