@@ -104,7 +104,7 @@ def run(plan: LeafPlan, env: Mapping[int, Any], values: Mapping[int, Tile]) -> d
   for platform in _choice.platforms():
     if not reason_against_kernel(platform, plan, env, values):
       methods[platform] = functools.partial(kernel, platform)
-  # To trace phases takes as long as all else, so they are left out where nothing would run them.
+  # To trace phases takes as long as a kernel: they are left out where nothing would run them.
   unneeded = "cuda" in methods and not _choice.other_platforms()
   return jax.lax.platform_dependent(values, **methods, default=tiles if unneeded else phases)
 
