@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._host_memory.paged_state import unpaged
 from optax_lowmem._host_memory.pages import is_paged
 from optax_lowmem._masters.bits import bits_of, remainder_of, upper
 from optax_lowmem._masters.master_weights import MasterWeightsState
 from optax_lowmem._masters.remainders import joined, remainders
-from optax_lowmem._state.nnx_variables import unbox
 
 
 def master_params(params: Any, state: Any) -> Any:

@@ -11,6 +11,7 @@ import optax
 
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._masters.bits import bits_of, float32_of, is_finite, upper
 from optax_lowmem._masters.position_noise import number_of, position_noise
 from optax_lowmem._masters.wrapped import (
@@ -21,7 +22,6 @@ from optax_lowmem._masters.wrapped import (
   update_narrow,
 )
 from optax_lowmem._programs.program import rounding_point
-from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.extra_args import compiled_outside_jit
 
 

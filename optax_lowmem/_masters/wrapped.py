@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._host_memory.pages import is_paged
 from optax_lowmem._masters.bits import reach
 from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._quantization.positions import indices
 from optax_lowmem._state.gradients import check_gradients
-from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.engine import in_phases_on_gpus, update_elementwise
 from optax_lowmem._update.whole_arrays import as_arrays
 

@@ -12,11 +12,11 @@ import optax
 
 from optax_lowmem._arguments.checks import check
 from optax_lowmem._arguments.hyperparameters import checked
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._optimizers.factored import by_layer, unzipped, zeros_as
 from optax_lowmem._optimizers.quantized import quantized
 from optax_lowmem._quantization.array import finite_or
 from optax_lowmem._state.moments import is_quantized
-from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.float32 import chain
 
 

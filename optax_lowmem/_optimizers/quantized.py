@@ -12,6 +12,7 @@ import optax
 from optax_lowmem._arguments.checks import check_block_size, check_min_size, check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
 from optax_lowmem._arguments.masks import broadcast_mask, check_mask
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._optimizers.initial_state import initial
 from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._quantization.codebook import Codebook
@@ -20,7 +21,7 @@ from optax_lowmem._quantization.storage import Blockwise, Storage, by_field
 from optax_lowmem._state.forms import check_forms
 from optax_lowmem._state.inner import check_dense, check_dtypes, check_fields, warn_if_unknown
 from optax_lowmem._state.moments import Kind, field_of, kind_of, places
-from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
+from optax_lowmem._state.nnx_variables import unbox_quantized
 from optax_lowmem._update.decoded_state import held, is_decoded
 from optax_lowmem._update.engine import update_stored
 from optax_lowmem._update.extra_args import compiled_outside_jit

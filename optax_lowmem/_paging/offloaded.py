@@ -11,6 +11,7 @@ import jax
 import optax
 
 from optax_lowmem._arguments.checks import check_transformation
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._arguments.sizes import bytes_of
 from optax_lowmem._host_memory.capacity import (
   check_on_host,
@@ -38,7 +39,6 @@ from optax_lowmem._paging.surroundings import check_keeps_memory, check_outermos
 from optax_lowmem._state.gradients import check_gradients
 from optax_lowmem._state.leaves import is_stored
 from optax_lowmem._state.moments import is_quantized
-from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.extra_args import compiled_outside_jit, split
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._plan.memory_plan import Part, human, table
 from optax_lowmem._plan.parts import count, of_state, of_weights
 from optax_lowmem._plan.target import trees_of
-from optax_lowmem._state.nnx_variables import is_model, unbox
+from optax_lowmem._state.nnx_variables import is_model
 
 
 @dataclasses.dataclass(frozen=True)

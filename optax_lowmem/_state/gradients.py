@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._state.moments import is_quantized
-from optax_lowmem._state.nnx_variables import unbox
 
 
 def check_gradients(grads: Any, params: Any) -> None:

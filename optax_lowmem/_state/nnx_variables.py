@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from optax_lowmem._arguments.nnx_boxes import unbox as unbox
 from optax_lowmem._state.moments import is_quantized
 
 

@@ -12,10 +12,11 @@ import optax
 
 from optax_lowmem._arguments.checks import check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._masters.bits import bits_of, float32_of
 from optax_lowmem._masters.wrapped import boxed_alike
 from optax_lowmem._state.gradients import check_gradients
-from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
+from optax_lowmem._state.nnx_variables import unbox_quantized
 from optax_lowmem._steps.in_place import in_place
 from optax_lowmem._steps.taken import STILL, update_if
 from optax_lowmem._update.extra_args import compiled_outside_jit

@@ -12,10 +12,11 @@ import optax
 
 from optax_lowmem._arguments.checks import check_block_size, check_min_size, check_transformation
 from optax_lowmem._arguments.hyperparameters import check_static
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._masters.wrapped import boxed_alike
 from optax_lowmem._state.gradients import check_gradients
 from optax_lowmem._state.moments import is_quantized
-from optax_lowmem._state.nnx_variables import unbox, unbox_quantized
+from optax_lowmem._state.nnx_variables import unbox_quantized
 from optax_lowmem._steps.sums import Form, added, check_sums, empty
 from optax_lowmem._steps.taken import update_if
 from optax_lowmem._update.decoded_state import is_decoded

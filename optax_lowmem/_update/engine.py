@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._programs.elementwise import NotElementwise
 from optax_lowmem._programs.leaf_plan import Emission, LeafPlan, decoded, is_integer
 from optax_lowmem._programs.phases import in_a_phase, in_phases
@@ -18,7 +19,6 @@ from optax_lowmem._quantization.scales import single_maximum
 from optax_lowmem._sharding.shards import on_shards, with_automatic_sharding
 from optax_lowmem._state.gradients import check_gradients, check_moments
 from optax_lowmem._state.moments import is_quantized, places
-from optax_lowmem._state.nnx_variables import unbox
 from optax_lowmem._update.announced import Announced, announce_phases, announced, is_heard
 from optax_lowmem._update.decoded_state import decoded_state, is_decoded, note_phases
 from optax_lowmem._update.extra_args import split

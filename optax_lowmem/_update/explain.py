@@ -12,11 +12,12 @@ import jax
 import optax
 
 from optax_lowmem._arguments.checks import check_transformation
+from optax_lowmem._arguments.nnx_boxes import unbox
 from optax_lowmem._host_memory.state_bytes import state_bytes
 from optax_lowmem._quantization.array import QuantizedArray
 from optax_lowmem._state.leaves import holds_pages, stored_places
 from optax_lowmem._state.moments import Place, field_of
-from optax_lowmem._state.nnx_variables import is_model, unbox
+from optax_lowmem._state.nnx_variables import is_model
 from optax_lowmem._update.journal import Note, journal
 
 _PLATFORMS = ("cuda", "rocm", "tpu", "cpu")
